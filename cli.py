@@ -1,0 +1,79 @@
+"""Command lines and files: one-sentence errors, numbers with a range, and files that appear whole or not at all.
+
+Only the standard library is imported here, so that `--help` and a mistyped option are answered before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+
+class InputError(Exception):
+    """A mistake that the user can mend; its text is one sentence that names the option or file, what it got and what it wants."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for use inside a sentence: its type and at most 100 characters of its first line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:100]}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that answers a mistake with one sentence and exit status 2, and holds only the options that were given."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
+    """An argparse type: an int or float in [low, high], or (low, high] if `open_low`."""
+    article = {int: "a whole number", float: "a number"}[kind]
+    wants = f"{article} {'above' if open_low else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or (open_low and value == low):
+            raise argparse.ArgumentTypeError(f"got {text!r}, wants {wants}")
+        return value
+
+    return convert
+
+
+@contextmanager
+def user_errors(prog: str) -> Iterator[None]:
+    """Turn an InputError, or an interrupt from the keyboard, into one line on stderr and an exit status of 2 or 130."""
+    try:
+        yield
+    except InputError as error:
+        sys.exit(print(f"{prog}: error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print(f"\n{prog}: interrupted", file=sys.stderr) or 130)
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write(file)` fill a temporary file beside `path`, then move it there: a reader sees the old file or the new one."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError of its archive writer
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
