@@ -1,0 +1,266 @@
+import hashlib
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as tv
+from PIL import Image
+
+import data
+from cli import InputError
+
+# ------------------------------------------------------------------------------------------------------ two views
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """24 images of noise, with a grey and a black patch, where hue has no meaning."""
+    x = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x[:, :, 4:8, 4:8], x[:, :, 10:12, 3:9] = 0.5, 0.0
+    return x
+
+
+def uniform(seed: int, n: int):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda low, high, *shape: torch.rand(n, *shape, generator=generator) * (high - low) + low
+
+
+def close(ours: torch.Tensor, theirs: list[torch.Tensor]) -> bool:
+    return (ours - torch.stack(theirs)).abs().max() < 1 / 255
+
+
+def test_crop_and_flip_are_torchvisions(images):
+    draw = uniform(1, 24)
+    top, left, height, width = data.random_box(32, 32, draw)
+    flip = draw(0, 1) < 0.5
+    boxes = [[int(v) for v in box] for box in zip(top, left, height, width)]
+    expected = [tv.resized_crop(x, *box, [32, 32], antialias=True) for x, box in zip(images, boxes)]
+    assert close(data.resized_crop(images, top, left, height, width, torch.zeros(24, dtype=torch.bool)), expected)
+    flipped = [tv.hflip(x) if f else x for x, f in zip(expected, flip)]
+    assert flip.any() and not flip.all()
+    assert close(data.resized_crop(images, top, left, height, width, flip), flipped)
+
+
+def test_brightness_contrast_saturation_and_grey_are_torchvisions(images):
+    factor = uniform(2, 24)(0.2, 1.8)
+    each = list(zip(images, factor.tolist()))
+    grey = data.grey(images)
+    assert close(data.blend(images, torch.zeros(()), factor), [tv.adjust_brightness(x, f) for x, f in each])
+    assert close(data.blend(images, grey.mean((2, 3), keepdim=True), factor), [tv.adjust_contrast(x, f) for x, f in each])
+    assert close(data.blend(images, grey, factor), [tv.adjust_saturation(x, f) for x, f in each])
+    assert close(data.blend(images, grey, torch.zeros(24)), [tv.rgb_to_grayscale(x, 3) for x in images])
+
+
+def test_hue_is_torchvisions(images):
+    shift = torch.linspace(-0.5, 0.5, 24)
+    assert close(data.adjust_hue(images, shift), [tv.adjust_hue(x, s) for x, s in zip(images, shift.tolist())])
+
+
+def test_jitter_is_torchvisions_in_each_of_the_24_orders(images):
+    orders = list(itertools.permutations(range(4)))
+    draw = uniform(3, 24)
+    factors, shift = draw(0.2, 1.8, 3), draw(-0.2, 0.2)
+    blends = torch.tensor([[op for op in order if op != 3] for order in orders])
+    hue_at = torch.tensor([order.index(3) for order in orders])
+    adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    expected = []
+    for x, amounts, order in zip(images, torch.cat([factors, shift[:, None]], 1).tolist(), orders):
+        for op in order:
+            x = adjust[op](x, amounts[op])
+        expected.append(x)
+    assert close(data.color_jitter(images, factors, shift, blends, hue_at), expected)
+
+
+def test_boxes_have_the_recipes_distribution():
+    top, left, height, width = data.random_box(32, 32, uniform(4, 20000))
+    assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
+    assert (top + height <= 32).all() and (left + width <= 32).all()
+    share = height * width / 32**2
+    assert 0.06 < share.min() < 0.1 and 0.95 < share.max() <= 1
+    # torchvision's own draws: a mean share of 0.47, since large oblong boxes do not fit and are drawn again
+    torch.manual_seed(0)
+    from torchvision.transforms import RandomResizedCrop
+
+    boxes = [RandomResizedCrop.get_params(torch.zeros(3, 32, 32), [0.08, 1], [3 / 4, 4 / 3]) for _ in range(4000)]
+    theirs = np.mean([h * w / 32**2 for _, _, h, w in boxes])
+    assert abs(share.mean() - theirs) < 0.015
+
+
+def test_two_views_differ_repeat_and_stay_in_range():
+    x = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8)
+    view1, view2 = data.two_views(x, torch.Generator().manual_seed(5))
+    assert view1.dtype == torch.float32 and view1.shape == (512, 3, 32, 32)
+    assert view1.min() >= 0 and view1.max() <= 1
+    assert not torch.equal(view1, view2)
+    again = data.two_views(x, torch.Generator().manual_seed(5))
+    assert torch.equal(view1, again[0]) and torch.equal(view2, again[1])
+    grey = (view1 - view1[:, :1]).abs().amax((1, 2, 3)) < 1e-6
+    assert 0.13 < grey.float().mean() < 0.27  # probability 0.2; five deviations of 512 draws are 0.09
+    assert data.two_views(x[:1])[0].shape == (1, 3, 32, 32)
+
+
+# ------------------------------------------------------------------------------------------------------ partition
+
+LABELS = np.repeat(np.arange(10), 50)
+
+
+@pytest.mark.parametrize(
+    "kind, more", [("classes", {}), ("classes", {"classes_per_client": 4}), ("iid", {}), ("dirichlet", {"alpha": 0.3})]
+)
+def test_partition_is_disjoint_complete_and_by_seed(kind, more):
+    parts = data.partition(LABELS, 5, kind, seed=7, **more)
+    assert sorted(np.concatenate(parts)) == list(range(500))
+    again, other = (data.partition(LABELS, 5, kind, seed=seed, **more) for seed in (7, 8))
+    assert all(map(np.array_equal, parts, again))
+    assert not all(map(np.array_equal, parts, other))
+
+
+def test_partition_by_classes_gives_each_client_its_classes():
+    classes = [set(LABELS[part]) for part in data.partition(LABELS, 5, "classes", seed=0)]
+    assert all(len(c) == 2 for c in classes) and set.union(*classes) == set(range(10))
+    assert [len(set(LABELS[p])) for p in data.partition(LABELS, 5, "classes", seed=0, classes_per_client=4)] == [4] * 5
+    assert [len(set(LABELS[p])) for p in data.partition(LABELS, 20, "classes", seed=0)] == [1] * 20
+
+
+def test_iid_is_even_and_dirichlet_is_not():
+    assert [len(p) for p in data.partition(LABELS, 5, "iid", seed=0)] == [100] * 5
+    iid, skewed = (data.partition(LABELS, 5, kind, seed=0, alpha=0.1) for kind in ("iid", "dirichlet"))
+    largest = [np.mean([np.bincount(LABELS[p]).max() / len(p) for p in parts]) for parts in (iid, skewed)]
+    assert largest[0] < 0.25 < 0.35 < largest[1]
+
+
+@pytest.mark.parametrize(
+    "clients, kind, more, words",
+    [
+        (501, "iid", {}, "501 clients want 1 images"),
+        (5, "classes", {"classes_per_client": 11}, "--classes-per-client got 11"),
+        (3, "classes", {"classes_per_client": 2}, "leave some of 10 classes to nobody"),
+        (5, "iid", {"at_least": 101}, "5 clients want 101 images each, there are 500"),
+        (20, "dirichlet", {"alpha": 0.01, "at_least": 20}, "a batch wants 20"),
+    ],
+)
+def test_partitions_that_cannot_be_are_refused(clients, kind, more, words):
+    with pytest.raises(InputError, match=words):
+        data.partition(LABELS, clients, kind, seed=0, **more)
+
+
+def test_labelled_subset_is_balanced():
+    labels = torch.tensor(LABELS)
+    for fraction, count in ((0.1, 5), (0.01, 1), (1.0, 50)):
+        subset = data.balanced_subset(labels, fraction, seed=3)
+        assert labels[subset].bincount().tolist() == [count] * 10
+        assert len(subset.unique()) == len(subset)
+    assert not torch.equal(data.balanced_subset(labels, 0.1, 3), data.balanced_subset(labels, 0.1, 4))
+
+
+# ---------------------------------------------------------------------------------------------------- image sets
+
+
+def test_fashion_is_balanced_and_padded():
+    images = data.load_images("fashion")
+    assert images.x_train.shape == (6000, 3, 32, 32) and images.x_train.dtype == torch.uint8
+    assert images.y_train.bincount().tolist() == [600] * 10 and images.y_test.bincount().tolist() == [100] * 10
+    assert images.x_train[:, :, :2].max() == 0 and images.x_train[:, :, 2:30].float().mean() > 50
+    assert torch.equal(images.x_train[:, 0], images.x_train[:, 2])
+
+
+def test_cifar100_through_torchvisions_loader(tmp_path, monkeypatch):
+    """Three images in CIFAR-100's own format: pickled dicts, rows of 1,024 red, green and blue bytes, a meta file."""
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rows = np.arange(3 * 3072, dtype=np.int64).reshape(3, 3072).astype(np.uint8)
+
+    def dump(name, content):
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    listed = [
+        dump(s, {"data": rows[:n], "fine_labels": list(range(n)), "coarse_labels": [0] * n, "filenames": ["x"] * n})
+        for s, n in (("train", 3), ("test", 2))
+    ]
+    meta = dump("meta", {"fine_label_names": ["a", "b", "c"], "coarse_label_names": ["z"]})
+    monkeypatch.setattr(CIFAR100, "train_list", listed[:1])
+    monkeypatch.setattr(CIFAR100, "test_list", listed[1:])
+    monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": meta[1]})
+    monkeypatch.setattr(data, "CIFAR_CLASSES", {"cifar100": 3})
+    images = data.load_images("cifar100", tmp_path)
+    assert torch.equal(images.x_train, torch.from_numpy(rows).view(3, 3, 32, 32))
+    assert images.y_train.tolist() == [0, 1, 2] and images.y_test.tolist() == [0, 1] and images.num_classes == 3
+
+
+def test_cifar_that_cannot_be_downloaded_is_one_sentence(tmp_path, monkeypatch):
+    import urllib.error
+
+    from torchvision.datasets import CIFAR10
+
+    def unreachable(self):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(CIFAR10, "download", unreachable)
+    with pytest.raises(InputError, match="put cifar10.npz there, or choose --data-root"):
+        data.load_images("cifar10", tmp_path)
+
+
+def test_npz_in_the_data_root_is_taken_first(npz, tmp_path, monkeypatch):
+    (tmp_path / "cifar10.npz").write_bytes(npz.read_bytes())
+    with pytest.raises(InputError, match="holds 4 classes, cifar10 has 10"):
+        data.load_images("cifar10", tmp_path)
+    monkeypatch.setitem(data.CIFAR_CLASSES, "cifar10", 4)
+    assert len(data.load_images("cifar10", tmp_path).x_train) == 64
+
+
+def test_image_folder(tmp_path):
+    for split, name, count in itertools.product(("train", "test"), ("cat", "dog"), range(2)):
+        folder = tmp_path / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 20), (count, 0, 200 if name == "dog" else 0)).save(folder / f"{count}.png")
+    images = data.load_images(str(tmp_path), image_size=16)
+    assert images.x_train.shape == (4, 3, 16, 16) and images.y_train.tolist() == [0, 0, 1, 1]
+    assert images.x_test[:, 2, 0, 0].tolist() == [0, 0, 200, 200]
+    (tmp_path / "test/dog/0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    with pytest.raises(InputError, match="not an image folder"):
+        data.load_images(str(tmp_path), image_size=16)
+    with pytest.raises(InputError, match="not an image folder"):
+        data.load_images(str(tmp_path / "train"))
+
+
+GOOD = {"x_train": np.zeros((4, 8, 8, 3), np.uint8), "y_train": np.arange(4) % 2, "x_test": np.zeros((2, 8, 8, 3), np.uint8)}
+GOOD["y_test"] = np.arange(2)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"x_train": np.zeros((4, 8, 8, 3))}, "x_train is float64"),
+        ({"x_train": np.zeros((4, 8, 9, 3), np.uint8)}, "wants uint8"),
+        ({"x_test": np.zeros((2, 3, 8, 8), np.uint8)}, r"x_test is uint8 \[2, 3, 8, 8\]"),
+        ({"x_test": np.zeros((2, 9, 9, 3), np.uint8)}, "want the same"),
+        ({"x_train": np.zeros((0, 8, 8, 3), np.uint8), "y_train": np.zeros(0, int)}, "x_train is uint8"),
+        ({"y_train": np.arange(3)}, "for each of 4 images"),
+        ({"y_train": np.array([0, 1, 0, -1])}, "y_train"),
+        ({"y_train": np.array([0, 2, 0, 2])}, "every class"),
+        ({"y_test": np.array([0, 2])}, "y_test no other"),
+        ({"y_test": None}, "has no array y_test"),
+        ({"y_train": np.array([0, 1, {}, 1], dtype=object)}, "not a readable .npz"),
+    ],
+)
+def test_npz_of_another_form_is_refused(change, words, tmp_path):
+    np.savez(tmp_path / "bad.npz", **{k: v for k, v in (GOOD | change).items() if v is not None})
+    with pytest.raises(InputError, match=words):
+        data.load_npz(tmp_path / "bad.npz")
+
+
+def test_damaged_npz_is_refused(npz, tmp_path):
+    whole = npz.read_bytes()
+    for damaged in (b"", b"not a zip", whole[: len(whole) // 2], whole[:2000] + b"\0" * 40 + whole[2040:]):
+        (tmp_path / "bad.npz").write_bytes(damaged)
+        with pytest.raises(InputError, match="bad.npz"):
+            data.load_npz(tmp_path / "bad.npz")
+    with pytest.raises(InputError, match="does not exist"):
+        data.load_npz(tmp_path / "none.npz")
+    with pytest.raises(InputError, match="--dataset got 'mnist'"):
+        data.load_images("mnist")
