@@ -1,0 +1,167 @@
+import copy
+
+import pytest
+import torch
+import torchvision
+
+from models import BYOL, ENCODERS, Flat, build_backbone, build_head, conv_layers, feature_dim
+
+CPU = torch.device("cpu")
+
+
+def byol(name: str = "small", ema_decay: float = 0.99) -> BYOL:
+    torch.manual_seed(0)
+    return BYOL(name, CPU, ema_decay)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name, convs, features", [("resnet18", 17, 512), ("resnet50", 49, 2048)])
+def test_resnets_are_the_papers(name, convs, features):
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+    objective = BYOL(name, torch.device("meta"), 0.99)
+    layers = [objective.target.segments[i].name for i in conv_layers(objective.target)]
+    assert len(layers) == convs and not any("downsample" in layer or "projector" in layer for layer in layers)
+    assert feature_dim(backbone) == features
+    assert backbone(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, features)
+    stem = backbone.conv1
+    assert (stem.kernel_size, stem.stride, stem.padding, stem.bias) == ((3, 3), (1, 1), (1, 1), None)
+    assert isinstance(backbone.maxpool, torch.nn.Identity)
+
+
+def test_parameter_counts_with_resnet18():
+    objective = BYOL("resnet18", torch.device("meta"), 0.99)
+    encoder, predictor = objective.online.module.encoder, objective.online.module.predictor
+    assert count(encoder.backbone) == 11_168_832
+    assert count(encoder.projector) == 10_500_096
+    assert count(predictor) == len(objective.parts["predictor"].vector) == 16_791_552
+    assert len(objective.online.state.vector) == 38_460_480
+
+
+def test_initialisation_is_pytorchs_default():
+    torch.manual_seed(0)
+    conv = build_backbone("resnet18").layer3[0].conv1.weight  # uniform in +-1/sqrt(fan_in), not He's normal
+    bound = (128 * 9) ** -0.5
+    assert 0.99 * bound < conv.abs().max() <= bound
+
+
+def test_exported_backbone_loads_into_torchvisions_resnet():
+    objective = byol("resnet18")
+    theirs = torchvision.models.resnet18()
+    theirs.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    theirs.fc = torch.nn.Identity()
+    theirs.load_state_dict(objective.online.module.encoder.backbone.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_parameters_are_views_and_segments_name_their_places(name):
+    objective = byol(name) if name == "small" else BYOL(name, torch.device("meta"), 0.99)
+    for network in (objective.online, objective.target):
+        network.check_views()
+        assert [s.begin for s in network.segments[1:]] == [s.end for s in network.segments[:-1]]
+        assert (network.segments[0].begin, network.segments[-1].end) == (0, len(network.state.vector))
+    assert objective.online.state.vector.dtype == torch.float32
+    names = [s.name for s in objective.online.segments[: len(objective.target.segments)]]
+    assert names == [f"encoder.{s.name}" for s in objective.target.segments]
+
+
+def test_the_vector_and_the_module_are_one():
+    objective = byol()
+    encoder = objective.online.module.encoder
+    objective.online.state.vector.fill_(2)
+    objective.online.state.buffers.fill_(3)
+    objective.online.state.counters.fill_(4)
+    assert all((p == 2).all() for p in objective.online.module.parameters())
+    assert (encoder.backbone[1].running_var == 3).all() and encoder.backbone[1].num_batches_tracked == 4
+    assert objective.parts["predictor"].vector.data_ptr() == objective.online.module.predictor[0].weight.data_ptr()
+    assert objective.parts["predictor"].buffers.data_ptr() == objective.online.module.predictor[1].running_mean.data_ptr()
+    encoder(torch.rand(4, 3, 16, 16))
+    assert objective.parts["encoder"].counters.eq(5).all() and objective.parts["predictor"].counters.eq(4).all()
+
+
+def test_broken_views_are_noticed():
+    network = Flat(build_head(3, 4, 2))
+    network.module[0].weight.data = network.module[0].weight.data.clone()
+    with pytest.raises(AssertionError, match="0.weight is no longer a view"):
+        network.check_views()
+    network = Flat(build_head(3, 4, 2))
+    network.module.zero_grad()  # sets the gradients to None, so that backward makes new ones
+    network.module(torch.rand(5, 3)).sum().backward()
+    with pytest.raises(AssertionError, match="gradient of 0.weight is no longer a view"):
+        network.check_views()
+
+
+def test_flat_sgd_is_sgd():
+    """Steps on the flat vector equal those of torch.optim over the module's own parameters."""
+    plain = build_head(5, 4, 3)
+    flat = Flat(copy.deepcopy(plain))
+    optimizers = [torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=5e-4) for p in ([flat.weight], plain.parameters())]
+    for _ in range(3):
+        x = torch.rand(6, 5)
+        flat.weight.grad.zero_()
+        plain.zero_grad()
+        for module, optimizer in zip((flat.module, plain), optimizers):
+            module(x).square().sum().backward()
+            optimizer.step()
+    flat.check_views()
+    for mine, theirs in zip(flat.module.parameters(), plain.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------------------------- objectives
+
+
+def test_loss_by_hand():
+    """Identity networks: the loss is 4 - 4 cos(x1, x2), so 0, 4 and 8 for equal, orthogonal and opposite views."""
+    objective = byol()
+    objective.online.module = torch.nn.Identity()
+    objective.online.module.encoder = objective.target.module = torch.nn.Identity()
+    a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 5.0]])
+    assert [objective.loss(a, view).item() for view in (a, b, -a)] == [0.0, 4.0, 8.0]
+    # one view turned by 60 degrees, the other pair equal: mean over the batch of 4 - 4 * (1/2, 1)
+    c = torch.tensor([[1.0, 3.0**0.5], [0.0, 1.0]])
+    assert objective.loss(torch.cat([a, b]), c).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_each_view_has_its_own_batch_statistics():
+    objective = byol()
+    views = torch.rand(2, 8, 3, 16, 16)
+    objective.loss(*views)
+    assert objective.online.state.counters.eq(2).all() and objective.target.state.counters.eq(2).all()
+
+
+def test_target_follows_and_has_no_gradient():
+    objective = byol()
+    optimizer = torch.optim.SGD([objective.online.weight], 0.1)
+    before = objective.target.state.vector.clone()
+    objective.loss(*torch.rand(2, 8, 3, 16, 16)).backward()
+    optimizer.step()
+    objective.update_target()
+    online, target = objective.parts["encoder"].vector, objective.target.state.vector
+    assert all(p.grad is None and not p.requires_grad for p in objective.target.module.parameters())
+    assert (objective.online.weight.grad != 0).float().mean() > 0.8
+    assert not torch.equal(target, online) and not torch.equal(target, before)
+    torch.testing.assert_close(target, 0.99 * before + 0.01 * online)
+
+
+def test_ema_steps_have_the_closed_form():
+    """After n steps towards a fixed theta: `xi_n = m^n xi_0 + (1 - m^n) theta`."""
+    objective = byol(ema_decay=0.9)
+    start = torch.randn(objective.target.state.vector.shape)
+    objective.target.state.vector.copy_(start)
+    for _ in range(7):
+        objective.update_target()
+    expected = 0.9**7 * start + (1 - 0.9**7) * objective.parts["encoder"].vector
+    torch.testing.assert_close(objective.target.state.vector, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shared_target_is_the_online_encoder():
+    objective = byol()
+    objective.target.state.vector.zero_()
+    views = torch.rand(2, 8, 3, 16, 16)
+    shared = objective.loss(*views, shared_target=True)
+    objective.target.state.copy_(objective.parts["encoder"])
+    assert shared.item() == pytest.approx(objective.loss(*views).item(), abs=1e-6)
