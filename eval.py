@@ -1,0 +1,337 @@
+"""Read a finished encoder: kNN, linear, semi-supervised and transfer evaluation (METHOD section 4), figures and tables.
+
+    python eval.py [RUN]              linear evaluation of the newest run under runs/, or of RUN
+    python eval.py --semi 0.1         fine-tune backbone and a new head on a tenth of the labels, class-balanced
+    python eval.py --plot [RUN ...]   divergence, loss and kNN curves
+    python eval.py --table [RUN ...]  one Markdown row a setting, seeds as mean and deviation
+
+A run of `single` has one encoder a client: each is evaluated, and the mean reported.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+
+from cli import InputError, Parser, first_line, number, user_errors, write_atomic
+
+
+def parse_options(argv: list[str] | None = None):
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", default=[], help="run folders  [the newest under runs/; for --table all of them]")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--linear", action="store_true", help="train one linear layer on the frozen backbone's features (the default)")
+    what.add_argument("--knn", action="store_true", help="weighted vote of the 200 nearest training images")
+    what.add_argument("--semi", type=number(float, 0, 1, open_low=True), metavar="F", help="fine-tune on a fraction F of the labels")
+    what.add_argument("--plot", action="store_true", help="draw the runs' curves")
+    what.add_argument("--table", action="store_true", help="print the runs' evaluations as Markdown")
+    add("--transfer", metavar="DATASET", help="evaluate on another data set than the run was trained on")
+    add("--features", choices=("backbone", "projector"), help="for --knn: d-dimensional, or the projector's output  [backbone]")
+    add("--head", choices=("linear", "mlp"), help="for --semi: Linear, or Linear-BN-ReLU-Linear of hidden width 4096  [linear]")
+    add("--epochs", type=number(int, 1), help="of --linear or --semi  [200, 100]")
+    add("--seed", type=number(int, 0), help="of the head's initialisation, the batches and the labelled subset  [0]")
+    add("--data-root", help="where CIFAR lies or is downloaded to  [the run's]")
+    add("--device", choices=("auto", "cpu", "cuda"), help="[auto]")
+    add("--out", type=Path, help="for --plot: the figure  [RUN/divergence.png; comparison.png for several runs]")
+    options = parser.parse_args(argv)
+    for name, owners in {"features": ["knn"], "head": ["semi"], "epochs": ["linear", "semi", ""], "out": ["plot"]}.items():
+        if name in options and not any(o in options or (not o and not {"knn", "plot", "table"} & vars(options).keys()) for o in owners):
+            parser.error(f"--{name} goes with {' or '.join(f'--{o}' for o in owners if o)}")
+    if "transfer" in options and ("plot" in options or "table" in options):
+        parser.error("--transfer goes with --linear, --knn or --semi")
+    return options
+
+
+OPTIONS = parse_options() if __name__ == "__main__" else None  # before the heavy imports: mistakes are answered at once
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn.functional import cross_entropy, normalize, one_hot  # noqa: E402
+from tqdm import trange  # noqa: E402
+
+from data import Images, balanced_subset, keyed_generator, load_images  # noqa: E402
+from models import Encoder, build_head, feature_dim  # noqa: E402
+
+
+def main(options) -> None:
+    runs = options.runs or find_runs()
+    if "table" in options:
+        return print(table(runs))
+    if "plot" in options:
+        runs = runs if options.runs else runs[:1]
+        out = getattr(options, "out", runs[0] / "divergence.png" if len(runs) == 1 else Path("comparison.png"))
+        plot(runs, out)
+        return print(f"{out} shows {', '.join(map(str, runs))}")
+    for run in runs if options.runs else runs[:1]:
+        evaluate(run, options)
+
+
+def evaluate(run: Path, options) -> None:
+    """Evaluate a run's encoders as the options say, print the accuracy and append it to RUN/eval.jsonl."""
+    trained_on = read_config(run)["options"]
+    dataset, root = getattr(options, "transfer", trained_on["dataset"]), getattr(options, "data_root", trained_on["data_root"])
+    seed, device = getattr(options, "seed", 0), choose_device(getattr(options, "device", "auto"))
+    encoders = [encoder.to(device) for encoder in load_encoders(run)]
+    images = load_images(dataset, Path(root), trained_on["image_size"]).to(device)
+    result = {"dataset": dataset, "seed": seed}
+    if "knn" in options:
+        features = getattr(options, "features", "backbone")
+        result |= {"evaluation": "knn", "features": features, "labels": len(images.y_train)}
+        accuracies = [knn(e.backbone if features == "backbone" else e, images) for e in encoders]
+    elif "semi" in options:
+        head, epochs = getattr(options, "head", "linear"), getattr(options, "epochs", 100)
+        labelled = balanced_subset(images.y_train, options.semi, seed).to(device)
+        result |= {"evaluation": f"semi {options.semi:g}", "head": head, "epochs": epochs, "labels": len(labelled)}
+        accuracies = [fine_tune(e.backbone, images, labelled, head, epochs, seed) for e in encoders]
+    else:
+        epochs = getattr(options, "epochs", 200)
+        result |= {"evaluation": "linear", "features": "backbone", "epochs": epochs, "labels": len(images.y_train)}
+        accuracies = [linear(e.backbone, images, epochs, seed) for e in encoders]
+    result |= {"accuracy": mean(accuracies), "accuracies": accuracies}
+    log = run / "eval.jsonl"
+    former = log.read_bytes() if log.exists() else b""
+    write_atomic(log, lambda f: f.write(former + json.dumps(result).encode() + b"\n"))
+    how = ", ".join(f"{result[k]} {k}" for k in ("features", "head", "epochs", "labels") if k in result)
+    each = f"  (mean of {', '.join(f'{100 * a:.2f}' for a in accuracies)})" if len(accuracies) > 1 else ""
+    print(f"{run}: {result['evaluation']} on {dataset}, {how}: {100 * result['accuracy']:.2f}%{each}")
+
+
+# --------------------------------------------------------------------------------------------------- evaluations
+# Accuracies are fractions of the test images, top-1.
+
+
+@torch.inference_mode()
+def extract_features(module: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Features `[N, d]` of uint8 images `[N, 3, S, S]`, unaugmented, in eval mode; the module's mode is restored."""
+    training = module.training
+    module.eval()
+    batches = (batch.float().div_(255).contiguous(memory_format=torch.channels_last) for batch in images.split(batch_size))
+    features = torch.cat([module(batch) for batch in batches])
+    module.train(training)
+    return features
+
+
+@torch.inference_mode()
+def knn(module: nn.Module, images: Images, k: int = 200, temperature: float = 0.1) -> float:
+    """Weighted vote of the k most cosine-similar training images, weight `exp(cos / temperature)` (Wu et al. 2018)."""
+    train, test = (normalize(extract_features(module, x)) for x in (images.x_train, images.x_test))
+    votes = one_hot(images.y_train, images.num_classes).float()
+    correct = 0
+    for queries, labels in zip(test.split(500), images.y_test.split(500)):
+        similarity, neighbours = (queries @ train.T).topk(min(k, len(train)))
+        scores = ((similarity / temperature).exp()[:, :, None] * votes[neighbours]).sum(1)
+        correct += (scores.argmax(1) == labels).sum()
+    return int(correct) / len(images.y_test)
+
+
+def linear(backbone: nn.Module, images: Images, epochs: int = 200, seed: int = 0) -> float:
+    """Linear evaluation: one Linear on frozen features, Adam 3e-3, batch 512, shuffled.
+
+    Features are standardised by the training set's mean and deviation, an affine map that the layer could express itself: without
+    it the fixed learning rate under-rates encoders whose features are small, the untrained one above all.
+    """
+    before = copy.deepcopy(backbone.state_dict())
+    train, test = (extract_features(backbone, x).clone() for x in (images.x_train, images.x_test))
+    deviation, centre = torch.std_mean(train, 0)
+    train, test = ((x - centre) / (deviation + 1e-8 * deviation.max()) for x in (train, test))
+    head = new_head(nn.Linear, train.shape[1], images.num_classes, seed=seed).to(train.device)
+    train_classifier(head, train, images.y_train, epochs, lr=3e-3, batch_size=512, seed=seed, what="linear")
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items()), "linear evaluation changed the frozen backbone"
+    with torch.inference_mode():
+        return (head(test).argmax(1) == images.y_test).float().mean().item()
+
+
+def fine_tune(backbone: nn.Module, images: Images, labelled: Tensor, head: str, epochs: int = 100, seed: int = 0) -> float:
+    """Semi-supervised evaluation: backbone and a new head trained on the `labelled` images, Adam 1e-3, batch 128.
+
+    The accuracy is that after the last epoch, never the best on the test set.
+    """
+    width = feature_dim(backbone)
+    if head == "linear":
+        top = new_head(nn.Linear, width, images.num_classes, seed=seed)
+    else:
+        top = new_head(build_head, width, 4096, images.num_classes, seed=seed)
+    model = nn.Sequential(copy.deepcopy(backbone), top).to(images.x_train.device).requires_grad_()
+    x = images.x_train[labelled].float().div_(255).contiguous(memory_format=torch.channels_last)
+    train_classifier(model, x, images.y_train[labelled], epochs, lr=1e-3, batch_size=128, seed=seed, what="fine-tuning")
+    predicted = extract_features(model, images.x_test).argmax(1)
+    return (predicted == images.y_test).float().mean().item()
+
+
+def new_head(kind: Callable[..., nn.Module], *sizes: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return kind(*sizes)
+
+
+def train_classifier(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, batch_size: int, seed: int, what: str) -> None:
+    """Minimise cross-entropy with Adam over shuffled batches; a last batch of one sample is left out, as BatchNorm needs two."""
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    generator = keyed_generator(x.device, seed, what)
+    model.train()
+    for _ in trange(epochs, desc=what, leave=False, disable=None):
+        for batch in torch.randperm(len(x), generator=generator, device=x.device).split(batch_size):
+            if len(batch) > 1:
+                loss = cross_entropy(model(x[batch]), y[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+
+# --------------------------------------------------------------------------------------------------- run folders
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device got cuda, but torch finds no usable CUDA GPU here; it wants cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def find_runs(root: Path = Path("runs")) -> list[Path]:
+    """The finished runs under `root`, newest first."""
+    runs = sorted((p.parent for p in root.glob("*/encoder.pt")), key=lambda run: (run / "encoder.pt").stat().st_mtime, reverse=True)
+    if not runs:
+        raise InputError(f"there is no finished run under {root}/: train one with `python fedu.py`, or name its folder")
+    return runs
+
+
+def read_config(run: Path) -> dict:
+    try:
+        config = json.loads((run / "config.json").read_text())
+        config["options"]["method"]
+        return config
+    except FileNotFoundError:
+        raise InputError(f"{run} is not a run folder: it has no config.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run}/config.json is not readable ({first_line(error)})") from None
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The rounds of a run, one dict each; see the README for their keys."""
+    try:
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run}/metrics.jsonl is not readable ({first_line(error)})") from None
+
+
+def load_encoders(run: Path) -> list[Encoder]:
+    """A run's encoders: that of the global model, or for `single` one a client."""
+    path = run / "encoder.pt"
+    if not path.exists():
+        raise InputError(f"{run} has no encoder.pt: the run is not finished; continue it with `python fedu.py --resume {run}`")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        encoders = []
+        for state in saved["encoders"]:
+            encoder = Encoder(saved["encoder"])
+            encoder.backbone.load_state_dict(state["backbone"])
+            encoder.projector.load_state_dict(state["projector"])
+            encoders.append(encoder)
+        return encoders
+    except Exception as error:  # whatever a damaged archive makes torch raise
+        raise InputError(f"{path} is not a readable encoder ({first_line(error)})") from None
+
+
+# ----------------------------------------------------------------------------------------------- figures and tables
+# Okabe and Ito's palette, which the colour-blind can tell apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def plot(runs: list[Path], out: Path) -> None:
+    """Draw divergence, loss and kNN accuracy against rounds: a thin line a client, a thick one their mean, one colour a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    with plt.rc_context(style):
+        figure, (top, loss, knn_) = plt.subplots(3, 1, figsize=(9, 9.5), height_ratios=(2, 1, 1), sharex=True, layout="constrained")
+        for colour, run in zip(COLOURS * len(runs), runs):
+            options, rows = read_config(run)["options"], read_metrics(run)
+            if not rows:
+                raise InputError(f"{run} has no rounds to draw")
+            label = run.name if len(runs) > 1 else f"{options['method']}: mean of the clients"
+            draw_clients(top, rows, "divergence", colour, label)
+            draw_clients(loss, rows, "loss", colour)
+            measured = [(r["round"], 100 * r["knn"]) for r in rows if r["knn"] is not None]
+            knn_.plot(*zip(*measured), color=colour, marker="o", markersize=4) if measured else None
+            local = [(r["round"], d) for r in rows for d, p in zip(r["divergence"], r["predictor"]) if p == "local"]
+            if local:
+                top.scatter(
+                    *zip(*local), s=42, facecolors="none", edgecolors=colour, label="a client that began the round with its own predictor"
+                )
+            if options["method"] == "fedu":
+                top.axhline(options["mu"], color=colour, linestyle="--", linewidth=1.2, label=f"$\\mu$ = {options['mu']:g}")
+        kind = {o["divergence"] for o in (read_config(run)["options"] for run in runs)}
+        unit = {"layer-mean": "mean L2 norm per convolution", "squared": "squared L2 norm of the encoder"}
+        top.set(ylabel="divergence in a round\n(" + " / ".join(unit[k] for k in sorted(kind)) + ")", ylim=(0, None))
+        loss.set(ylabel="BYOL loss (0 to 8)")
+        knn_.set(ylabel="kNN accuracy (%)", xlabel="round")
+        knn_.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.suptitle(run_title(runs))
+        handles = dict(reversed([(lb, h) for h, lb in zip(*top.get_legend_handles_labels())][::-1]))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
+        write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=out.suffix[1:] or "png"))
+        plt.close(figure)
+
+
+def draw_clients(axis, rows: list[dict], key: str, colour: str, label: str | None = None) -> None:
+    for client in sorted({c for row in rows for c in row["clients"]}):
+        points = [(row["round"], dict(zip(row["clients"], row[key])).get(client)) for row in rows]
+        axis.plot(*zip(*((r, v) for r, v in points if v is not None)), color=colour, linewidth=0.8, alpha=0.45)
+    axis.plot([row["round"] for row in rows], [mean(row[key]) for row in rows], color=colour, linewidth=2.4, label=label)
+
+
+def run_title(runs: list[Path]) -> str:
+    first = read_config(runs[0])["options"]
+    return f"{Path(first['dataset']).stem}, {first['clients']} clients, {describe_partition(first)}" if len(runs) == 1 else "Runs compared"
+
+
+def describe_partition(options: dict) -> str:
+    detail = {"classes": options["classes_per_client"] or "1/K", "dirichlet": options["alpha"]}.get(options["partition"])
+    return {"classes": f"{detail} of the classes each" if detail == "1/K" else f"{detail} classes each", "iid": "iid"}.get(
+        options["partition"], f"dirichlet {detail}"
+    )
+
+
+def table(runs: list[Path]) -> str:
+    """Markdown: one row a setting; each evaluation as mean and, over several seeds, sample deviation, in % of the test images."""
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        setting = {k: v for k, v in read_config(run)["options"].items() if k not in ("seed", "device", "data_root")}
+        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
+    found = {run: read_evaluations(run) for run in runs}
+    columns = sorted({name for evaluations in found.values() for name in evaluations}, key=lambda n: ("linear" not in n, n))
+    lines = [["method", "data", "partition", "rounds", "seeds", *columns]]
+    for setting, members in groups.items():
+        options = json.loads(setting)
+        cells = [options["method"], Path(options["dataset"]).stem, describe_partition(options), str(options["rounds"]), str(len(members))]
+        for column in columns:
+            values = [100 * found[run][column] for run in members if column in found[run]]
+            cells.append("-" if not values else f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else ""))
+        lines.append(cells)
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def read_evaluations(run: Path) -> dict[str, float]:
+    """The latest accuracy of each evaluation that RUN/eval.jsonl holds, under a name that tells unlike ones apart."""
+    path = run / "eval.jsonl"
+    trained_on = read_config(run)["options"]["dataset"]
+    results = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        usual = {"features": "backbone", "head": "linear", "dataset": trained_on}
+        unusual = [row[k] for k in usual if row.get(k, usual[k]) != usual[k]]
+        results[", ".join([row["evaluation"], *unusual])] = row["accuracy"]
+    return results
+
+
+if __name__ == "__main__":
+    with user_errors("eval.py"):
+        main(OPTIONS)

@@ -1,0 +1,481 @@
+"""FedU: collaborative unsupervised visual representation learning from decentralized data (Zhuang et al., ICCV 2021).
+
+Clients hold unlabelled images that never leave them. In each round every selected client trains BYOL on its own images, uploads
+its online encoder and predictor, and the server averages them; a client then takes the averaged encoder, and the averaged
+predictor only if its last divergence lay below mu (DAPU). The whole federation is simulated in this one process.
+
+    python fedu.py                                    five clients on the embedded images, about three minutes on a laptop
+    python fedu.py --dataset cifar100 --clients 5     the paper's run
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from cli import InputError, Parser, first_line, number, user_errors, write_atomic
+
+
+class Method(NamedTuple):
+    """A method is a row: who averages with whom, and which predictor a client takes when the averaged one arrives."""
+
+    federation: str  # all: one server; each: every client alone; pooled: one client that holds the union of the data
+    predictor: str  # global, or dapu: global if the client's divergence < mu, else its own
+    trains: bool = True
+
+
+METHODS = {
+    "fedu": Method("all", "dapu"),
+    "fedbyol": Method("all", "global"),
+    "single": Method("each", "global"),
+    "central": Method("pooled", "global"),
+    "untrained": Method("all", "global", trains=False),
+}
+
+DEFAULTS = {
+    "dataset": "fashion", "data_root": "~/.cache/fedu", "image_size": 32,
+    "method": "fedu", "mu": 0.4, "divergence": "layer-mean", "first_target": "copy", "ema_decay": 0.99,
+    "clients": 5, "clients_per_round": None, "partition": "classes", "classes_per_client": None, "alpha": 0.5,
+    "seed": 0, "device": "auto", "precision": "fp32",
+}  # fmt: skip
+PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
+RECIPES = {"fashion": {"encoder": "small", "rounds": 12, "local_epochs": 5, "batch_size": 64, "lr": 0.06, "knn_every": 2}}
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+HOST_OPTIONS = ("data_root", "device")  # where a run computes, not what: these may change on --resume
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "encoder.pt", "divergence.png", "eval.jsonl")
+
+
+def parse_options(argv: list[str] | None = None) -> dict:
+    """Read the command line; returns only what was given, so that recipes and --resume can supply the rest."""
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    count, positive = number(int, 1), number(float, 0, open_low=True)
+    add = parser.add_argument
+    add("--dataset", help="fashion (embedded), cifar10, cifar100, a file PATH.npz or a folder PATH/{train,test}/CLASS/*  [fashion]")
+    add("--data-root", help="where CIFAR lies or is downloaded to  [~/.cache/fedu]")
+    add("--image-size", type=number(int, 8), help="side in pixels to which a folder's images are resized  [32]")
+    add("--method", choices=METHODS, help="what clients share  [fedu]")
+    add("--mu", type=number(float, 0), help="DAPU's threshold: the averaged predictor is taken below it  [0.4]")
+    add("--divergence", choices=("layer-mean", "squared"), help="the authors' code's, or the paper's, which wants a --mu  [layer-mean]")
+    add("--first-target", choices=("copy", "shared"), help="shared: no EMA in a client's first round, as in the authors' code  [copy]")
+    add("--ema-decay", type=number(float, 0, 1), help="m of the target's moving average  [0.99]")
+    add("--clients", type=count, help="K  [5]")
+    add("--clients-per-round", type=count, help="clients drawn for each round  [all]")
+    add("--partition", choices=("classes", "iid", "dirichlet"), help="how images are dealt to the clients  [classes]")
+    add("--classes-per-client", type=count, help="for --partition classes  [1/K of the classes]")
+    add("--alpha", type=positive, help="concentration, for --partition dirichlet  [0.5]")
+    add("--encoder", choices=("small", "resnet18", "resnet50"), help="backbone  [by data set]")
+    add("--rounds", type=count, help="R  [by data set]")
+    add("--local-epochs", type=count, help="E  [by data set]")
+    add("--batch-size", type=number(int, 2), help="B  [by data set]")
+    add("--lr", type=positive, help="learning rate of round 0, cosine over rounds  [by data set]")
+    add("--knn-every", type=number(int, 0), help="rounds between kNN measurements, 0 for none  [by data set]")
+    add("--seed", type=number(int, 0), help="one seed, one answer  [0]")
+    add("--device", choices=("auto", "cpu", "cuda"), help="[auto]")
+    add("--precision", choices=("fp32", "bf16"), help="of the networks' arithmetic  [fp32]")
+    add("--out", type=Path, help="run folder  [runs/DATASET-METHOD-Kclients-sSEED]")
+    add("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    add("--overwrite", action="store_true", help="replace the run in an existing folder")
+    given = vars(parser.parse_args(argv))
+    if "resume" in given and ({"out", "overwrite"} & given.keys()):
+        parser.error("--resume continues a run in its own folder; it goes with neither --out nor --overwrite")
+    return given
+
+
+GIVEN = parse_options() if __name__ == "__main__" else {}  # before the heavy imports: mistakes are answered at once
+
+import hashlib  # noqa: E402
+import math  # noqa: E402
+import platform  # noqa: E402
+import subprocess  # noqa: E402
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import eval as evaluation  # noqa: E402
+import ops  # noqa: E402
+from data import Images, keyed_generator, load_images, partition, two_views  # noqa: E402
+from models import BYOL, Part, conv_layers  # noqa: E402
+
+
+@dataclass
+class Client:
+    """What one party holds between its rounds: its images, and the networks that are not the server's."""
+
+    id: int
+    indices: Tensor  # its images, as indices into the data set
+    state: dict[str, Part] = field(default_factory=dict)  # target and own predictor; empty before the first participation
+    divergence: float | None = None  # d_k of its last participation
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.indices)
+
+
+@dataclass
+class Federation:
+    """A server's global model, encoder and predictor, and the clients that it averages."""
+
+    server: Part
+    clients: list[Client]
+
+
+# ----------------------------------------------------------------------------------------------------- the rounds
+
+
+def main(given: dict) -> None:
+    out, options = prepare(given)
+    method, seed, rounds, mu = METHODS[options["method"]], options["seed"], options["rounds"], options["mu"]
+    device = evaluation.choose_device(options["device"])
+    images = load_images(options["dataset"], Path(options["data_root"]), options["image_size"]).to(device)
+    federations, objective = build(options, images, method, device)
+    clients = [client for federation in federations for client in federation.clients]
+    inbox = objective.online.state.empty_rows(max(len(f.clients) for f in federations))
+    segments = torch.tensor([[begin, end] for _, begin, end in objective.target.segments])
+    layers = conv_layers(objective.target)
+    start, metrics, seconds = 0, [], 0.0
+    if "resume" in given:
+        start, metrics, seconds = load_checkpoint(out, federations)
+        print(f"{out}: continuing after {start} of {rounds} rounds")
+    else:
+        open_run(out, "overwrite" in given)
+    begun = time.perf_counter() - seconds
+    write_config(out, options, device, seconds)
+    write_metrics(out, metrics)
+
+    print(f"{options['method']} on {options['dataset']}: {len(images.x_train)} images, {describe(clients, device)}")
+    print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (g global, l local)")
+    for round_ in range(start, rounds):
+        clock = time.perf_counter()
+        lr = cosine(options["lr"], round_, rounds)
+        selected = sample_clients(len(clients), options["clients_per_round"], seed, round_)
+        row = {"round": round_, "lr": lr} | {key: [] for key in ("clients", "num_examples", "loss", "divergence", "predictor")}
+        row |= {"upload_bytes": 0, "download_bytes": 0, "knn": None}
+        steps = sum(c.num_examples // options["batch_size"] for c in clients if c.id in selected) * options["local_epochs"]
+        progress = tqdm(total=steps, desc=f"round {round_}", unit="step", leave=False, disable=not sys.stderr.isatty())
+        for federation in federations:
+            members = [client for client in federation.clients if client.id in selected]
+            losses = []
+            for k, client in enumerate(members):
+                shared_target = options["first_target"] == "shared" and not client.state
+                row["predictor"].append(model_update(client, federation.server, objective, method.predictor, mu))
+                generator = keyed_generator(device, seed, "training", round_, client.id)
+                views = partial(two_views, generator=generator)
+                batches = local_batches(client.indices, options["local_epochs"], options["batch_size"], generator)
+                losses.append(local_training(objective, images.x_train, batches, views, lr, options["precision"], shared_target, progress))
+                model_upload(client, objective, inbox.row(k))
+            if members:
+                uploads = Part(*(t[: len(members)] for t in inbox))
+                federation.server, drift = aggregate(uploads, [c.num_examples for c in members], federation.server, segments)
+                for client, norms in zip(members, drift):
+                    client.divergence = divergence(norms, layers, options["divergence"])
+                row["loss"] += torch.stack(losses).tolist()  # the round's only wait for the device
+                row["clients"] += [c.id for c in members]
+                row["num_examples"] += [c.num_examples for c in members]
+                row["divergence"] += [c.divergence for c in members]
+            if len(federation.clients) > 1:  # a client alone has nobody to send anything to
+                row["upload_bytes"] += len(members) * federation.server.nbytes
+                row["download_bytes"] += len(members) * federation.server.nbytes
+        progress.close()
+        if not all(map(math.isfinite, row["loss"])):
+            raise InputError(f"the loss of round {round_} is not finite ({row['loss']}): lower --lr, or check the images")
+        row["seconds"] = round(time.perf_counter() - clock, 2)
+        if options["knn_every"] and ((round_ + 1) % options["knn_every"] == 0 or round_ + 1 == rounds):
+            row["knn"] = mean([evaluation.knn(backbone, images) for backbone in backbones(objective, federations)])
+        metrics.append(row)
+        write_metrics(out, metrics)
+        save_checkpoint(out, round_ + 1, federations, time.perf_counter() - begun)
+        print(round_line(row), flush=True)
+
+    save_encoder(out, options["encoder"], objective, federations)
+    write_config(out, options, device, time.perf_counter() - begun)
+    if metrics:
+        evaluation.plot([out], out / "divergence.png")
+        print(dapu_notice(metrics, method, mu), end="")
+    print(f"\n{out} holds the run. Next:\n  python eval.py {out}\n  python eval.py --plot {out}")
+
+
+def build(options: dict, images: Images, method: Method, device: torch.device) -> tuple[list[Federation], BYOL]:
+    """The federations of a method with their clients, all starting from the one network that the seed initialises."""
+    labels = images.y_train.cpu().numpy()
+    parts = partition(
+        labels, options["clients"], options["partition"], options["seed"],
+        options["classes_per_client"], options["alpha"], at_least=options["batch_size"],
+    )  # fmt: skip
+    indices = [torch.from_numpy(part).to(device) for part in parts]
+    if method.federation == "pooled":
+        indices = [torch.cat(indices)]
+    torch.manual_seed(options["seed"])
+    objective = BYOL(options["encoder"], device, options["ema_decay"])
+    clients = [Client(k, index) for k, index in enumerate(indices)]
+    groups = [[client] for client in clients] if method.federation == "each" else [clients]
+    return [Federation(objective.online.state.clone(), group) for group in groups], objective
+
+
+def cosine(lr0: float, round_: int, rounds: int) -> float:
+    """`lr0 (1 + cos(pi r / R)) / 2`: cosine over rounds, constant inside a round."""
+    return lr0 * (1 + math.cos(math.pi * round_ / rounds)) / 2
+
+
+def sample_clients(clients: int, per_round: int | None, seed: int, round_: int) -> set[int]:
+    """The ids of the clients that take part in a round: drawn without replacement, by (seed, round)."""
+    generator = keyed_generator(torch.device("cpu"), seed, "clients", round_)
+    return set(torch.randperm(clients, generator=generator)[:per_round].tolist())
+
+
+# ------------------------------------------------------------------------------- the four stages of a round (paper, figure 2)
+
+
+def local_batches(indices: Tensor, epochs: int, batch_size: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """The batches of `epochs` shuffled passes over a client's images, as indices `[B]`; the last partial one of a pass is dropped."""
+    for _ in range(epochs):
+        order = indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
+        yield from order[: len(order) // batch_size * batch_size].split(batch_size)
+
+
+def local_training(
+    objective: BYOL, images: Tensor, batches: Iterable[Tensor], views: Callable[[Tensor], tuple[Tensor, Tensor]], lr: float,
+    precision: str = "fp32", shared_target: bool = False, progress: tqdm | None = None,
+) -> Tensor:  # fmt: skip
+    """Stage 1: train the objective's networks on a client's batches; returns the mean loss, `[]`, still on the device.
+
+    images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` makes its two views. SGD with momentum 0.9, which starts
+    from zero every round, and weight decay 5e-4 on everything. Nothing in here makes the host wait for the device.
+    """
+    objective.online.check_views()
+    objective.target.check_views()
+    device, weight = images.device, objective.online.weight
+    optimizer = torch.optim.SGD([weight], lr, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=device.type in ("cpu", "cuda"))
+    total, steps = torch.zeros((), device=device), 0
+    for batch in batches:
+        view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in views(images[batch]))
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+            loss = objective.loss(view1, view2, shared_target)
+        weight.grad.zero_()
+        loss.backward()
+        optimizer.step()
+        if not shared_target:
+            objective.update_target()
+        total += loss.detach()
+        steps += 1
+        if progress is not None:
+            progress.update()
+    if shared_target:
+        objective.parts["target"].copy_(objective.parts["encoder"])
+    return total / steps
+
+
+def model_upload(client: Client, objective: BYOL, row: Part) -> None:
+    """Stage 2: write online encoder and predictor into the client's row of the server's inbox; the target stays with the client."""
+    row.copy_(objective.online.state)
+    client.state = {name: objective.parts[name].clone() for name in ("target", "predictor")}
+
+
+def aggregate(uploads: Part, num_examples: list[int], server: Part, segments: Tensor) -> tuple[Part, Tensor]:
+    """Stage 3: `phi = sum_k (n_k / n) theta_k` for encoder, predictor and BatchNorm's statistics; its integer counters are copied.
+
+    uploads: the rows of K clients. server: the global model that they received. Returns the new global model and the drift
+    `[K, L]`, `norm2(theta_k - received)` on each of the encoder's segments `[L, 2]`.
+    """
+    weights = torch.tensor(num_examples, dtype=torch.float64) / sum(num_examples)
+    weights = weights.to(uploads.vector)
+    vector, drift, _ = ops.aggregate(uploads.vector, weights, server.vector, segments)
+    return Part(vector, ops.weighted_mean(uploads.buffers, weights), uploads.counters[0].clone()), drift
+
+
+def model_update(client: Client, server: Part, objective: BYOL, predictor: str, mu: float) -> str:
+    """Stage 4: load what the client trains from into the objective's networks; returns whose predictor it is, `global` or `local`.
+
+    The online encoder is always the server's, the target the client's own. By DAPU the predictor is the server's if the client's
+    divergence is below mu, else its own. A client that takes part for the first time has all three from the server.
+    """
+    objective.online.state.copy_(server)
+    objective.parts["target"].copy_(client.state.get("target", objective.parts["encoder"]))
+    if predictor == "dapu" and client.state and client.divergence >= mu:
+        objective.parts["predictor"].copy_(client.state["predictor"])
+        return "local"
+    return "global"
+
+
+def divergence(norms: Tensor, layers: list[int], kind: str) -> float:
+    """d_k from the drift `[L]` of each layer: `layer-mean` over the convolutions (authors' code), or `squared` over the whole encoder."""
+    return norms[layers].mean().item() if kind == "layer-mean" else norms.square().sum().item()
+
+
+def dapu_notice(metrics: list[dict], method: Method, mu: float) -> str:
+    """A sentence for the case that every DAPU decision of the run was the same, else nothing."""
+    last: dict[int, float] = {}  # each client's divergence when a decision was made
+    decided = []
+    for row in metrics:
+        decided += [(taken, last[client]) for client, taken in zip(row["clients"], row["predictor"]) if client in last]
+        last |= dict(zip(row["clients"], row["divergence"]))
+    decisions, divergences = {taken for taken, _ in decided}, [d for _, d in decided]
+    if method.predictor != "dapu" or len(decisions) != 1:
+        return ""
+    consequence = "this run is FedBYOL" if decisions == {"global"} else "clients shared a predictor in their first round only"
+    span = f"divergences {min(divergences):.3g} to {max(divergences):.3g}"
+    return f"\nmu = {mu:g} never bound: every DAPU decision was {decisions.pop()} ({span}), so {consequence}.\n"
+
+
+# ------------------------------------------------------------------------------------------------- the run folder
+
+
+def prepare(given: dict) -> tuple[Path, dict]:
+    """The run folder and the resolved options: those given, then the run's own on --resume, else the data set's recipe."""
+    given = dict(given)
+    resume, out = given.pop("resume", None), given.pop("out", None)
+    given.pop("overwrite", None)
+    if resume is not None:
+        stored = evaluation.read_config(resume)["options"]
+        changed = [k for k in given if given[k] != stored[k] and k not in HOST_OPTIONS]
+        if changed:
+            names = ", ".join(f"--{k.replace('_', '-')} {given[k]} (it was {stored[k]})" for k in changed)
+            raise InputError(f"--resume {resume} got other options than the run has: {names}")
+        return resume, stored | given
+    options = DEFAULTS | RECIPES.get(given.get("dataset", DEFAULTS["dataset"]), PAPER) | given
+    if options["divergence"] == "squared" and "mu" not in given:
+        raise InputError("--divergence squared wants a --mu of its own, since 0.4 belongs to layer-mean")
+    if (options["clients_per_round"] or 1) > options["clients"]:
+        raise InputError(f"--clients-per-round got {options['clients_per_round']}, there are {options['clients']} clients")
+    if not METHODS[options["method"]].trains:
+        options["rounds"] = 0
+    name = f"{Path(options['dataset']).stem}-{options['method']}-{options['clients']}clients-s{options['seed']}"
+    return out or Path("runs") / name, options
+
+
+def open_run(out: Path, overwrite: bool) -> None:
+    """Make the run folder, refusing one that is in use unless `overwrite`, which removes a former run's files and no others."""
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            if not overwrite:
+                raise InputError(f"{out} is not empty: choose another --out, or --resume {out}, or --overwrite it")
+            evaluation.read_config(out)  # not a run folder? then nothing in it is ours to remove
+            for name in RUN_FILES:
+                (out / name).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made: {error.strerror}") from None
+
+
+def write_config(out: Path, options: dict, device: torch.device, seconds: float) -> None:
+    """config.json: what was run, by which code, on what."""
+    here = Path(__file__).parent
+    sources = sorted(p for p in (*here.glob("*.py"), *here.glob("ops/*")) if p.suffix in (".py", ".cpp", ".cu"))
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True)
+    config = {
+        "options": options,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": describe_device(device),
+        "threads": torch.get_num_threads(),
+        "source": hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16],
+        "commit": git.stdout.strip() or None,
+        "seconds": round(seconds, 1),
+    }
+    write_atomic(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode() + b"\n"))
+
+
+def write_metrics(out: Path, metrics: list[dict]) -> None:
+    write_atomic(out / "metrics.jsonl", lambda file: file.write("".join(json.dumps(row) + "\n" for row in metrics).encode()))
+
+
+def checksum(tensors: list[Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy())
+    return digest.hexdigest()
+
+
+def flatten(federations: list[Federation]) -> list[Tensor]:
+    """Every tensor of the simulation's state, in a fixed order."""
+    states = [[f.server, *(p for c in f.clients for p in c.state.values())] for f in federations]
+    return [t for parts in states for part in parts for t in part]
+
+
+def save_checkpoint(out: Path, rounds_done: int, federations: list[Federation], seconds: float) -> None:
+    """checkpoint.pt: everything that the next round depends on. Random generators are keyed by (seed, round, client) and have no state."""
+    tree = [
+        {
+            "server": tuple(f.server),
+            "clients": [{"divergence": c.divergence, "state": {name: tuple(p) for name, p in c.state.items()}} for c in f.clients],
+        }
+        for f in federations
+    ]
+    content = {"round": rounds_done, "seconds": seconds, "federations": tree, "checksum": checksum(flatten(federations))}
+    write_atomic(out / "checkpoint.pt", lambda file: torch.save(content, file))
+
+
+def load_checkpoint(out: Path, federations: list[Federation]) -> tuple[int, list[dict], float]:
+    """Restore the federations in place; returns the number of rounds done, their metrics, and the seconds that they took."""
+    path = out / "checkpoint.pt"
+    device = federations[0].server.vector.device
+    if not path.exists():
+        return 0, [], 0.0  # interrupted before the first round's end
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        for federation, saved in zip(federations, content["federations"], strict=True):
+            federation.server = Part(*saved["server"])
+            for client, kept in zip(federation.clients, saved["clients"], strict=True):
+                client.divergence, client.state = kept["divergence"], {name: Part(*p) for name, p in kept["state"].items()}
+        intact = content["checksum"] == checksum(flatten(federations))
+        round_, seconds = content["round"], content["seconds"]
+    except Exception as error:  # whatever a damaged archive makes torch raise
+        raise InputError(f"{path} is not a readable checkpoint ({first_line(error)})") from None
+    if not intact:
+        raise InputError(f"{path} is damaged: its tensors do not have the checksum that they were saved with")
+    return round_, evaluation.read_metrics(out)[:round_], seconds
+
+
+def save_encoder(out: Path, name: str, objective: BYOL, federations: list[Federation]) -> None:
+    """encoder.pt: `{"encoder": name, "encoders": [{"backbone", "projector"}, ...]}`, one for each server, as state dicts."""
+    encoders = []
+    for _ in backbones(objective, federations):
+        modules = objective.online.module.encoder.named_children()
+        encoders.append({part: {k: v.clone() for k, v in module.state_dict().items()} for part, module in modules})
+    write_atomic(out / "encoder.pt", lambda file: torch.save({"encoder": name, "encoders": encoders}, file))
+
+
+def backbones(objective: BYOL, federations: list[Federation]) -> Iterator[torch.nn.Module]:
+    """The objective's backbone, holding each server's global model in turn."""
+    for federation in federations:
+        objective.online.state.copy_(federation.server)
+        yield objective.online.module.encoder.backbone
+
+
+# ------------------------------------------------------------------------------------------------------- the log
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def describe(clients: list[Client], device: torch.device) -> str:
+    sizes = sorted(c.num_examples for c in clients)
+    spread = f"{sizes[0]}" if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
+    return f"{len(clients)} client{'s' * (len(clients) > 1)} of {spread}, {describe_device(device)}"
+
+
+def describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def round_line(row: dict) -> str:
+    taken = "".join(p[0] for p in row["predictor"])
+    knn = "" if row["knn"] is None else f"{100 * row['knn']:.2f}"
+    return (
+        f"{row['round']:>7}{row['lr']:>10.5f}{mean(row['loss']):>9.4f}{mean(row['divergence']):>12.4f}{knn:>8}{row['seconds']:>9.1f}  "
+        + (taken if len(taken) <= 20 else f"{taken.count('g')} g, {taken.count('l')} l")
+    )
+
+
+if __name__ == "__main__":
+    with user_errors("fedu.py"):
+        main(GIVEN)

@@ -1,0 +1,384 @@
+import json
+import math
+import resource
+from functools import partial
+
+import pytest
+import torch
+from conftest import refused
+
+import fedu
+from data import keyed_generator, load_npz, two_views
+from fedu import Client, aggregate, cosine, divergence, local_batches, local_training, model_update, model_upload
+from models import BYOL, Part, conv_layers
+
+CPU = torch.device("cpu")
+
+
+def part(*values: float) -> Part:
+    return Part(torch.tensor(values), torch.tensor(values[:1]), torch.tensor([7]))
+
+
+def rows(*parts: Part) -> Part:
+    return Part(*(torch.stack(t) for t in zip(*parts)))
+
+
+def objective(device: torch.device = CPU) -> BYOL:
+    torch.manual_seed(0)
+    return BYOL("small", device, 0.99)
+
+
+# ---------------------------------------------------------------------------------------------------- aggregation
+
+
+def test_two_clients_by_hand():
+    """n = 1 and 3: the mean is (1 x_1 + 3 x_2) / 4; drift is each layer's distance from what was received."""
+    uploads = rows(part(4.0, 8.0, 0.0), part(0.0, 4.0, 12.0))
+    server, drift = aggregate(uploads, [1, 3], part(0.0, 4.0, 0.0), torch.tensor([[0, 2], [2, 3]]))
+    assert server.vector.tolist() == [1.0, 5.0, 9.0]
+    assert server.buffers.tolist() == [1.0]
+    assert server.counters.tolist() == [7]
+    assert drift.tolist() == [[math.sqrt(32), 0.0], [0.0, 12.0]]
+
+
+def test_one_client_is_the_identity():
+    x = part(0.1, -0.7, 3.3)
+    server, _ = aggregate(rows(x), [17], part(0.0, 0.0, 0.0), torch.tensor([[0, 3]]))
+    assert all(map(torch.equal, server, x))
+
+
+def test_identical_clients_are_a_fixed_point():
+    x = Part(torch.randn(1000), torch.randn(10), torch.tensor([7]))
+    server, drift = aggregate(rows(x, x, x), [5, 1, 2], x, torch.tensor([[0, 1000]]))
+    torch.testing.assert_close(server.vector, x.vector, rtol=3e-7, atol=0)
+    assert drift.eq(0).all()
+
+
+def test_order_of_training_does_not_matter(npz):
+    """Random numbers are keyed by (seed, round, client), so the clients may train in any order."""
+    images = load_npz(npz).x_train
+    net = objective()
+    start = net.online.state.clone()
+    results = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        inbox = start.empty_rows(3)
+        for k in order:
+            client = Client(k, torch.arange(k * 20, k * 20 + 16 + 4 * k))
+            model_update(client, start, net, "dapu", 0.4)
+            generator = keyed_generator(CPU, 0, "training", 0, k)
+            local_training(net, images, local_batches(client.indices, 1, 8, generator), partial(two_views, generator=generator), 0.05)
+            model_upload(client, net, inbox.row(k))
+        results.append(aggregate(inbox, [16, 20, 24], start, torch.tensor([[0, 100]]))[0])
+    assert all(map(torch.equal, *results))
+
+
+def test_an_upload_is_online_encoder_and_predictor_alone():
+    net = objective()
+    net.target.state.vector.fill_(123.0)
+    row = net.online.state.empty_rows(1).row(0)
+    model_upload(Client(0, torch.arange(9)), net, row)
+    assert row._fields == ("vector", "buffers", "counters")
+    encoder, predictor = net.online.module.encoder, net.online.module.predictor
+    assert torch.equal(row.vector, torch.cat([p.flatten() for m in (encoder, predictor) for p in m.parameters()]))
+    assert not (row.vector == 123).any()
+
+
+# ---------------------------------------------------------------------------------------------------- divergence
+
+
+def test_divergence_by_hand():
+    """A toy of two layers: drift norms 3 and 4. Mean over the layers 3.5, squared norm of the whole 25."""
+    norms = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert divergence(norms, [0, 1], "layer-mean") == 3.5
+    assert divergence(norms, [1], "layer-mean") == 4.0
+    assert divergence(norms, [0, 1], "squared") == 25.0
+
+
+def test_divergence_of_a_network_counts_its_convolutions():
+    net = objective()
+    layers = conv_layers(net.target)
+    segments = torch.tensor([[begin, end] for _, begin, end in net.target.segments])
+    moved = net.online.state.clone()
+    for i in layers:  # moves each convolution by a vector of norm 2
+        begin, end = segments[i]
+        moved.vector[begin:end] += 2 / math.sqrt(end - begin)
+    moved.vector[segments[-1, 0] :] += 1  # the projector's last bias, and the whole predictor
+    _, drift = aggregate(rows(moved), [1], net.online.state, segments)
+    assert len(layers) == 4
+    assert divergence(drift[0], layers, "layer-mean") == pytest.approx(2, rel=1e-5)
+    assert divergence(drift[0], layers, "squared") == pytest.approx(4 * 4 + 256, rel=1e-4)
+
+
+@pytest.mark.parametrize("distance, taken", [(-1e-9, "global"), (0.0, "local"), (1e-9, "local")])
+def test_dapu_below_at_and_above_mu(distance, taken):
+    net = objective()
+    server = net.online.state.clone()
+    client = Client(0, torch.arange(4))
+    model_upload(client, net, server.empty_rows(1).row(0))
+    client.state["predictor"].vector.fill_(5)
+    client.state["target"].vector.fill_(6)
+    client.divergence = 0.4 + distance
+    assert model_update(client, server, net, "dapu", mu=0.4) == taken
+    assert net.parts["predictor"].vector.eq(5).all() == (taken == "local")
+    assert torch.equal(net.parts["encoder"].vector, server.vector[: len(net.target.state.vector)])
+    assert net.target.state.vector.eq(6).all()
+    assert model_update(client, server, net, "global", mu=0.4) == "global"
+    assert torch.equal(net.online.state.vector, server.vector)
+
+
+def test_first_participation_takes_everything_from_the_server():
+    net = objective()
+    server = net.online.state.clone()
+    net.target.state.vector.zero_()
+    net.online.state.vector.zero_()
+    assert model_update(Client(0, torch.arange(4)), server, net, "dapu", mu=0.0) == "global"
+    assert torch.equal(net.online.state.vector, server.vector)
+    assert torch.equal(net.target.state.vector, net.parts["encoder"].vector)
+    assert net.target.state.vector.data_ptr() != net.parts["encoder"].vector.data_ptr()
+
+
+def test_notice_when_mu_never_bound():
+    def metrics(*taken):
+        return [{"clients": [0], "predictor": [t], "divergence": [d]} for t, d in zip(("global", *taken), (0.9, 0.3, 0.2))]
+
+    dapu, plain = fedu.METHODS["fedu"], fedu.METHODS["fedbyol"]
+    notice = fedu.dapu_notice(metrics("global", "global"), dapu, 1.0)
+    assert "mu = 1 never bound" in notice and "0.3 to 0.9" in notice and "FedBYOL" in notice
+    assert "every DAPU decision was local" in fedu.dapu_notice(metrics("local", "local"), dapu, 0.1)
+    assert fedu.dapu_notice(metrics("local", "global"), dapu, 0.4) == ""
+    assert fedu.dapu_notice(metrics("global", "global"), plain, 0.4) == ""
+
+
+# -------------------------------------------------------------------------------------------------- local training
+
+
+def test_local_training_never_waits_for_the_device():
+    """On the meta device any synchronisation, and any mixing with another device's tensors, raises."""
+    meta = torch.device("meta")
+    net = objective(meta)
+    images = torch.empty(40, 3, 16, 16, dtype=torch.uint8, device=meta)
+    batches = local_batches(torch.arange(40, device=meta), 2, 8, None)
+    loss = local_training(net, images, batches, two_views, 0.05)
+    assert loss.device == meta and loss.shape == ()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loss.item()
+
+
+def test_batches_are_shuffled_passes_without_the_rest():
+    indices = torch.arange(100, 121)
+    batches = list(local_batches(indices, 2, 8, torch.Generator().manual_seed(0)))
+    assert [len(b) for b in batches] == [8] * 4
+    first, second = torch.cat(batches[:2]).tolist(), torch.cat(batches[2:]).tolist()
+    assert len(set(first)) == len(set(second)) == 16 and first != second and set(first) <= set(range(100, 121))
+
+
+def test_shared_first_target_ends_equal_to_online(npz):
+    net = objective()
+    images = load_npz(npz).x_train
+    for shared in (True, False):
+        batches = local_batches(torch.arange(16), 1, 8, torch.Generator().manual_seed(0))
+        local_training(net, images, batches, two_views, 0.05, shared_target=shared)
+        assert torch.equal(net.target.state.vector, net.parts["encoder"].vector) == shared
+
+
+def test_learning_rate_is_a_cosine_over_rounds():
+    rates = [cosine(0.032, r, 100) for r in (0, 50, 99)]
+    assert rates == pytest.approx([0.032, 0.016, 0.032 * (1 + math.cos(0.99 * math.pi)) / 2])
+
+
+def test_sampled_clients_are_distinct_and_by_round():
+    draws = [fedu.sample_clients(20, 5, 0, r) for r in range(30)]
+    assert all(len(d) == 5 and d <= set(range(20)) for d in draws)
+    assert len({frozenset(d) for d in draws}) > 20 and draws[3] == fedu.sample_clients(20, 5, 0, 3)
+    assert fedu.sample_clients(4, None, 0, 0) == {0, 1, 2, 3}
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
+
+
+def run(folder, *options: str) -> dict:
+    """Run fedu.py in this process; returns its encoders' tensors and metrics."""
+    fedu.main(fedu.parse_options([*options, "--out", str(folder)]))
+    return load(folder)
+
+
+def load(folder) -> dict:
+    encoders = torch.load(folder / "encoder.pt", weights_only=True)["encoders"]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {"encoders": [torch.cat([t.flatten().double() for m in e.values() for t in m.values()]) for e in encoders], "metrics": metrics}
+
+
+def test_run_folder(finished):
+    folder = finished / "runs/run"
+    assert {p.name for p in folder.iterdir()} == set(fedu.RUN_FILES) - {"eval.jsonl"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["options"]["clients"] == 2 and config["options"]["ema_decay"] == 0.99 and config["seconds"] > 0
+    assert {"command", "versions", "device", "source", "commit"} <= config.keys()
+    metrics = load(folder)["metrics"]
+    assert [row["round"] for row in metrics] == [0, 1, 2]
+    keys = {"round", "lr", "loss", "divergence", "predictor", "num_examples", "clients", "upload_bytes", "download_bytes", "knn", "seconds"}
+    assert all(row.keys() == keys for row in metrics)
+    net = objective()
+    assert metrics[0]["upload_bytes"] == metrics[0]["download_bytes"] == 2 * net.online.state.nbytes
+    assert metrics[0]["num_examples"] == [32, 32] and 0 < metrics[0]["knn"] <= 1
+    assert (folder / "divergence.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_one_answer(tiny, finished, tmp_path):
+    again, other = run(tmp_path / "a", *tiny), run(tmp_path / "b", *tiny, "--seed", "1")
+    first = load(finished / "runs/run")["encoders"][0]
+    assert torch.equal(first, again["encoders"][0]) and not torch.equal(first, other["encoders"][0])
+
+
+@pytest.mark.parametrize("more", [[], ["--method", "single"], ["--clients", "4", "--clients-per-round", "2", "--mu", "0.05"]])
+def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, more):
+    straight = run(tmp_path / "straight", *tiny, *more)
+    save = fedu.save_checkpoint
+
+    def stop_after_round_1(out, rounds_done, *rest):
+        save(out, rounds_done, *rest)
+        if rounds_done == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fedu, "save_checkpoint", stop_after_round_1)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", *tiny, *more)
+    assert not (tmp_path / "stopped/encoder.pt").exists()
+    monkeypatch.undo()
+    fedu.main({"resume": tmp_path / "stopped"})
+    resumed = load(tmp_path / "stopped")
+    assert all(map(torch.equal, straight["encoders"], resumed["encoders"]))
+    for a, b in zip(straight["metrics"], resumed["metrics"], strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_bf16_trains(tiny, tmp_path):
+    losses = [run(tmp_path / p, *tiny, "--precision", p)["metrics"][-1]["loss"] for p in ("fp32", "bf16")]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_single_never_communicates(tiny, npz, tmp_path):
+    """Other images at client 1 change nothing at client 0, and no byte is counted."""
+    import numpy as np
+
+    alone = run(tmp_path / "a", *tiny, "--method", "single")
+    assert all(row["upload_bytes"] == row["download_bytes"] == 0 for row in alone["metrics"])
+    arrays = dict(np.load(npz))
+    parts = fedu.partition(arrays["y_train"], 2, "classes", 0)
+    arrays["x_train"][parts[1]] = 255 - arrays["x_train"][parts[1]]
+    np.savez(tmp_path / "other.npz", **arrays)
+    other = run(tmp_path / "b", *tiny, "--method", "single", "--dataset", str(tmp_path / "other.npz"))
+    assert len(alone["encoders"]) == 2
+    assert torch.equal(alone["encoders"][0], other["encoders"][0])
+    assert not torch.equal(alone["encoders"][1], other["encoders"][1])
+
+
+def test_methods_differ_where_they_should(tiny, tmp_path):
+    fedbyol = run(tmp_path / "fedbyol", *tiny, "--method", "fedbyol")
+    below, above = (run(tmp_path / f"mu{mu}", *tiny, "--mu", mu) for mu in ("inf", "0"))
+    assert torch.equal(fedbyol["encoders"][0], below["encoders"][0])  # mu = infinity: always the global predictor
+    assert not torch.equal(fedbyol["encoders"][0], above["encoders"][0])
+    assert [row["predictor"] for row in above["metrics"]] == [["global"] * 2, ["local"] * 2, ["local"] * 2]
+    central = run(tmp_path / "central", *tiny, "--method", "central")
+    assert central["metrics"][0]["num_examples"] == [64] and central["metrics"][0]["upload_bytes"] == 0
+    untrained = run(tmp_path / "untrained", *tiny, "--method", "untrained")
+    torch.manual_seed(0)
+    fresh = torch.cat([t.flatten().double() for t in BYOL("small", CPU, 0.99).online.module.encoder.state_dict().values()])
+    assert torch.equal(untrained["encoders"][0], fresh) and untrained["metrics"] == []
+
+
+def test_paper_recipe():
+    for dataset in ("cifar10", "cifar100"):
+        _, options = fedu.prepare({"dataset": dataset})
+        paper = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "ema_decay": 0.99, "mu": 0.4}
+        paper |= {"clients": 5, "clients_per_round": None, "partition": "classes", "divergence": "layer-mean", "method": "fedu"}
+        assert {k: options[k] for k in paper} == paper
+    assert (fedu.MOMENTUM, fedu.WEIGHT_DECAY) == (0.9, 5e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--dataset", "mnist"], ["--dataset", "'mnist'"]),
+        (["--dataset", "none.npz"], ["none.npz does not exist"]),
+        (["--clients", "65"], ["65 clients", "--clients"]),
+        (["--clients", "0"], ["--clients", "'0'", "at least 1"]),
+        (["--clients", "many"], ["--clients", "'many'"]),
+        (["--clients-per-round", "3"], ["--clients-per-round got 3", "2 clients"]),
+        (["--classes-per-client", "5"], ["--classes-per-client got 5", "4 classes"]),
+        (["--batch-size", "33"], ["--batch-size"]),
+        (["--batch-size", "1"], ["--batch-size", "at least 2"]),
+        (["--lr", "-1"], ["--lr", "above 0"]),
+        (["--lr", "nan"], ["--lr", "'nan'"]),
+        (["--lr", "1e30"], ["not finite", "--lr"]),
+        (["--ema-decay", "1.5"], ["--ema-decay", "at most 1"]),
+        (["--rounds", "1.5"], ["--rounds", "whole number"]),
+        (["--partition", "dirichlet", "--alpha", "0"], ["--alpha", "above 0"]),
+        (["--divergence", "squared"], ["--divergence squared wants a --mu"]),
+        (["--method", "fedsgd"], ["--method", "fedsgd"]),
+        (["--resume", "runs/none"], ["runs/none", "no config.json"]),
+        (["--resume", "x", "--out", "y"], ["--resume", "--out"]),
+        (["--out", "/proc/fedu"], ["--out /proc/fedu"]),
+        (["--bogus"], ["--bogus"]),
+    ],
+)
+def test_bad_options_are_one_sentence(tiny, command, tmp_path, options, words):
+    base = [] if "--resume" in options else tiny
+    assert refused(command("fedu.py", *base, *options, cwd=tmp_path), *words)
+    assert not list(tmp_path.glob("runs/*/encoder.pt")) and not list(tmp_path.glob("runs/*/.*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")
+def test_cuda_where_there_is_none(tiny, command, tmp_path):
+    assert refused(command("fedu.py", *tiny, "--device", "cuda", cwd=tmp_path), "--device got cuda")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_existing_folder_is_kept(tiny, command, finished, tmp_path):
+    before = {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
+    assert refused(command("fedu.py", *tiny, "--out", "runs/run", cwd=finished), "runs/run is not empty", "--resume", "--overwrite")
+    changed = command("fedu.py", "--resume", "runs/run", "--lr", "0.1", "--rounds", "9", cwd=finished)
+    assert refused(changed, "--lr 0.1 (it was 0.05)", "--rounds 9 (it was 3)")
+    bad = command("fedu.py", *tiny, "--clients", "99", "--out", "runs/run", "--overwrite", cwd=finished)
+    assert refused(bad, "99 clients")
+    assert before == {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert refused(command("fedu.py", *tiny, "--out", tmp_path, "--overwrite", cwd=tmp_path), "no config.json")
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_overwrite_replaces_a_run(tiny, command, tmp_path):
+    for more in ([], ["--overwrite", "--rounds", "1"]):
+        done = command("fedu.py", *tiny, "--out", "run", *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
+def test_damaged_checkpoints_are_refused(finished, command, tmp_path, damage):
+    whole = (finished / "runs/run/checkpoint.pt").read_bytes()
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / "run" / name).write_bytes((finished / "runs/run" / name).read_bytes())
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 16]) + whole[middle + 1 :]
+    damaged = {"empty": b"", "truncated": whole[:middle], "flipped": flipped}.get(damage)
+    if damage == "foreign":
+        torch.save({"model": torch.zeros(3)}, tmp_path / "run/checkpoint.pt")
+    else:
+        (tmp_path / "run/checkpoint.pt").write_bytes(damaged)
+    assert refused(command("fedu.py", "--resume", "run", cwd=tmp_path), "run/checkpoint.pt")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_fragment(tiny, command, tmp_path):
+    """A file-size limit below the checkpoint's 10 MB stands for the full disk: both make write() fail in the middle."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+    done = command("fedu.py", *tiny, "--out", "run", cwd=tmp_path, preexec_fn=limit)
+    assert refused(done, "cannot write run/checkpoint.pt")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl"]
