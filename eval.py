@@ -10,6 +10,7 @@ A run of `single` has one encoder a client: each is evaluated, and the mean repo
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from collections.abc import Callable
@@ -18,8 +19,16 @@ from statistics import mean, stdev
 
 from cli import InputError, Parser, first_line, number, user_errors, write_atomic
 
+GOES_WITH = {
+    "features": ("linear", "knn"),
+    "head": ("semi",),
+    "epochs": ("linear", "semi"),
+    "transfer": ("linear", "knn", "semi"),
+    "out": ("plot",),
+}
 
-def parse_options(argv: list[str] | None = None):
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", default=[], help="run folders  [the newest under runs/; for --table all of them]")
@@ -30,7 +39,7 @@ def parse_options(argv: list[str] | None = None):
     what.add_argument("--plot", action="store_true", help="draw the runs' curves")
     what.add_argument("--table", action="store_true", help="print the runs' evaluations as Markdown")
     add("--transfer", metavar="DATASET", help="evaluate on another data set than the run was trained on")
-    add("--features", choices=("backbone", "projector"), help="for --knn: d-dimensional, or the projector's output  [backbone]")
+    add("--features", choices=("backbone", "projector", "pixels"), help="for --linear and --knn: what represents an image  [backbone]")
     add("--head", choices=("linear", "mlp"), help="for --semi: Linear, or Linear-BN-ReLU-Linear of hidden width 4096  [linear]")
     add("--epochs", type=number(int, 1), help="of --linear or --semi  [200, 100]")
     add("--seed", type=number(int, 0), help="of the head's initialisation, the batches and the labelled subset  [0]")
@@ -38,11 +47,10 @@ def parse_options(argv: list[str] | None = None):
     add("--device", choices=("auto", "cpu", "cuda"), help="[auto]")
     add("--out", type=Path, help="for --plot: the figure  [RUN/divergence.png; comparison.png for several runs]")
     options = parser.parse_args(argv)
-    for name, owners in {"features": ["knn"], "head": ["semi"], "epochs": ["linear", "semi", ""], "out": ["plot"]}.items():
-        if name in options and not any(o in options or (not o and not {"knn", "plot", "table"} & vars(options).keys()) for o in owners):
-            parser.error(f"--{name} goes with {' or '.join(f'--{o}' for o in owners if o)}")
-    if "transfer" in options and ("plot" in options or "table" in options):
-        parser.error("--transfer goes with --linear, --knn or --semi")
+    chosen = next((name for name in ("knn", "semi", "plot", "table") if name in options), "linear")
+    for name, owners in GOES_WITH.items():
+        if name in options and chosen not in owners:
+            parser.error(f"--{name} goes with {' or '.join(f'--{owner}' for owner in owners)}, not with --{chosen}")
     return options
 
 
@@ -57,7 +65,7 @@ from data import Images, balanced_subset, keyed_generator, load_images  # noqa: 
 from models import Encoder, build_head, feature_dim  # noqa: E402
 
 
-def main(options) -> None:
+def main(options: argparse.Namespace) -> None:
     runs = options.runs or find_runs()
     if "table" in options:
         return print(table(runs))
@@ -70,7 +78,7 @@ def main(options) -> None:
         evaluate(run, options)
 
 
-def evaluate(run: Path, options) -> None:
+def evaluate(run: Path, options: argparse.Namespace) -> None:
     """Evaluate a run's encoders as the options say, print the accuracy and append it to RUN/eval.jsonl."""
     trained_on = read_config(run)["options"]
     dataset, root = getattr(options, "transfer", trained_on["dataset"]), getattr(options, "data_root", trained_on["data_root"])
@@ -78,10 +86,11 @@ def evaluate(run: Path, options) -> None:
     encoders = [encoder.to(device) for encoder in load_encoders(run)]
     images = load_images(dataset, Path(root), trained_on["image_size"]).to(device)
     result = {"dataset": dataset, "seed": seed}
+    features = getattr(options, "features", "backbone")
+    modules = [{"backbone": e.backbone, "projector": e, "pixels": nn.Flatten()}[features] for e in encoders]
     if "knn" in options:
-        features = getattr(options, "features", "backbone")
         result |= {"evaluation": "knn", "features": features, "labels": len(images.y_train)}
-        accuracies = [knn(e.backbone if features == "backbone" else e, images) for e in encoders]
+        accuracies = [knn(module, images) for module in modules]
     elif "semi" in options:
         head, epochs = getattr(options, "head", "linear"), getattr(options, "epochs", 100)
         labelled = balanced_subset(images.y_train, options.semi, seed).to(device)
@@ -89,8 +98,8 @@ def evaluate(run: Path, options) -> None:
         accuracies = [fine_tune(e.backbone, images, labelled, head, epochs, seed) for e in encoders]
     else:
         epochs = getattr(options, "epochs", 200)
-        result |= {"evaluation": "linear", "features": "backbone", "epochs": epochs, "labels": len(images.y_train)}
-        accuracies = [linear(e.backbone, images, epochs, seed) for e in encoders]
+        result |= {"evaluation": "linear", "features": features, "epochs": epochs, "labels": len(images.y_train)}
+        accuracies = [linear(module, images, epochs, seed) for module in modules]
     result |= {"accuracy": mean(accuracies), "accuracies": accuracies}
     log = run / "eval.jsonl"
     former = log.read_bytes() if log.exists() else b""
@@ -128,19 +137,19 @@ def knn(module: nn.Module, images: Images, k: int = 200, temperature: float = 0.
     return int(correct) / len(images.y_test)
 
 
-def linear(backbone: nn.Module, images: Images, epochs: int = 200, seed: int = 0) -> float:
-    """Linear evaluation: one Linear on frozen features, Adam 3e-3, batch 512, shuffled.
+def linear(module: nn.Module, images: Images, epochs: int = 200, seed: int = 0) -> float:
+    """Linear evaluation: one Linear on a frozen module's features, Adam 3e-3, batch 512, shuffled.
 
     Features are standardised by the training set's mean and deviation, an affine map that the layer could express itself: without
     it the fixed learning rate under-rates encoders whose features are small, the untrained one above all.
     """
-    before = copy.deepcopy(backbone.state_dict())
-    train, test = (extract_features(backbone, x).clone() for x in (images.x_train, images.x_test))
+    before = copy.deepcopy(module.state_dict())
+    train, test = (extract_features(module, x).clone() for x in (images.x_train, images.x_test))
     deviation, centre = torch.std_mean(train, 0)
     train, test = ((x - centre) / (deviation + 1e-8 * deviation.max()) for x in (train, test))
     head = new_head(nn.Linear, train.shape[1], images.num_classes, seed=seed).to(train.device)
     train_classifier(head, train, images.y_train, epochs, lr=3e-3, batch_size=512, seed=seed, what="linear")
-    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items()), "linear evaluation changed the frozen backbone"
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items()), "linear evaluation changed the frozen module"
     with torch.inference_mode():
         return (head(test).argmax(1) == images.y_test).float().mean().item()
 

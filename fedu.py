@@ -47,7 +47,7 @@ DEFAULTS = {
     "seed": 0, "device": "auto", "precision": "fp32",
 }  # fmt: skip
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
-RECIPES = {"fashion": {"encoder": "small", "rounds": 12, "local_epochs": 5, "batch_size": 64, "lr": 0.06, "knn_every": 2}}
+RECIPES = {"fashion": {"encoder": "tiny", "rounds": 12, "local_epochs": 2, "batch_size": 32, "lr": 0.032, "knn_every": 1}}
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 HOST_OPTIONS = ("data_root", "device")  # where a run computes, not what: these may change on --resume
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "encoder.pt", "divergence.png", "eval.jsonl")
@@ -71,7 +71,7 @@ def parse_options(argv: list[str] | None = None) -> dict:
     add("--partition", choices=("classes", "iid", "dirichlet"), help="how images are dealt to the clients  [classes]")
     add("--classes-per-client", type=count, help="for --partition classes  [1/K of the classes]")
     add("--alpha", type=positive, help="concentration, for --partition dirichlet  [0.5]")
-    add("--encoder", choices=("small", "resnet18", "resnet50"), help="backbone  [by data set]")
+    add("--encoder", choices=("tiny", "small", "resnet18", "resnet50"), help="backbone  [by data set]")
     add("--rounds", type=count, help="R  [by data set]")
     add("--local-epochs", type=count, help="E  [by data set]")
     add("--batch-size", type=number(int, 2), help="B  [by data set]")

@@ -21,18 +21,20 @@ from torch.nn.functional import cosine_similarity
 
 import ops
 
-HEADS = {"resnet18": (4096, 2048), "resnet50": (4096, 2048), "small": (512, 256)}  # hidden and output width of projector and predictor
+# hidden and output width of projector and predictor
+HEADS = {"resnet18": (4096, 2048), "resnet50": (4096, 2048), "small": (512, 256), "tiny": (512, 256)}
 ENCODERS = tuple(HEADS)
+WIDTHS = {"small": (32, 64, 128, 256), "tiny": (16, 32, 64, 128)}
 
 
 # ----------------------------------------------------------------------------------------------------- networks
 
 
 def build_backbone(name: str) -> nn.Module:
-    """An untrained backbone, images `[B, 3, S, S]` -> features `[B, d]`, d = 256, 512 or 2048 in PyTorch's default initialisation."""
-    if name == "small":
-        return small_backbone()
-    import torchvision  # here, since it takes longer to import than `small` to build
+    """An untrained backbone, images `[B, 3, S, S]` -> features `[B, d]`, d = 128 to 2048 in PyTorch's default initialisation."""
+    if name in WIDTHS:
+        return plain_backbone(WIDTHS[name])
+    import torchvision  # here, since the plain encoders do without
 
     backbone = getattr(torchvision.models, name)()
     # CIFAR's stem: 3x3, stride 1, no max-pool
@@ -44,8 +46,8 @@ def build_backbone(name: str) -> nn.Module:
     return backbone
 
 
-def small_backbone(widths: tuple[int, ...] = (32, 64, 128, 256)) -> nn.Sequential:
-    """Four 3x3 convolutions of stride 2 with BatchNorm and ReLU: the encoder for CPU work, 3.8 million multiplications an image."""
+def plain_backbone(widths: tuple[int, ...]) -> nn.Sequential:
+    """3x3 convolutions of stride 2 with BatchNorm and ReLU: encoders for CPU work, `small` of 3.8 and `tiny` of 1.0 million MACs."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((3, *widths)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]

@@ -1,0 +1,191 @@
+import copy
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import refused
+from torch import nn
+
+import eval as evaluation
+from data import Images, balanced_subset, load_npz
+from models import build_backbone
+
+
+@pytest.fixture
+def images(npz) -> Images:
+    return load_npz(npz)
+
+
+@pytest.fixture
+def backbone() -> nn.Module:
+    torch.manual_seed(0)
+    return build_backbone("small")
+
+
+class Means(nn.Module):
+    """Features that can be worked out by hand: the mean red, green and blue."""
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def one_colour(*colours: tuple[int, int, int]) -> torch.Tensor:
+    return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 8, 8)
+
+
+# --------------------------------------------------------------------------------------------------- evaluations
+
+
+def test_knn_by_hand():
+    """One red neighbour outvotes two blue ones by weight, exp(cos / 0.1); with k = 1 only the nearest votes."""
+    red, blue, purple, violet = (200, 0, 0), (0, 0, 200), (200, 0, 100), (100, 0, 200)
+    train, labels = one_colour(red, blue, blue), torch.tensor([0, 1, 1])
+    images = Images(train, labels, one_colour(purple, violet), torch.tensor([0, 1]), 2)
+    assert evaluation.knn(Means(), images) == 1.0
+    assert evaluation.knn(Means(), images, k=1) == 1.0
+    assert evaluation.knn(Means(), images, temperature=1e3) == 0.5  # without weights the two blue ones win both
+
+
+def test_features_are_those_of_eval_mode(backbone, images):
+    backbone(torch.rand(8, 3, 16, 16))  # so that the running statistics are not the initial ones
+    before = copy.deepcopy(backbone.state_dict())
+    features = evaluation.extract_features(backbone, images.x_train, batch_size=10)
+    assert features.shape == (64, 256) and backbone.training
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    torch.testing.assert_close(features, evaluation.extract_features(backbone, images.x_train))
+
+
+def test_linear_learns_and_leaves_the_backbone_alone(backbone, images, monkeypatch):
+    assert evaluation.linear(backbone, images, epochs=200) > 0.8  # the four classes have four colours
+    shuffled = images._replace(y_train=images.y_train[torch.randperm(64, generator=torch.Generator().manual_seed(0))])
+    assert evaluation.linear(backbone, shuffled, epochs=200) < 0.7
+
+    def careless(module, x):  # in train mode: moves BatchNorm's running statistics
+        return module(x.float() / 255).detach()
+
+    monkeypatch.setattr(evaluation, "extract_features", careless)
+    with pytest.raises(AssertionError, match="changed the frozen module"):
+        evaluation.linear(backbone, images, epochs=1)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_semi_supervised_trains_backbone_and_head(backbone, images, monkeypatch, head):
+    seen = {}
+    train = evaluation.train_classifier
+
+    def spy(model, x, y, *args, **kwargs):
+        seen.update(before=copy.deepcopy(model.state_dict()), labels=y)
+        train(model, x, y, *args, **kwargs)
+        seen["after"] = model.state_dict()
+
+    monkeypatch.setattr(evaluation, "train_classifier", spy)
+    original = copy.deepcopy(backbone.state_dict())
+    labelled = balanced_subset(images.y_train, 0.25, seed=0)
+    assert evaluation.fine_tune(backbone, images, labelled, head, epochs=30) > 0.7
+    assert seen["labels"].bincount().tolist() == [4] * 4
+    weights = [k for k in seen["before"] if k.endswith("weight")]
+    assert len(weights) > 8 and not any(torch.equal(seen["before"][k], seen["after"][k]) for k in weights)
+    assert all(torch.equal(v, original[k]) for k, v in backbone.state_dict().items())
+
+
+# -------------------------------------------------------------------------------------------------- the commands
+
+
+@pytest.fixture
+def runs(finished, tmp_path):
+    """A working folder with two seeds of one setting and a run of `single`, made from the finished run's files."""
+    for name, seed, method in (("s0", 0, "fedu"), ("s1", 1, "fedu"), ("single", 0, "single")):
+        shutil.copytree(finished / "runs/run", tmp_path / "runs" / name)
+        config = json.loads((tmp_path / "runs" / name / "config.json").read_text())
+        config["options"] |= {"seed": seed, "method": method}
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(config))
+    saved = torch.load(tmp_path / "runs/single/encoder.pt", weights_only=True)
+    saved["encoders"] *= 2
+    torch.save(saved, tmp_path / "runs/single/encoder.pt")
+    for age, name in enumerate(("s1", "single", "s0")):
+        os.utime(tmp_path / "runs" / name / "encoder.pt", (1e9 - age, 1e9 - age))
+    return tmp_path
+
+
+def test_commands_on_the_newest_run(runs, npz, command):
+    for arguments, words in (
+        ([], "linear on"),
+        (["--knn"], "knn on"),
+        (["--knn", "--features", "projector"], "projector features"),
+        (["--features", "pixels", "--epochs", "5"], "linear on {npz}, pixels features, 5 epochs, 64 labels"),
+        (["--semi", "0.25", "--epochs", "2"], "semi 0.25 on"),
+        (["--semi", "0.25", "--epochs", "2", "--head", "mlp"], "mlp head, 2 epochs, 16 labels"),
+        (["--transfer", "fashion", "--knn"], "knn on fashion, backbone features, 6000 labels"),
+    ):
+        done = command("eval.py", *arguments, cwd=runs)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("runs/s1: ") and words.format(npz=npz) in done.stdout
+    rows = [json.loads(line) for line in (runs / "runs/s1/eval.jsonl").read_text().splitlines()]
+    assert [row["evaluation"] for row in rows] == ["linear", "knn", "knn", "linear", "semi 0.25", "semi 0.25", "knn"]
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert rows[0]["epochs"] == 200 and rows[0]["labels"] == 64 and rows[4]["labels"] == 16
+
+
+def test_single_reports_the_mean_over_its_clients(runs, command):
+    done = command("eval.py", "runs/single", "--knn", cwd=runs)
+    row = json.loads((runs / "runs/single/eval.jsonl").read_text())
+    assert len(row["accuracies"]) == 2 and row["accuracy"] == sum(row["accuracies"]) / 2
+    assert "(mean of" in done.stdout
+
+
+def test_table_has_a_row_a_setting_with_mean_and_deviation(runs, command):
+    for run, accuracies in (("s0", (0.1, 0.5)), ("s1", (0.6,)), ("single", (0.4,))):
+        lines = [json.dumps({"evaluation": "linear", "features": "backbone", "dataset": "x", "accuracy": a}) for a in accuracies]
+        (runs / "runs" / run / "eval.jsonl").write_text("\n".join(lines) + "\n")
+        config = json.loads((runs / "runs" / run / "config.json").read_text())
+        config["options"]["dataset"] = "x"
+        (runs / "runs" / run / "config.json").write_text(json.dumps(config))
+    done = command("eval.py", "--table", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("| method | data | partition | rounds | seeds | linear |") and len(lines) == 4
+    assert any("| fedu | x |" in line and "| 2 | 55.00 ± 7.07 |" in line for line in lines)  # the latest linear result counts
+    assert any("| single | x |" in line and "| 1 | 40.00 |" in line for line in lines)
+
+
+def test_plots(runs, command):
+    for arguments, out in ((["runs/s0"], "runs/s0/divergence.png"), (["runs/s0", "runs/single"], "comparison.png")):
+        (runs / out).unlink(missing_ok=True)
+        done = command("eval.py", "--plot", *arguments, cwd=runs)
+        assert done.returncode == 0 and out in done.stdout
+        assert (runs / out).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--semi", "1.5"], ["--semi", "'1.5'", "at most 1"]),
+        (["--semi", "0"], ["--semi", "above 0"]),
+        (["runs/none"], ["runs/none", "no config.json"]),
+        (["--epochs", "0"], ["--epochs", "at least 1"]),
+        (["--head", "mlp"], ["--head goes with --semi", "--linear"]),
+        (["--knn", "--linear"], ["--linear", "--knn"]),
+        (["--transfer", "mnist"], ["'mnist'"]),
+        (["--plot", "--transfer", "fashion"], ["--transfer"]),
+        (["--plot", "--out", "none/x.png"], ["cannot write none/x.png"]),
+    ],
+)
+def test_bad_options_are_one_sentence(finished, command, options, words):
+    assert refused(command("eval.py", *options, cwd=finished), *words)
+
+
+def test_no_run_and_damaged_runs_are_one_sentence(finished, command, tmp_path):
+    assert refused(command("eval.py", cwd=tmp_path), "no finished run under runs/")
+    run = tmp_path / "run"
+    shutil.copytree(finished / "runs/run", run)
+    whole = (run / "encoder.pt").read_bytes()
+    (run / "encoder.pt").write_bytes(whole[: len(whole) // 2])
+    assert refused(command("eval.py", "run", cwd=tmp_path), "run/encoder.pt is not a readable encoder")
+    (run / "encoder.pt").unlink()
+    assert refused(command("eval.py", "run", cwd=tmp_path), "not finished", "--resume run")
+    (run / "metrics.jsonl").write_text('{"round": 0, "lo')
+    assert refused(command("eval.py", "--plot", "run", cwd=tmp_path), "metrics.jsonl is not readable")
+    (run / "config.json").write_text("{}")
+    assert refused(command("eval.py", "run", cwd=tmp_path), "config.json is not readable")
