@@ -138,18 +138,13 @@ def main(given: dict) -> None:
     images = load_images(options["dataset"], Path(options["data_root"]), options["image_size"]).to(device)
     federations, objective = build(options, images, method, device)
     clients = [client for federation in federations for client in federation.clients]
-    inbox = objective.online.state.empty_rows(max(len(f.clients) for f in federations))
+    inbox = objective.online.state.empty_rows(min(max(len(f.clients) for f in federations), options["clients_per_round"] or len(clients)))
     segments = torch.tensor([[begin, end] for _, begin, end in objective.target.segments])
     layers = conv_layers(objective.target)
-    start, metrics, seconds = 0, [], 0.0
-    if "resume" in given:
-        start, metrics, seconds = load_checkpoint(out, federations)
-        print(f"{out}: continuing after {start} of {rounds} rounds")
-    else:
-        open_run(out, "overwrite" in given)
+    config, start, metrics, seconds = (
+        resume(out, federations) if "resume" in given else open_run(out, options, device, "overwrite" in given)
+    )
     begun = time.perf_counter() - seconds
-    write_config(out, options, device, seconds)
-    write_metrics(out, metrics)
 
     print(f"{options['method']} on {options['dataset']}: {len(images.x_train)} images, {describe(clients, device)}")
     print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (g global, l local)")
@@ -157,16 +152,14 @@ def main(given: dict) -> None:
         clock = time.perf_counter()
         lr = cosine(options["lr"], round_, rounds)
         selected = sample_clients(len(clients), options["clients_per_round"], seed, round_)
-        row = {"round": round_, "lr": lr} | {key: [] for key in ("clients", "num_examples", "loss", "divergence", "predictor")}
-        row |= {"upload_bytes": 0, "download_bytes": 0, "knn": None}
         steps = sum(c.num_examples // options["batch_size"] for c in clients if c.id in selected) * options["local_epochs"]
         progress = tqdm(total=steps, desc=f"round {round_}", unit="step", leave=False, disable=not sys.stderr.isatty())
+        trained, taken, losses, transfers = [], [], [], 0
         for federation in federations:
             members = [client for client in federation.clients if client.id in selected]
-            losses = []
             for k, client in enumerate(members):
                 shared_target = options["first_target"] == "shared" and not client.state
-                row["predictor"].append(model_update(client, federation.server, objective, method.predictor, mu))
+                taken.append(model_update(client, federation.server, objective, method.predictor, mu))
                 generator = keyed_generator(device, seed, "training", round_, client.id)
                 views = partial(two_views, generator=generator)
                 batches = local_batches(client.indices, options["local_epochs"], options["batch_size"], generator)
@@ -177,17 +170,24 @@ def main(given: dict) -> None:
                 federation.server, drift = aggregate(uploads, [c.num_examples for c in members], federation.server, segments)
                 for client, norms in zip(members, drift):
                     client.divergence = divergence(norms, layers, options["divergence"])
-                row["loss"] += torch.stack(losses).tolist()  # the round's only wait for the device
-                row["clients"] += [c.id for c in members]
-                row["num_examples"] += [c.num_examples for c in members]
-                row["divergence"] += [c.divergence for c in members]
-            if len(federation.clients) > 1:  # a client alone has nobody to send anything to
-                row["upload_bytes"] += len(members) * federation.server.nbytes
-                row["download_bytes"] += len(members) * federation.server.nbytes
+            trained += members
+            transfers += len(members) if len(federation.clients) > 1 else 0  # a client alone has nobody to send anything to
         progress.close()
+        row = {
+            "round": round_,
+            "lr": lr,
+            "loss": torch.stack(losses).tolist(),  # the round's only wait for the device, besides the divergences
+            "divergence": [c.divergence for c in trained],
+            "predictor": taken,
+            "num_examples": [c.num_examples for c in trained],
+            "clients": [c.id for c in trained],
+            "upload_bytes": transfers * objective.online.state.nbytes,
+            "download_bytes": transfers * objective.online.state.nbytes,
+            "knn": None,
+            "seconds": round(time.perf_counter() - clock, 2),
+        }
         if not all(map(math.isfinite, row["loss"])):
             raise InputError(f"the loss of round {round_} is not finite ({row['loss']}): lower --lr, or check the images")
-        row["seconds"] = round(time.perf_counter() - clock, 2)
         if options["knn_every"] and ((round_ + 1) % options["knn_every"] == 0 or round_ + 1 == rounds):
             row["knn"] = mean([evaluation.knn(backbone, images) for backbone in backbones(objective, federations)])
         metrics.append(row)
@@ -196,7 +196,7 @@ def main(given: dict) -> None:
         print(round_line(row), flush=True)
 
     save_encoder(out, options["encoder"], objective, federations)
-    write_config(out, options, device, time.perf_counter() - begun)
+    write_config(out, config | {"seconds": round(time.perf_counter() - begun, 1)})
     if metrics:
         evaluation.plot([out], out / "divergence.png")
         print(dapu_notice(metrics, method, mu), end="")
@@ -331,15 +331,15 @@ def dapu_notice(metrics: list[dict], method: Method, mu: float) -> str:
 def prepare(given: dict) -> tuple[Path, dict]:
     """The run folder and the resolved options: those given, then the run's own on --resume, else the data set's recipe."""
     given = dict(given)
-    resume, out = given.pop("resume", None), given.pop("out", None)
+    run, out = given.pop("resume", None), given.pop("out", None)
     given.pop("overwrite", None)
-    if resume is not None:
-        stored = evaluation.read_config(resume)["options"]
+    if run is not None:
+        stored = evaluation.read_config(run)["options"]
         changed = [k for k in given if given[k] != stored[k] and k not in HOST_OPTIONS]
         if changed:
             names = ", ".join(f"--{k.replace('_', '-')} {given[k]} (it was {stored[k]})" for k in changed)
-            raise InputError(f"--resume {resume} got other options than the run has: {names}")
-        return resume, stored | given
+            raise InputError(f"--resume {run} got other options than the run has: {names}")
+        return run, stored | given
     options = DEFAULTS | RECIPES.get(given.get("dataset", DEFAULTS["dataset"]), PAPER) | given
     if options["divergence"] == "squared" and "mu" not in given:
         raise InputError("--divergence squared wants a --mu of its own, since 0.4 belongs to layer-mean")
@@ -351,8 +351,19 @@ def prepare(given: dict) -> tuple[Path, dict]:
     return out or Path("runs") / name, options
 
 
-def open_run(out: Path, overwrite: bool) -> None:
-    """Make the run folder, refusing one that is in use unless `overwrite`, which removes a former run's files and no others."""
+def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> tuple[dict, int, list[dict], float]:
+    """Make the run folder; returns its config, 0 rounds done, no metrics and 0 seconds.
+
+    A folder in use is refused unless `overwrite`, which removes a former run's files and no others.
+    """
+    config = {
+        "options": options,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": describe_device(device),
+        **describe_code(),
+        "seconds": 0.0,
+    }
     try:
         if out.is_dir() and any(out.iterdir()):
             if not overwrite:
@@ -363,24 +374,32 @@ def open_run(out: Path, overwrite: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out} cannot be made: {error.strerror}") from None
+    write_config(out, config)
+    write_metrics(out, [])
+    return config, 0, [], 0.0
 
 
-def write_config(out: Path, options: dict, device: torch.device, seconds: float) -> None:
-    """config.json: what was run, by which code, on what."""
+def resume(out: Path, federations: list[Federation]) -> tuple[dict, int, list[dict], float]:
+    """Restore the federations in place; returns the run's config, the rounds done, their metrics, and the seconds they took."""
+    config = evaluation.read_config(out)
+    start, seconds = load_checkpoint(out / "checkpoint.pt", federations)
+    print(f"{out}: continuing after {start} of {config['options']['rounds']} rounds")
+    if config.get("source") != describe_code()["source"]:
+        print(f"{out} was begun by other code, commit {config.get('commit')}: the rest may differ from what that gave", file=sys.stderr)
+    return config, start, evaluation.read_metrics(out)[:start], seconds
+
+
+def describe_code() -> dict:
+    """What the program is: a hash over its sources, and git's commit where there is one."""
     here = Path(__file__).parent
-    sources = sorted(p for p in (*here.glob("*.py"), *here.glob("ops/*")) if p.suffix in (".py", ".cpp", ".cu"))
+    sources = sorted(p for p in (*here.glob("*.py"), *here.glob("ops/*")) if p.suffix in (".py", ".h", ".cpp", ".cu"))
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True)
-    config = {
-        "options": options,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": describe_device(device),
-        "threads": torch.get_num_threads(),
-        "source": hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16],
-        "commit": git.stdout.strip() or None,
-        "seconds": round(seconds, 1),
-    }
-    write_atomic(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode() + b"\n"))
+    return {"source": hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16], "commit": git.stdout.strip() or None}
+
+
+def write_config(out: Path, config: dict) -> None:
+    """config.json: what was run, by which code, on what; on --resume it stays that of the start, but for the seconds."""
+    write_atomic(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode() + b"\n"))
 
 
 def write_metrics(out: Path, metrics: list[dict]) -> None:
@@ -413,25 +432,23 @@ def save_checkpoint(out: Path, rounds_done: int, federations: list[Federation], 
     write_atomic(out / "checkpoint.pt", lambda file: torch.save(content, file))
 
 
-def load_checkpoint(out: Path, federations: list[Federation]) -> tuple[int, list[dict], float]:
-    """Restore the federations in place; returns the number of rounds done, their metrics, and the seconds that they took."""
-    path = out / "checkpoint.pt"
-    device = federations[0].server.vector.device
+def load_checkpoint(path: Path, federations: list[Federation]) -> tuple[int, float]:
+    """Restore the federations in place; returns the number of rounds done and the seconds that they took."""
     if not path.exists():
-        return 0, [], 0.0  # interrupted before the first round's end
+        return 0, 0.0  # interrupted before the first round's end
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=federations[0].server.vector.device, weights_only=True)
         for federation, saved in zip(federations, content["federations"], strict=True):
             federation.server = Part(*saved["server"])
             for client, kept in zip(federation.clients, saved["clients"], strict=True):
                 client.divergence, client.state = kept["divergence"], {name: Part(*p) for name, p in kept["state"].items()}
         intact = content["checksum"] == checksum(flatten(federations))
-        round_, seconds = content["round"], content["seconds"]
+        rounds_done, seconds = content["round"], content["seconds"]
     except Exception as error:  # whatever a damaged archive makes torch raise
         raise InputError(f"{path} is not a readable checkpoint ({first_line(error)})") from None
     if not intact:
         raise InputError(f"{path} is damaged: its tensors do not have the checksum that they were saved with")
-    return round_, evaluation.read_metrics(out)[:round_], seconds
+    return rounds_done, seconds
 
 
 def save_encoder(out: Path, name: str, objective: BYOL, federations: list[Federation]) -> None:

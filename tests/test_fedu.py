@@ -1,11 +1,14 @@
+import itertools
 import json
 import math
+import re
 import resource
 from functools import partial
 
 import pytest
 import torch
-from conftest import refused
+from conftest import ROOT, refused
+from PIL import Image
 
 import fedu
 from data import keyed_generator, load_npz, two_views
@@ -285,6 +288,49 @@ def test_methods_differ_where_they_should(tiny, tmp_path):
     torch.manual_seed(0)
     fresh = torch.cat([t.flatten().double() for t in BYOL("small", CPU, 0.99).online.module.encoder.state_dict().values()])
     assert torch.equal(untrained["encoders"][0], fresh) and untrained["metrics"] == []
+
+
+def test_the_rarer_options_together(tiny, tmp_path):
+    """Shared first target, squared divergence, Dirichlet partition and sampled clients, against the same run with copied targets."""
+    more = [
+        "--clients",
+        "4",
+        "--clients-per-round",
+        "2",
+        "--partition",
+        "dirichlet",
+        "--alpha",
+        "5",
+        "--divergence",
+        "squared",
+        "--mu",
+        "50",
+    ]
+    copied = run(tmp_path / "copied", *tiny, *more)
+    shared = run(tmp_path / "shared", *tiny, *more, "--first-target", "shared")
+    assert all(len(row["clients"]) == 2 for row in shared["metrics"])
+    assert len({row["num_examples"][0] for row in shared["metrics"]}) > 1
+    assert shared["metrics"][0]["loss"] != copied["metrics"][0]["loss"]
+    longest = run(tmp_path / "mean", *tiny, *more[:-4], "--rounds", "1")["metrics"][0]["divergence"]
+    assert all(squared > length for squared, length in zip(copied["metrics"][0]["divergence"], longest))
+
+
+def test_an_image_folder_is_resized(tmp_path):
+    for split, colour in itertools.product(("train", "test"), ("red", "blue")):
+        (tmp_path / "images" / split / colour).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (24, 20), colour).save(tmp_path / "images" / split / colour / f"{i}.png")
+    options = ["--dataset", str(tmp_path / "images"), "--image-size", "16", "--encoder", "tiny", "--method", "central", "--rounds", "1"]
+    result = run(tmp_path / "run", *options, "--batch-size", "4", "--ema-decay", "0.9", "--clients", "2", "--data-root", str(tmp_path))
+    assert result["metrics"][0]["num_examples"] == [8]
+
+
+def test_every_option_has_a_line_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for script in ("fedu.py", "eval.py"):
+        options = re.findall(r'add(?:_argument)?\("(--[a-z-]+)"', (ROOT / script).read_text())
+        assert len(options) > 10
+        assert [o for o in options if f"`{o}" not in readme] == []
 
 
 def test_paper_recipe():
