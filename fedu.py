@@ -47,7 +47,7 @@ DEFAULTS = {
     "seed": 0, "device": "auto", "precision": "fp32",
 }  # fmt: skip
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
-RECIPES = {"fashion": {"encoder": "tiny", "rounds": 10, "local_epochs": 2, "batch_size": 32, "lr": 0.032, "knn_every": 1}}
+RECIPES = {"fashion": {"encoder": "tiny", "rounds": 12, "local_epochs": 2, "batch_size": 32, "lr": 0.032, "knn_every": 2}}
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 HOST_OPTIONS = ("data_root", "device")  # where a run computes, not what: these may change on --resume
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "encoder.pt", "divergence.png", "eval.jsonl")
