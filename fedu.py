@@ -103,7 +103,7 @@ from tqdm import tqdm  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ops  # noqa: E402
 from data import Images, keyed_generator, load_images, partition, two_views  # noqa: E402
-from models import BYOL, Part, conv_layers  # noqa: E402
+from models import BYOL, Flat, Part, Segment, conv_segments  # noqa: E402
 
 
 @dataclass
@@ -139,8 +139,7 @@ def main(given: dict) -> None:
     federations, objective = build(options, images, method, device)
     clients = [client for federation in federations for client in federation.clients]
     inbox = objective.online.state.empty_rows(min(max(len(f.clients) for f in federations), options["clients_per_round"] or len(clients)))
-    segments = torch.tensor([[begin, end] for _, begin, end in objective.target.segments])
-    layers = conv_layers(objective.target)
+    segments = divergence_segments(objective.target, options["divergence"])
     config, start, metrics, seconds = (
         resume(out, federations) if "resume" in given else open_run(out, options, device, "overwrite" in given)
     )
@@ -169,7 +168,7 @@ def main(given: dict) -> None:
                 uploads = Part(*(t[: len(members)] for t in inbox))
                 federation.server, drift = aggregate(uploads, [c.num_examples for c in members], federation.server, segments)
                 for client, norms in zip(members, drift):
-                    client.divergence = divergence(norms, layers, options["divergence"])
+                    client.divergence = divergence(norms, options["divergence"])
             trained += members
             transfers += len(members) if len(federation.clients) > 1 else 0  # a client alone has nobody to send anything to
         progress.close()
@@ -283,7 +282,7 @@ def aggregate(uploads: Part, num_examples: list[int], server: Part, segments: Te
     """Stage 3: `phi = sum_k (n_k / n) theta_k` for encoder, predictor and BatchNorm's statistics; its integer counters are copied.
 
     uploads: the rows of K clients. server: the global model that they received. Returns the new global model and the drift
-    `[K, L]`, `norm2(theta_k - received)` on each of the encoder's segments `[L, 2]`.
+    `[K, L]`, `norm2(theta_k - received)` on each of the segments `[L, 2]`.
     """
     weights = torch.tensor(num_examples, dtype=torch.float64) / sum(num_examples)
     weights = weights.to(uploads.vector)
@@ -305,9 +304,15 @@ def model_update(client: Client, server: Part, objective: BYOL, predictor: str, 
     return "global"
 
 
-def divergence(norms: Tensor, layers: list[int], kind: str) -> float:
-    """d_k from the drift `[L]` of each layer: `layer-mean` over the convolutions (authors' code), or `squared` over the whole encoder."""
-    return norms[layers].mean().item() if kind == "layer-mean" else norms.square().sum().item()
+def divergence_segments(encoder: Flat, kind: str) -> Tensor:
+    """What d_k is measured on, `[L, 2]`: each convolution for `layer-mean` (authors' code), the whole encoder for `squared` (paper)."""
+    whole = Segment("encoder", 0, len(encoder.state.vector))
+    return torch.tensor([[begin, end] for _, begin, end in (conv_segments(encoder) if kind == "layer-mean" else [whole])])
+
+
+def divergence(norms: Tensor, kind: str) -> float:
+    """d_k from a client's drift `[L]` on these segments: its mean for `layer-mean`, the sum of its squares for `squared`."""
+    return (norms.mean() if kind == "layer-mean" else norms.square().sum()).item()
 
 
 def dapu_notice(metrics: list[dict], method: Method, mu: float) -> str:

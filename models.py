@@ -147,14 +147,14 @@ class Flat:
                 assert p.grad.data_ptr() == self.weight.grad[begin:].data_ptr(), f"the gradient of {name} is no longer a view"
 
 
-def conv_layers(network: Flat) -> list[int]:
-    """Indices of the segments that the authors' divergence averages over: the stem and each block's convolutions, no shortcut's.
+def conv_segments(network: Flat) -> list[Segment]:
+    """The segments that the authors' divergence averages over: the stem and each block's convolutions, no shortcut's.
 
     17 for ResNet-18, 49 for ResNet-50 (the authors sum over names that contain "conv"; torchvision calls a shortcut "downsample").
     """
     modules = network.module.named_modules()
     convs = {f"{name}.weight" for name, m in modules if isinstance(m, nn.Conv2d) and "downsample" not in name}
-    return [i for i, segment in enumerate(network.segments) if segment.name in convs]
+    return [segment for segment in network.segments if segment.name in convs]
 
 
 # --------------------------------------------------------------------------------------------------- objectives

@@ -12,8 +12,8 @@ from PIL import Image
 
 import fedu
 from data import keyed_generator, load_npz, two_views
-from fedu import Client, aggregate, cosine, divergence, local_batches, local_training, model_update, model_upload
-from models import BYOL, Part, conv_layers
+from fedu import Client, aggregate, cosine, divergence, divergence_segments, local_batches, local_training, model_update, model_upload
+from models import BYOL, Part
 
 CPU = torch.device("cpu")
 
@@ -92,24 +92,22 @@ def test_an_upload_is_online_encoder_and_predictor_alone():
 def test_divergence_by_hand():
     """A toy of two layers: drift norms 3 and 4. Mean over the layers 3.5, squared norm of the whole 25."""
     norms = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert divergence(norms, [0, 1], "layer-mean") == 3.5
-    assert divergence(norms, [1], "layer-mean") == 4.0
-    assert divergence(norms, [0, 1], "squared") == 25.0
+    assert divergence(norms, "layer-mean") == 3.5
+    assert divergence(norms, "squared") == 25.0
 
 
-def test_divergence_of_a_network_counts_its_convolutions():
+def test_divergence_of_a_network():
+    """Its four convolutions each move by a vector of norm 2, the projector's last bias by one of norm 16, and so does the predictor."""
     net = objective()
-    layers = conv_layers(net.target)
-    segments = torch.tensor([[begin, end] for _, begin, end in net.target.segments])
+    convolutions, whole = (divergence_segments(net.target, kind) for kind in ("layer-mean", "squared"))
+    assert len(convolutions) == 4 and len(whole) == 1
     moved = net.online.state.clone()
-    for i in layers:  # moves each convolution by a vector of norm 2
-        begin, end = segments[i]
+    for begin, end in convolutions:
         moved.vector[begin:end] += 2 / math.sqrt(end - begin)
-    moved.vector[segments[-1, 0] :] += 1  # the projector's last bias, and the whole predictor
-    _, drift = aggregate(rows(moved), [1], net.online.state, segments)
-    assert len(layers) == 4
-    assert divergence(drift[0], layers, "layer-mean") == pytest.approx(2, rel=1e-5)
-    assert divergence(drift[0], layers, "squared") == pytest.approx(4 * 4 + 256, rel=1e-4)
+    moved.vector[net.target.segments[-1].begin :] += 1
+    for kind, segments, expected in (("layer-mean", convolutions, 2), ("squared", whole, 4 * 2**2 + 16**2)):
+        _, drift = aggregate(rows(moved), [1], net.online.state, segments)
+        assert divergence(drift[0], kind) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("distance, taken", [(-1e-9, "global"), (0.0, "local"), (1e-9, "local")])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from models import BYOL, ENCODERS, Flat, build_backbone, build_head, conv_layers, feature_dim
+from models import BYOL, ENCODERS, Flat, build_backbone, build_head, conv_segments, feature_dim
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def test_resnets_are_the_papers(name, convs, features):
     with torch.device("meta"):
         backbone = build_backbone(name)
     objective = BYOL(name, torch.device("meta"), 0.99)
-    layers = [objective.target.segments[i].name for i in conv_layers(objective.target)]
+    layers = [segment.name for segment in conv_segments(objective.target)]
     assert len(layers) == convs and not any("downsample" in layer or "projector" in layer for layer in layers)
     assert feature_dim(backbone) == features
     assert backbone(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, features)
