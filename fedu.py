@@ -133,6 +133,7 @@ class Federation:
 
 def main(given: dict) -> None:
     out, options = prepare(given)
+    load_ops()
     method, seed, rounds, mu = METHODS[options["method"]], options["seed"], options["rounds"], options["mu"]
     device = evaluation.choose_device(options["device"])
     images = load_images(options["dataset"], Path(options["data_root"]), options["image_size"]).to(device)
@@ -200,6 +201,14 @@ def main(given: dict) -> None:
         evaluation.plot([out], out / "divergence.png")
         print(dapu_notice(metrics, method, mu), end="")
     print(f"\n{out} holds the run. Next:\n  python eval.py {out}\n  python eval.py --plot {out}")
+
+
+def load_ops() -> None:
+    """Build the fused kernels now, where the first step would: whatever keeps them from it is said before a run folder is made."""
+    try:
+        ops.load()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise InputError(str(error)) from None
 
 
 def build(options: dict, images: Images, method: Method, device: torch.device) -> tuple[list[Federation], BYOL]:

@@ -1,39 +1,131 @@
-"""Operations over networks that are flattened into one vector each.
+"""Operations over networks that are flattened into one vector each: fused C++ and CUDA kernels, with a twin in plain torch.
 
 P is the number of floats in a network's vector, K the number of clients, L the number of segments: int64 `[L, 2]`, the
 begin and end of each layer in the vector, ascending, without overlap. Floats outside every segment count towards no norm.
+Segments may lie on the CPU or beside the vectors; from a GPU they cost a wait for it, and on the CPU none.
+
+The kernels are built by `load`, or else by the first op (build.py). The environment variable FEDU_OPS says what happens: `auto` (the
+default) builds, and falls back to reference.py with one warning where it cannot; `build` raises the reason; `reference` never builds.
+Tensors of any other device than CPU and CUDA, such as `meta`, always take the reference.
+
+All ops take contiguous float32 or float64 tensors, of one type and on one device, and raise ValueError for any other. None has a
+gradient, so a tensor that requires one is refused, except under `torch.no_grad()`. The same numbers give the same bits on any number
+of threads or blocks, and NaN and Inf reach the results that they touch and no others.
 """
 
+import os
+import threading
+import warnings
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
 from . import reference
+
+__all__ = ["aggregate", "ema_", "layer_norms", "load", "weighted_mean"]
 
 
 def weighted_mean(clients: Tensor, weights: Tensor) -> Tensor:
     """Mean of the clients' vectors, `sum_k w_k x_k`, summed in the order k = 0..K-1 (FedAvg; METHOD step 3).
 
-    clients: float32 or float64 `[K, P]`, K >= 1. weights: `[K]` of the same dtype, summing to 1. Returns `[P]`.
+    clients: `[K, P]`, K >= 1. weights: `[K]`, of the same type, summing to 1 by the caller's care. Returns `[P]`.
     """
-    return reference.weighted_mean(clients, weights)
+    return _implementation(clients).weighted_mean(clients, weights)
 
 
 def aggregate(clients: Tensor, weights: Tensor, received: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of the clients' vectors with, for each client and layer, its drift and its spread.
+    """Mean of the clients' vectors with each client's drift and spread by layer, all in one pass over the clients.
 
     clients: `[K, P]`. weights: `[K]`, summing to 1. received: `[P]`, or `[K, P]` where clients started from different vectors.
-    Returns mean `[P]`, drift `[K, L]` = `norm2(x_k - received_k)` and spread `[K, L]` = `norm2(x_k - mean)`, both float64.
+    Returns mean `[P]` like `weighted_mean`, drift `[K, L]` = `norm2(x_k - received_k)` and spread `[K, L]` = `norm2(x_k - mean)`,
+    both summed and given in float64. The authors' divergence is the mean of a client's drift over the conv layers, the paper's the
+    sum of its squares (METHOD section 1); FedEMA's paper measures the spread.
     """
-    return reference.aggregate(clients, weights, received, segments)
+    return _implementation(clients).aggregate(clients, weights, received, segments)
 
 
 def layer_norms(a: Tensor, b: Tensor, segments: Tensor) -> Tensor:
-    """Per-layer distance `norm2(a - b)` of two vectors `[P]`; returns float64 `[L]`."""
-    return reference.layer_norms(a, b, segments)
+    """Per-layer distance `norm2(a - b)` of two vectors `[P]`, summed and returned in float64: `[L]`."""
+    return _implementation(a).layer_norms(a, b, segments)
 
 
 def ema_(target: Tensor, online: Tensor, decay: float) -> Tensor:
-    """Exponential moving average in place: `target <- decay target + (1 - decay) online` (BYOL, eq. 1).
+    """Exponential moving average in place: `target <- decay target + (1 - decay) online` (BYOL, eq. 1). Returns target.
 
-    target: `[P]` or `[K, P]`; online: of the same shape. decay in [0, 1]; 0 and 1 are exact. Returns target.
+    target: `[P]` or `[K, P]`; online: of the same shape, target itself or elsewhere in memory. decay in [0, 1]; 0 and 1 are exact.
     """
-    return reference.ema_(target, online, decay)
+    _implementation(target).ema_(target, online, decay)
+    return target
+
+
+_lock = threading.Lock()
+_fused: bool | None = None  # whether the library is loaded; None until an op needs to know
+
+
+def _implementation(tensor: Tensor) -> ModuleType:
+    """What has the four ops for this tensor: the built library's namespace, or the reference."""
+    return torch.ops.fedu if tensor.device.type in ("cpu", "cuda") and load() else reference
+
+
+def load() -> bool:
+    """Whether the kernels are there; the first call builds and loads them, and any outcome is remembered, so that no op pays twice.
+
+    Raises ValueError for another FEDU_OPS than auto, build or reference, and with `build` what went wrong: BuildError or OSError.
+    """
+    global _fused
+    if _fused is None:
+        with _lock:
+            if _fused is None:
+                _fused = _load(os.environ.get("FEDU_OPS", "auto"))
+    return _fused
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the compiler (2 s): the compiler then calls the function,
+# which builds the library if need be, where it would otherwise break the graph at it.
+load._dynamo_marked_constant = True
+
+
+def _load(mode: str) -> bool:
+    if mode not in ("auto", "build", "reference"):
+        raise ValueError(f"FEDU_OPS must be auto, build or reference, got {mode!r}")
+    if mode == "reference":
+        return False
+    try:
+        from . import build
+
+        build.load()
+    except Exception as error:  # whatever went wrong, the results are the same without the library
+        if mode == "build":
+            raise
+        summary, mend = getattr(error, "summary", f"{type(error).__name__}: {error}"), getattr(error, "mend", "see FEDU_OPS=build")
+        warnings.warn(
+            f"the fused ops cannot be used, and plain torch does their work slower: {summary}; to mend it, {mend}; "
+            "FEDU_OPS=reference silences this",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        return False
+    _register_shapes()
+    return True
+
+
+def _register_shapes() -> None:
+    """Tell torch.compile and fake tensors each op's output: its shape and type."""
+
+    @torch.library.register_fake("fedu::weighted_mean")
+    def _(clients, weights):
+        return torch.empty_like(clients[0])
+
+    @torch.library.register_fake("fedu::aggregate")
+    def _(clients, weights, received, segments):
+        norms = [clients.new_empty((len(clients), len(segments)), dtype=torch.float64) for _ in range(2)]
+        return torch.empty_like(clients[0]), *norms
+
+    @torch.library.register_fake("fedu::layer_norms")
+    def _(a, b, segments):
+        return a.new_empty(len(segments), dtype=torch.float64)
+
+    @torch.library.register_fake("fedu::ema_")
+    def _(target, online, decay):
+        return None

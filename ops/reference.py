@@ -1,34 +1,120 @@
-"""Each op in plain torch: its specification, its fallback, and the oracle of its tests."""
+"""Each op in plain torch: its specification, its fallback, and the oracle of its tests.
+
+Every refusal is a ValueError of one sentence that names the argument, what it must be and what it is; fused.cpp has the same ones.
+"""
 
 import torch
 from torch import Tensor
 
 
 def weighted_mean(clients: Tensor, weights: Tensor) -> Tensor:
-    mean = clients[0] * weights[0]
-    for row, weight in zip(clients[1:], weights[1:]):  # in the order k = 0..K-1: the sum's rounding depends on it
-        mean = torch.addcmul(mean, row, weight)
-    return mean
-
-
-def layer_norms(a: Tensor, b: Tensor, segments: Tensor) -> Tensor:
-    # float64 sums: over millions of float32 squares, a float32 sum is off in the third digit
-    norms = [torch.linalg.vector_norm(a[begin:end].double() - b[begin:end].double()) for begin, end in segments.tolist()]
-    return torch.stack(norms) if norms else a.new_zeros(0, dtype=torch.float64)
+    """Mean of the clients' vectors, `sum_k w_k x_k`; see `ops.weighted_mean`."""
+    _check_clients(clients, weights)
+    return _weighted_mean(clients, weights)
 
 
 def aggregate(clients: Tensor, weights: Tensor, received: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mean = weighted_mean(clients, weights)
-    received = received.expand_as(clients)
-    drift = torch.stack([layer_norms(row, start, segments) for row, start in zip(clients, received)])
-    spread = torch.stack([layer_norms(row, mean, segments) for row in clients])
+    """Mean, and each client's drift and spread by layer; see `ops.aggregate`."""
+    _check_clients(clients, weights)
+    _check_like("received", received, "clients", clients)
+    if received.shape not in (clients.shape, clients.shape[1:]):
+        raise ValueError(f"received must have shape {list(clients.shape[1:])} or {list(clients.shape)}, got {list(received.shape)}")
+    _check_segments(segments, clients.shape[1])
+    mean = _weighted_mean(clients, weights)
+    drift = torch.stack([_layer_norms(row, start, segments) for row, start in zip(clients, received.expand_as(clients), strict=True)])
+    spread = torch.stack([_layer_norms(row, mean, segments) for row in clients])
     return mean, drift, spread
 
 
+def layer_norms(a: Tensor, b: Tensor, segments: Tensor) -> Tensor:
+    """Per-layer distance `norm2(a - b)`; see `ops.layer_norms`."""
+    _check_leader("a", a)
+    if a.dim() != 1:
+        raise ValueError(f"a must have shape [P], got {list(a.shape)}")
+    _check_like("b", b, "a", a)
+    _check_shape("b", b, a.shape)
+    _check_segments(segments, len(a))
+    return _layer_norms(a, b, segments)
+
+
 def ema_(target: Tensor, online: Tensor, decay: float) -> Tensor:
-    # not lerp_, which is inexact at decay 0 and 1 in the presence of Inf
-    if decay == 1:
+    """`target <- decay target + (1 - decay) online`, in place; see `ops.ema_`."""
+    _check_leader("target", target)
+    if target.dim() not in (1, 2):
+        raise ValueError(f"target must have shape [P] or [K, P], got {list(target.shape)}")
+    _check_like("online", online, "target", target)
+    _check_shape("online", online, target.shape)
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must lie in [0, 1], got {decay:g}")
+    offset = (online.storage_offset() - target.storage_offset()) * target.element_size()
+    if online.untyped_storage()._cdata == target.untyped_storage()._cdata and 0 < abs(offset) < target.nbytes:
+        raise ValueError(f"online must be target's own memory or share none with it, got one that begins {offset} bytes after it")
+    if decay == 1:  # exact even where a NaN or an Inf times 0 would be NaN
         return target
     if decay == 0:
         return target.copy_(online)
-    return target.mul_(decay).add_(online, alpha=1 - decay)
+    share = (1 - decay) * online  # before target changes: online may be target itself
+    return target.mul_(decay).add_(share)
+
+
+def _weighted_mean(clients: Tensor, weights: Tensor) -> Tensor:
+    mean = clients[0] * weights[0]
+    for row, weight in zip(clients[1:], weights[1:], strict=True):  # in the order k = 0..K-1: the sum's rounding depends on it
+        mean = mean + row * weight
+    return mean
+
+
+def _layer_norms(a: Tensor, b: Tensor, segments: Tensor) -> Tensor:
+    if a.is_meta or not len(segments):  # a meta tensor has a shape to give and no numbers
+        return a.new_empty(len(segments), dtype=torch.float64)
+    # float64 sums: over millions of float32 squares, a float32 sum is off in the third digit
+    return torch.stack([torch.linalg.vector_norm(a[begin:end].double() - b[begin:end].double()) for begin, end in segments.tolist()])
+
+
+def _check_leader(name: str, t: Tensor) -> None:
+    """The first vector argument; the others are held against it."""
+    if t.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, got {_dtype(t)}")
+    _check_plain(name, t)
+
+
+def _check_like(name: str, t: Tensor, leader_name: str, leader: Tensor) -> None:
+    if t.dtype != leader.dtype or t.device != leader.device:
+        want, got = f"{_dtype(leader)} on {leader.device}", f"{_dtype(t)} on {t.device}"
+        raise ValueError(f"{name} must be {want} like {leader_name}, got {got}")
+    _check_plain(name, t)
+
+
+def _check_plain(name: str, t: Tensor) -> None:
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {list(t.stride())} for shape {list(t.shape)}")
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require grad, pass {name}.detach()")
+
+
+def _check_shape(name: str, t: Tensor, shape: torch.Size) -> None:
+    if t.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
+
+
+def _check_clients(clients: Tensor, weights: Tensor) -> None:
+    _check_leader("clients", clients)
+    if clients.dim() != 2 or len(clients) == 0:
+        raise ValueError(f"clients must have shape [K, P] with K >= 1, got {list(clients.shape)}")
+    _check_like("weights", weights, "clients", clients)
+    _check_shape("weights", weights, clients.shape[:1])
+
+
+def _check_segments(segments: Tensor, size: int) -> None:
+    if segments.dtype != torch.int64 or segments.dim() != 2 or segments.shape[1] != 2:
+        raise ValueError(f"segments must be int64 of shape [L, 2], got {_dtype(segments)} of shape {list(segments.shape)}")
+    at = 0
+    for layer, (begin, end) in enumerate([] if segments.is_meta else segments.tolist()):
+        if not at <= begin <= end <= size:
+            inside = f"[{at}, {size}], after the one before and inside the vector"
+            raise ValueError(f"segment {layer} must lie in {inside}, got [{begin}, {end}]")
+        at = end
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")

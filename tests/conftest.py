@@ -35,10 +35,10 @@ def tiny(npz) -> list[str]:
 
 @pytest.fixture(scope="session")
 def command():
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as many as in this process: sums over a batch depend on it in the last bit
-
-    def run(script: str, *arguments, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
+    def run(script: str, *arguments, cwd: Path, variables: dict[str, str] | None = None, **kwargs) -> subprocess.CompletedProcess:
         line = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}  # as many as in this process: sums over a batch depend on it in the last bit
+        env |= variables or {}
         return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, env=env, **kwargs)
 
     return run

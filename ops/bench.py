@@ -1,0 +1,224 @@
+"""Times each op against the other ways to the same result: `python -m ops.bench`.
+
+One table, medians of interleaved repetitions. `x` is that way's time over the op's: above 1, the op is faster. GB/s counts the bytes
+that the op must move, and `copy` is the share of the bandwidth of a plain `copy_` in the same run. `error` is the worst relative
+error of the norms against float64. The ways: ours; `reference` (FEDU_OPS=reference); `authors`, one tensor of a state dict at a time
+and `torch.dist`; `foreach`, `torch._foreach_*` over the same tensors; and the best plain torch over flat vectors.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import ops
+from ops import reference
+
+
+def resnet18() -> list[tuple[str, int]]:
+    """Names and sizes of the tensors of the paper's encoder: CIFAR ResNet-18 with its projector, 21,668,928 floats."""
+    tensors = [("conv", 3 * 64 * 9), ("bn", 64), ("bn", 64)]
+    width = 64
+    for out in (64, 64, 128, 128, 256, 256, 512, 512):
+        tensors += [("conv", width * out * 9), ("bn", out), ("bn", out), ("conv", out * out * 9), ("bn", out), ("bn", out)]
+        if out != width:
+            tensors += [("shortcut", width * out), ("bn", out), ("bn", out)]
+        width = out
+    return tensors + [("linear", 512 * 4096), *[("bn", 4096)] * 3, ("linear", 4096 * 2048), ("bn", 2048)]
+
+
+def small() -> list[tuple[str, int]]:
+    """A network of 100,000 floats, where the cost of a call rules."""
+    return [("conv", 9_900), ("bn", 100)] * 10
+
+
+class Case:
+    """Vectors of one network and K clients, and every way to compute with them."""
+
+    def __init__(self, tensors: list[tuple[str, int]], num_clients: int, device: str):
+        sizes = torch.tensor([size for _, size in tensors])
+        ends = sizes.cumsum(0)
+        self.bounds = torch.stack([ends - sizes, ends], dim=1)
+        self.layers = [i for i, (kind, _) in enumerate(tensors) if kind == "conv"]
+        self.segments = self.bounds[self.layers]
+        self.size, self.num_clients = int(ends[-1]), num_clients
+        generator = torch.Generator(device).manual_seed(0)
+        self.received = torch.randn(self.size, generator=generator, device=device) * 0.05
+        self.clients = torch.empty(num_clients, self.size, device=device)
+        for row in self.clients:
+            row.normal_(generator=generator).mul_(0.002).add_(self.received)
+        self.weights = torch.full((num_clients,), 1 / num_clients, device=device)
+        self.target = self.received.clone()
+        # the same memory as lists of tensors, for the ways that go through a state dict
+        self.dicts = [self.split(row) for row in self.clients]
+        self.received_dict, self.target_dict = self.split(self.received), self.split(self.target)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        return [vector[begin:end] for begin, end in self.bounds.tolist()]
+
+    def aggregate(self) -> dict[str, Callable]:
+        def authors():
+            mean = self.mean_of_dicts()
+            drift = [[torch.dist(client[i], self.received_dict[i]) for i in self.layers] for client in self.dicts]
+            spread = [[torch.dist(client[i], mean[i]) for i in self.layers] for client in self.dicts]
+            return mean, torch.tensor(drift), torch.tensor(spread)
+
+        def foreach():
+            mean = self.foreach_mean()
+            norms = []
+            for other in (self.received_dict, mean):
+                picked, rows = [other[i] for i in self.layers], []
+                for client in self.dicts:
+                    rows.append(torch.stack(torch._foreach_norm(torch._foreach_sub([client[i] for i in self.layers], picked))))
+                norms.append(rows)
+            return mean, *map(torch.stack, norms)
+
+        def plain():
+            mean = self.weights @ self.clients
+            norms = [
+                torch.stack([torch.linalg.vector_norm(self.clients[:, b:e] - other[b:e], dim=1) for b, e in self.segments.tolist()], dim=1)
+                for other in (self.received, mean)
+            ]
+            return mean, *norms
+
+        arguments = (self.clients, self.weights, self.received, self.segments)
+        ours, twin = (lambda: ops.aggregate(*arguments)), (lambda: reference.aggregate(*arguments))
+        return {"ours": ours, "reference": twin, "authors": authors, "foreach": foreach, "plain torch": plain}
+
+    def weighted_mean(self) -> dict[str, Callable]:
+        arguments = (self.clients, self.weights)
+        ours, twin = (lambda: ops.weighted_mean(*arguments)), (lambda: reference.weighted_mean(*arguments))
+        ways = {"ours": ours, "reference": twin, "authors": self.mean_of_dicts, "foreach": self.foreach_mean}
+        return ways | {"plain torch": lambda: self.weights @ self.clients}
+
+    def layer_norms(self) -> dict[str, Callable]:
+        arguments = (self.clients[0], self.received, self.segments)
+        pairs = [(self.dicts[0][i], self.received_dict[i]) for i in self.layers]
+        ours, twin = (lambda: ops.layer_norms(*arguments)), (lambda: reference.layer_norms(*arguments))
+        return {
+            "ours": ours,
+            "reference": twin,
+            "authors": lambda: torch.stack([torch.dist(a, b) for a, b in pairs]),
+            "foreach": lambda: torch.stack(torch._foreach_norm(torch._foreach_sub(*map(list, zip(*pairs, strict=True))))),
+            "plain torch": lambda: torch.stack([torch.linalg.vector_norm(a - b) for a, b in pairs]),
+        }
+
+    def ema_(self) -> dict[str, Callable]:
+        def authors():
+            for i, (old, new) in enumerate(zip(self.target_dict, self.dicts[0], strict=True)):
+                self.target_dict[i] = old * 0.99 + (1 - 0.99) * new
+
+        flat, online = self.split(self.target), self.dicts[0]
+        arguments = (self.target, self.clients[0], 0.99)
+        ours, twin = (lambda: ops.ema_(*arguments)), (lambda: reference.ema_(*arguments))
+        ways = {"ours": ours, "reference": twin, "authors": authors, "foreach": lambda: torch._foreach_lerp_(flat, online, 0.01)}
+        return ways | {"plain torch": lambda: self.target.lerp_(self.clients[0], 0.01)}
+
+    def mean_of_dicts(self) -> list[Tensor]:
+        weights = self.weights.tolist()
+        return [sum(w * t for w, t in zip(weights, tensors, strict=True)) for tensors in zip(*self.dicts, strict=True)]
+
+    def foreach_mean(self) -> list[Tensor]:
+        weights = self.weights.tolist()
+        mean = torch._foreach_mul(self.dicts[0], weights[0])
+        for w, tensors in zip(weights[1:], self.dicts[1:], strict=True):
+            torch._foreach_add_(mean, tensors, alpha=w)
+        return mean
+
+    def floats(self, op: str) -> int:
+        """The floats that the op must read and write."""
+        measured = int((self.segments[:, 1] - self.segments[:, 0]).sum())
+        mean = (self.num_clients + 1) * self.size
+        return {"aggregate": mean + measured, "weighted_mean": mean, "layer_norms": 2 * measured, "ema_": 3 * self.size}[op]
+
+    def error(self, op: str, result) -> float | None:
+        """Worst relative error of the norms in a result, against float64; None for an op that measures none."""
+        if op == "layer_norms":
+            pairs = [(result, self.clients[:1], self.received)]
+        elif op == "aggregate":
+            mean = result[0] if isinstance(result[0], Tensor) else torch.cat(result[0])
+            pairs = [(result[1], self.clients, self.received), (result[2], self.clients, mean)]
+        else:
+            return None
+        worst = 0.0
+        for norms, vectors, other in pairs:
+            for row, vector in zip(norms.reshape(len(vectors), -1).double().cpu(), vectors, strict=True):
+                want = [torch.linalg.vector_norm(vector[b:e].double() - other[b:e].double()) for b, e in self.segments.tolist()]
+                worst = max(worst, ((row - torch.stack(want).cpu()) / torch.stack(want).cpu()).abs().max().item())
+        return worst
+
+
+def time_ways(ways: dict[str, Callable], repeats: int, budget: float, device: str) -> dict[str, float]:
+    """Median seconds of each way: in turns, so that a busy moment of the machine falls on all; a fast one is timed in batches."""
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+
+    def seconds(way: Callable, calls: int) -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            way()
+        wait()
+        return (time.perf_counter() - start) / calls
+
+    once = {name: min(seconds(way, 1), seconds(way, 1)) for name, way in ways.items()}
+    calls = {name: max(1, min(1000, int(0.005 / t))) for name, t in once.items()}
+    rounds = max(3, min(repeats, int(budget / sum(once[name] * calls[name] for name in ways))))
+    times = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(seconds(way, calls[name]))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m ops.bench")
+    parser.add_argument("--repeats", type=int, default=25, help="of each way, at least 3 (default 25)")
+    parser.add_argument("--budget", type=float, default=20, help="seconds to spend on an op, beyond 3 repeats (default 20)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=("resnet18", "small"), help="one of the two networks (default both)")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is visible to this torch")
+    if not ops.load():
+        print("ops: there is no library to time: without FEDU_OPS=reference, the warning says why", file=sys.stderr)
+        return 2
+    on_cpu = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"torch {torch.__version__}, {options.device}: {torch.cuda.get_device_name() if options.device == 'cuda' else on_cpu}")
+    print(f"{'network':9} {'K':>3} {'op':14} {'way':12} {'ms':>10} {'x':>7} {'GB/s':>6} {'copy':>5}  error")
+    round_ms = {}
+    for name, network, num_clients in (("resnet18", resnet18(), 5), ("resnet18", resnet18(), 50), ("small", small(), 5)):
+        if options.only not in (None, name):
+            continue
+        case = Case(network, num_clients, options.device)
+        destination = torch.empty_like(case.received)
+        timing = (options.repeats, options.budget, options.device)
+        copy = time_ways({"copy": lambda to=destination, vector=case.received: to.copy_(vector)}, *timing)["copy"]
+        bandwidth = 2 * 4 * case.size / copy
+        print(f"{name:9} {num_clients:3} {'copy_':14} {'':12} {copy * 1e3:10.3f} {'':7} {bandwidth / 1e9:6.1f}")
+        for op in ("aggregate", "weighted_mean", "layer_norms", "ema_"):
+            if num_clients == 50 and op in ("layer_norms", "ema_"):  # they know one client
+                continue
+            ways = getattr(case, op)()
+            times = time_ways(ways, *timing)
+            for way, seconds in times.items():
+                rate, error = 4 * case.floats(op) / seconds, case.error(op, ways[way]())
+                print(
+                    f"{name:9} {num_clients:3} {op:14} {way:12} {seconds * 1e3:10.3f} {seconds / times['ours']:7.2f} {rate / 1e9:6.1f} "
+                    f"{rate / bandwidth:5.0%}  {'' if error is None else f'{error:.0e}'}".rstrip(),
+                    flush=True,
+                )
+                round_ms[name, num_clients, op, way] = seconds * 1e3
+    if ("resnet18", 5, "ema_", "ours") in round_ms:
+        for way in ("ours", "reference", "authors"):
+            ema, aggregate = round_ms["resnet18", 5, "ema_", way], round_ms["resnet18", 5, "aggregate", way]
+            total = (5 * 390 * ema + aggregate) / 1e3
+            print(f"a round of the paper (5 clients, 390 steps each): {total:.2f} s in the ops, {way}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,407 @@
+// The fused ops as PyTorch operators: schemas, argument checks and CPU kernels; the CUDA kernels are in fused_cuda.cu.
+//
+// Every kernel is bound by memory: it reads each float once from DRAM, and what it needs again it finds in the cache. Sums of
+// squares are kept in double. Work is cut by the vector alone (fused.h), in which threads take whole chunks, so the number of
+// threads changes no bit of a result. Under -ffp-contract=off a product and a sum are rounded each, as in the reference and on the GPU.
+
+#include "fused.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <charconv>
+#include <cmath>
+#include <cstring>
+#include <tuple>
+
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifdef FEDU_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace fedu {
+namespace {
+
+using at::Tensor;
+
+// ---- Checks: each refusal is one sentence with the value. reference.py has the same ones -------------------------------------
+
+std::string dtype_name(const Tensor& t) { return std::string(c10::getDtypeNames(t.scalar_type()).first); }
+
+// The shortest decimal that reads back as the same number, as Python prints it.
+std::string number(double value) {
+  char text[32];
+  return std::string(text, std::to_chars(text, text + sizeof text, value).ptr);
+}
+
+void check_plain(const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous, got strides ", t.strides(), " for shape ", t.sizes());
+  TORCH_CHECK_VALUE(!t.requires_grad() || !at::GradMode::is_enabled(), name, " must not require grad, pass ", name, ".detach()");
+}
+
+// The first vector argument; the others are held against it.
+void check_leader(const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name, " must be float32 or float64, got ",
+                    dtype_name(t));
+  check_plain(name, t);
+}
+
+void check_like(const char* name, const Tensor& t, const char* leader_name, const Tensor& leader) {
+  TORCH_CHECK_VALUE(t.scalar_type() == leader.scalar_type() && t.device() == leader.device(), name, " must be ", dtype_name(leader),
+                    " on ", leader.device(), " like ", leader_name, ", got ", dtype_name(t), " on ", t.device());
+  check_plain(name, t);
+}
+
+void check_shape(const char* name, const Tensor& t, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, name, " must have shape ", shape, ", got ", t.sizes());
+}
+
+void check_clients(const Tensor& clients, const Tensor& weights) {
+  check_leader("clients", clients);
+  TORCH_CHECK_VALUE(clients.dim() == 2 && clients.size(0) > 0, "clients must have shape [K, P] with K >= 1, got ", clients.sizes());
+  check_like("weights", weights, "clients", clients);
+  check_shape("weights", weights, {clients.size(0)});
+}
+
+// Returns the partition of the vector by the checked segments.
+std::vector<Piece> check_segments(const Tensor& segments, int64_t size, int64_t chunk_size) {
+  TORCH_CHECK_VALUE(segments.scalar_type() == at::kLong && segments.dim() == 2 && segments.size(1) == 2,
+                    "segments must be int64 of shape [L, 2], got ", dtype_name(segments), " of shape ", segments.sizes());
+  const Tensor host = segments.cpu().contiguous();  // free for a CPU tensor; one on a GPU makes the CPU wait for it here
+  const int64_t* bounds = host.const_data_ptr<int64_t>();
+  int64_t at = 0;
+  for (int64_t l = 0; l < host.size(0); ++l) {
+    const int64_t begin = bounds[2 * l], end = bounds[2 * l + 1];
+    TORCH_CHECK_VALUE(at <= begin && begin <= end && end <= size, "segment ", l, " must lie in [", at, ", ", size,
+                      "], after the one before and inside the vector, got [", begin, ", ", end, "]");
+    at = end;
+  }
+  return partition(bounds, host.size(0), size, chunk_size);
+}
+
+int64_t total_chunks(const std::vector<Piece>& pieces, int64_t chunk_size) {
+  return pieces.empty() ? 0 : pieces.back().first + num_chunks(pieces.back(), chunk_size);
+}
+
+// ---- CPU kernels ------------------------------------------------------------------------------------------------------------
+
+namespace cpu {
+
+// A chunk of all clients stays in the L2 cache between its mean and its norms: 80 KB of K = 5, 200 KB of K = 50. Longer ones waste less
+// of the memory's time on the change from one client's vector to the next.
+constexpr int64_t kMaxChunk = 4096;
+constexpr int64_t chunk_size(int64_t num_clients) { return num_clients <= 8 ? kMaxChunk : 1024; }
+constexpr int64_t kLanes = 16;       // sums kept side by side, one cache line of floats: the compiler maps them to its registers
+constexpr int64_t kGrain = 1 << 15;  // floats below which a second thread costs more than it saves
+
+// out <- values past the cache where the CPU can: a plain store would first read the line that it overwrites.
+template <typename T>
+void stream_out(const T* values, T* out, int64_t n) {
+#ifdef __AVX__
+  if (n % 32 == 0 && reinterpret_cast<uintptr_t>(out) % 32 == 0) {
+    for (int64_t i = 0; i < n; i += 32 / sizeof(T)) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i)));
+    }
+    return;
+  }
+#endif
+  std::memcpy(out, values, n * sizeof(T));
+}
+
+// sum_k w_k x_k of the n floats at clients, in the order of k; four clients at a time, to read four streams at once.
+template <typename T>
+void mean_chunk(const T* clients, const T* weights, T* mean, int64_t num_clients, int64_t stride, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) mean[i] = weights[0] * clients[i];
+  int64_t k = 1;
+  for (; k + 4 <= num_clients; k += 4) {
+    const T *x0 = clients + k * stride, *x1 = x0 + stride, *x2 = x1 + stride, *x3 = x2 + stride;
+    const T w0 = weights[k], w1 = weights[k + 1], w2 = weights[k + 2], w3 = weights[k + 3];
+    for (int64_t i = 0; i < n; ++i) {
+      mean[i] = (((mean[i] + w0 * x0[i]) + w1 * x1[i]) + w2 * x2[i]) + w3 * x3[i];
+    }
+  }
+  for (; k < num_clients; ++k) {
+    const T* x = clients + k * stride;
+    for (int64_t i = 0; i < n; ++i) mean[i] += weights[k] * x[i];
+  }
+}
+
+double sum_lanes(const double* lanes) {
+  double sum = 0;
+  for (int64_t j = 0; j < kLanes; ++j) sum += lanes[j];
+  return sum;
+}
+
+// Adds the squares of x - a, and of x - b if kTwo, of kLanes floats to their lanes.
+template <bool kTwo, typename T>
+inline void add_squares(const T* x, const T* a, const T* b, double* __restrict__ from_a, double* __restrict__ from_b) {
+  for (int64_t j = 0; j < kLanes; ++j) {
+    const double value = x[j], d = value - a[j];
+    from_a[j] = std::fma(d, d, from_a[j]);
+    if constexpr (kTwo) {
+      const double s = value - b[j];
+      from_b[j] = std::fma(s, s, from_b[j]);
+    }
+  }
+}
+
+// Squared distances of x from a, and of x from b if kTwo. While it computes, it fetches x `ahead` floats on, the next chunk's: that is
+// what keeps the memory busy.
+template <bool kTwo, typename T>
+void squares_chunk(const T* x, const T* a, const T* b, int64_t n, int64_t ahead, double* from_a, double* from_b) {
+  double sum_a[kLanes] = {}, sum_b[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t byte = 0; byte < kLanes * int64_t(sizeof(T)); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x + i + ahead) + byte);
+    }
+    add_squares<kTwo>(x + i, a + i, b + i, sum_a, sum_b);
+  }
+  T rest[3][kLanes] = {};  // the last few, with zeros behind them: sums whose lanes are never chosen at run time stay in registers
+  std::copy(x + i, x + n, rest[0]);
+  std::copy(a + i, a + n, rest[1]);
+  if (kTwo) std::copy(b + i, b + n, rest[2]);
+  add_squares<kTwo>(rest[0], rest[1], rest[2], sum_a, sum_b);
+  *from_a = sum_lanes(sum_a);
+  if constexpr (kTwo) *from_b = sum_lanes(sum_b);
+}
+
+// Calls work(piece, chunk, range) for each chunk. A thread takes neighbouring chunks, of as much cost as any other's: a chunk that is
+// measured costs 2, one outside every layer gap_cost.
+template <typename Work>
+void for_each_chunk(const std::vector<Piece>& pieces, int64_t num_clients, int64_t gap_cost, const Work& work) {
+  const int64_t size = chunk_size(num_clients), grain = std::max<int64_t>(1, 2 * kGrain / (size * num_clients));
+  const auto cost_of = [&](const Piece& piece) { return piece.segment < 0 ? gap_cost : 2; };
+  int64_t total = 0;
+  for (const Piece& piece : pieces) total += num_chunks(piece, size) * cost_of(piece);
+  at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+    int64_t before = 0;  // cost of the pieces before
+    for (const Piece& piece : pieces) {
+      const int64_t each = cost_of(piece), chunks = num_chunks(piece, size);
+      if (each == 0) continue;
+      const auto chunk_at = [&](int64_t cost) { return std::clamp<int64_t>((cost - before + each - 1) / each, 0, chunks); };
+      for (int64_t c = chunk_at(begin); c < chunk_at(end); ++c) work(piece, piece.first + c, chunk_range(piece, piece.first + c, size));
+      before += chunks * each;
+    }
+  });
+}
+
+// norms[c, l] = the root of the sum over the layer's chunks of partials[chunk, c], where `norms` names each c's row [L].
+void finish(const std::vector<Piece>& pieces, int64_t chunk_size, const double* partials, int64_t width,
+            const std::vector<double*>& norms) {
+  std::vector<double> sums(width);
+  for (const Piece& piece : pieces) {
+    if (piece.segment < 0) continue;
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t chunk = piece.first; chunk < piece.first + num_chunks(piece, chunk_size); ++chunk) {
+      for (int64_t c = 0; c < width; ++c) sums[c] += partials[chunk * width + c];
+    }
+    for (int64_t c = 0; c < width; ++c) norms[c][piece.segment] = std::sqrt(sums[c]);
+  }
+}
+
+template <typename T>
+void weighted_mean(const T* clients, const T* weights, T* mean, int64_t num_clients, int64_t size) {
+  for_each_chunk(partition(nullptr, 0, size, chunk_size(num_clients)), num_clients, 1, [&](const Piece&, int64_t, Range range) {
+    T values[kMaxChunk];
+    mean_chunk(clients + range.begin, weights, values, num_clients, size, range.end - range.begin);
+    stream_out(values, mean + range.begin, range.end - range.begin);
+  });
+}
+
+template <typename T>
+void aggregate(const T* clients, const T* weights, const T* received, int64_t received_stride, const std::vector<Piece>& pieces,
+               T* mean, double* partials, double* drift, double* spread, int64_t num_clients, int64_t size, int64_t num_segments) {
+  for_each_chunk(pieces, num_clients, 1, [&](const Piece& piece, int64_t chunk, Range range) {
+    T values[kMaxChunk];
+    const int64_t n = range.end - range.begin;
+    mean_chunk(clients + range.begin, weights, values, num_clients, size, n);
+    stream_out(values, mean + range.begin, n);
+    if (piece.segment < 0) return;
+    double* out = partials + chunk * 2 * num_clients;
+    for (int64_t k = 0; k < num_clients; ++k) {
+      squares_chunk<true>(clients + k * size + range.begin, received + k * received_stride + range.begin, values, n,
+                          chunk_size(num_clients), out + k, out + num_clients + k);
+    }
+  });
+  std::vector<double*> rows;
+  for (double* norms : {drift, spread}) {
+    for (int64_t k = 0; k < num_clients; ++k) rows.push_back(norms + k * num_segments);
+  }
+  finish(pieces, chunk_size(num_clients), partials, 2 * num_clients, rows);
+}
+
+template <typename T>
+void layer_norms(const T* a, const T* b, const std::vector<Piece>& pieces, double* partials, double* norms) {
+  for_each_chunk(pieces, 1, 0, [&](const Piece&, int64_t chunk, Range range) {
+    squares_chunk<false>(a + range.begin, b + range.begin, b + range.begin, range.end - range.begin, kMaxChunk, partials + chunk, nullptr);
+  });
+  finish(pieces, chunk_size(1), partials, 1, {norms});
+}
+
+template <typename T>
+void ema(T* target, const T* online, double decay, int64_t size) {
+  const T keep = T(decay), take = T(1 - decay);
+  at::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) target[i] = keep * target[i] + take * online[i];
+  });
+}
+
+}  // namespace cpu
+
+// ---- Operators: check, allocate, and hand plain pointers to the kernels of the device -----------------------------------------
+
+#ifdef FEDU_CUDA
+// Enough blocks to fill the GPU; the kernels stride over what is left, and no result depends on the number.
+struct Launch {
+  c10::cuda::CUDAGuard guard;
+  void* stream;
+  int blocks = 0;
+  explicit Launch(const Tensor& t) : guard(t.device()), stream(c10::cuda::getCurrentCUDAStream().stream()) {
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, t.get_device()));
+    blocks *= 8;
+  }
+};
+#define FEDU_ON_CUDA(t, call)                                             \
+  if ((t).is_cuda()) {                                                    \
+    const Launch on(t);                                                   \
+    C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::call));                 \
+  } else
+#else
+#define FEDU_ON_CUDA(t, call)
+#endif
+
+int64_t chunk_size([[maybe_unused]] const Tensor& t, int64_t num_clients) {
+#ifdef FEDU_CUDA
+  if (t.is_cuda()) return cuda::chunk_size(num_clients);
+#endif
+  return cpu::chunk_size(num_clients);
+}
+
+// Calls f with a T of the tensor's type, float or double.
+template <typename F>
+void for_type(const Tensor& t, const F& f) {
+  if (t.scalar_type() == at::kFloat) {
+    f(float());
+  } else {
+    f(double());
+  }
+}
+
+// The mean's memory. Fresh from the system, its page faults would cost more than the kernel that fills it, so a large one asks
+// for huge pages, of which there are 512 times fewer (a hint: where the system has none to give, nothing else changes).
+Tensor empty_mean(const Tensor& clients) {
+  Tensor mean = clients.new_empty({clients.size(1)});
+#ifdef __linux__
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(mean.mutable_data_ptr()), end = begin + mean.nbytes();
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  if (mean.is_cpu() && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return mean;
+}
+
+Tensor weighted_mean(const Tensor& clients, const Tensor& weights) {
+  check_clients(clients, weights);
+  const int64_t K = clients.size(0), P = clients.size(1);
+  Tensor mean = empty_mean(clients);
+  for_type(clients, [&]<typename T>(T) {
+    const T *x = clients.const_data_ptr<T>(), *w = weights.const_data_ptr<T>();
+    FEDU_ON_CUDA(clients, weighted_mean(x, w, mean.mutable_data_ptr<T>(), K, P, on.blocks, on.stream))
+    cpu::weighted_mean(x, w, mean.mutable_data_ptr<T>(), K, P);
+  });
+  return mean;
+}
+
+std::tuple<Tensor, Tensor, Tensor> aggregate(const Tensor& clients, const Tensor& weights, const Tensor& received,
+                                             const Tensor& segments) {
+  check_clients(clients, weights);
+  const int64_t K = clients.size(0), P = clients.size(1);
+  check_like("received", received, "clients", clients);
+  TORCH_CHECK_VALUE(received.sizes() == clients.sizes() || received.sizes() == at::IntArrayRef{P}, "received must have shape [", P,
+                    "] or ", clients.sizes(), ", got ", received.sizes());
+  const int64_t chunk = chunk_size(clients, K), received_stride = received.dim() == 2 ? P : 0;
+  const std::vector<Piece> pieces = check_segments(segments, P, chunk);
+  const auto doubles = clients.options().dtype(at::kDouble);
+  const int64_t L = segments.size(0);
+  Tensor mean = empty_mean(clients), partials = clients.new_empty({total_chunks(pieces, chunk) * 2 * K}, doubles);
+  Tensor drift = clients.new_empty({K, L}, doubles), spread = clients.new_empty({K, L}, doubles);
+  double *sums = partials.mutable_data_ptr<double>(), *d = drift.mutable_data_ptr<double>(), *s = spread.mutable_data_ptr<double>();
+  for_type(clients, [&]<typename T>(T) {
+    const T *x = clients.const_data_ptr<T>(), *w = weights.const_data_ptr<T>(), *r = received.const_data_ptr<T>();
+    T* m = mean.mutable_data_ptr<T>();
+    FEDU_ON_CUDA(clients, aggregate(x, w, r, received_stride, pieces, m, sums, d, s, K, P, L, on.blocks, on.stream))
+    cpu::aggregate(x, w, r, received_stride, pieces, m, sums, d, s, K, P, L);
+  });
+  return {mean, drift, spread};
+}
+
+Tensor layer_norms(const Tensor& a, const Tensor& b, const Tensor& segments) {
+  check_leader("a", a);
+  TORCH_CHECK_VALUE(a.dim() == 1, "a must have shape [P], got ", a.sizes());
+  check_like("b", b, "a", a);
+  check_shape("b", b, a.sizes());
+  const int64_t chunk = chunk_size(a, 1);
+  const std::vector<Piece> pieces = check_segments(segments, a.size(0), chunk);
+  const auto doubles = a.options().dtype(at::kDouble);
+  Tensor norms = a.new_empty({segments.size(0)}, doubles), partials = a.new_empty({total_chunks(pieces, chunk)}, doubles);
+  double *sums = partials.mutable_data_ptr<double>(), *out = norms.mutable_data_ptr<double>();
+  for_type(a, [&]<typename T>(T) {
+    const T *x = a.const_data_ptr<T>(), *y = b.const_data_ptr<T>();
+    FEDU_ON_CUDA(a, layer_norms(x, y, pieces, sums, out, on.blocks, on.stream))
+    cpu::layer_norms(x, y, pieces, sums, out);
+  });
+  return norms;
+}
+
+void ema_(Tensor target, const Tensor& online, double decay) {
+  check_leader("target", target);
+  TORCH_CHECK_VALUE(target.dim() == 1 || target.dim() == 2, "target must have shape [P] or [K, P], got ", target.sizes());
+  check_like("online", online, "target", target);
+  check_shape("online", online, target.sizes());
+  TORCH_CHECK_VALUE(decay >= 0 && decay <= 1, "decay must lie in [0, 1], got ", number(decay));
+  const int64_t bytes = target.numel() * target.element_size();
+  const int64_t offset = static_cast<const char*>(online.const_data_ptr()) - static_cast<const char*>(target.const_data_ptr());
+  TORCH_CHECK_VALUE(offset == 0 || std::abs(offset) >= bytes,
+                    "online must be target's own memory or share none with it, got one that begins ", offset, " bytes after it");
+  if (decay == 1) return;  // exact even where a NaN or an Inf times 0 would be NaN
+  if (decay == 0) {
+    target.copy_(online);
+    return;
+  }
+  for_type(target, [&]<typename T>(T) {
+    T* t = target.mutable_data_ptr<T>();
+    const T* o = online.const_data_ptr<T>();
+    FEDU_ON_CUDA(target, ema(t, o, decay, target.numel(), on.blocks, on.stream))
+    cpu::ema(t, o, decay, target.numel());
+  });
+}
+
+TORCH_LIBRARY(fedu, m) {
+  m.def("weighted_mean(Tensor clients, Tensor weights) -> Tensor");
+  m.def("aggregate(Tensor clients, Tensor weights, Tensor received, Tensor segments) -> (Tensor, Tensor, Tensor)");
+  m.def("layer_norms(Tensor a, Tensor b, Tensor segments) -> Tensor");
+  m.def("ema_(Tensor(a!) target, Tensor online, float decay) -> ()");
+}
+
+void implement(torch::Library& m) {
+  m.impl("weighted_mean", weighted_mean);
+  m.impl("aggregate", aggregate);
+  m.impl("layer_norms", layer_norms);
+  m.impl("ema_", ema_);
+}
+TORCH_LIBRARY_IMPL(fedu, CPU, m) { implement(m); }
+#ifdef FEDU_CUDA
+TORCH_LIBRARY_IMPL(fedu, CUDA, m) { implement(m); }
+#endif
+
+}  // namespace
+}  // namespace fedu

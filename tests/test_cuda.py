@@ -1,0 +1,175 @@
+"""fused_cuda.cu without a GPU: what nvcc makes of it, and its kernels executed on the CPU (cuda_on_cpu/) and shown able to fail."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ops import build
+
+OPS = Path(build.__file__).parent
+HERE = Path(__file__).parent / "cuda_on_cpu"
+COMPILE = ["g++", "-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+COMPILE += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}"]  # that folder has the stand-in for cuda_runtime.h
+ARCHITECTURES = ["80", "90", "100"]
+BULK_KERNELS = {  # the float kernels that take packs: 128-bit loads and stores of each
+    "weighted_mean_kernelIfLb1E": ("LDG", "STG"),
+    "aggregate_kernelIfLb1ELb1E": ("LDG", "STG"),
+    "aggregate_kernelIfLb1ELb0E": ("LDG", "STG"),
+    "layer_norms_kernelIfLb1E": ("LDG",),
+    "ema_kernelIfE": ("LDG", "STG"),
+}
+
+
+# ---- What nvcc makes of it ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def compiled(request, tmp_path_factory):
+    """The compiler's report and the disassembly, by kernel, for one architecture."""
+    home = build.find_toolkit()
+    if home is None:
+        pytest.skip("no CUDA toolkit")
+    cubin = tmp_path_factory.mktemp("cubin") / "fused.cubin"
+    architecture = f"-gencode=arch=compute_{request.param},code=sm_{request.param}"
+    command = [f"{home}/bin/nvcc", *build.CUDA_FLAGS, "-Werror=all-warnings", architecture, "-Xptxas=-v", "-cubin"]
+    run = subprocess.run([*command, "-o", str(cubin), str(OPS / "fused_cuda.cu")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stderr, disassemble(home, cubin)
+
+
+def disassemble(home: str, cubin: Path) -> dict[str, str] | None:
+    """The instructions of each kernel; None without a disassembler (the toolkit's, or the one in triton's package)."""
+    try:
+        import triton
+
+        beside = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    except ImportError:
+        beside = Path()
+    tool = next((t for t in (Path(home, "bin/nvdisasm"), beside) if t.is_file()), None)
+    if tool is None:
+        return None
+    text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    sections = re.split(r"^\s*\.section\s+\.text\.(\S+?),.*$", text, flags=re.MULTILINE)
+    return dict(zip(sections[1::2], sections[2::2], strict=True))
+
+
+def test_no_spills_and_no_local_memory(compiled):
+    report, kernels = compiled
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(frames) >= 13 and all(frame == ("0", "0", "0") for frame in frames), report
+    for name, code in (kernels or {}).items():
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+
+
+def test_bulk_loops_move_16_bytes_at_once(compiled):
+    kernels = compiled[1]
+    if kernels is None:
+        pytest.skip("no nvdisasm")
+    for part, instructions in BULK_KERNELS.items():
+        (code,) = (code for name, code in kernels.items() if part in name)
+        for instruction in instructions:
+            assert re.search(rf"\b{instruction}\.E\.\S*128\b", code), (part, instruction)
+
+
+def test_no_atomics_and_no_fast_math(compiled):
+    for name, code in (compiled[1] or {}).items():
+        assert not re.search(r"\b(ATOM|ATOMG|RED)\b|\bF(ADD|MUL|FMA)\S*\.FTZ", code), name
+
+
+# ---- Executed on the CPU ------------------------------------------------------------------------------------------------------
+
+
+def compiled_for_the_cpu(source: Path, headers: Path, *options: str) -> Path:
+    """The object file of check.cpp or of a fused_cuda.cu, beside the headers."""
+    made = headers / f"{source.stem}.o"
+    run = subprocess.run([*COMPILE, *options, f"-I{headers}", "-c", "-xc++", str(source), f"-o{made}"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return made
+
+
+def link_and_run(*objects: Path, arguments: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    program = objects[0].with_name("check")
+    subprocess.run([*COMPILE, *map(str, objects), f"-o{program}"], check=True)
+    try:
+        return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=3000)
+    finally:
+        program.unlink()
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory) -> Path:
+    """check.cpp, compiled once for all sources that it is to run."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("check")
+    shutil.copy(OPS / "fused.h", folder)
+    return compiled_for_the_cpu(HERE / "check.cpp", folder)
+
+
+@pytest.mark.slow
+def test_kernels_against_float64_under_sanitizers(check):
+    run = link_and_run(compiled_for_the_cpu(OPS / "fused_cuda.cu", check.parent), check)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"\d{7,} values compared", run.stdout), run.stdout
+
+
+# Faults planted one at a time, each to be caught by a difference, a reported fault or a sanitizer: what, text, replacement.
+MUTATIONS = [
+    ("nothing, which must pass", "", ""),
+    ("no barrier before the warps' sums are read", "  __syncthreads();\n  if (static_cast", "  if (static_cast"),
+    ("no barrier before they are overwritten", "  __syncthreads();  // before", "  // before"),
+    ("a barrier for half of the block", "  __syncthreads();  // before", "  if (threadIdx.x < 128) __syncthreads();  // before"),
+    ("shuffle mask of half a warp", "0xffffffffu", "0xffffu"),
+    ("sum of half a warp", "offset = 16", "offset = 8"),
+    ("sum of all warps but one", "warp < kWarps; ++warp) sum", "warp < kWarps - 1; ++warp) sum"),
+    ("dropped last float of a chunk", "j < range.end; ++j)", "j + 1 < range.end; ++j)"),
+    ("dropped tail of the mean", "thread; i < size; i += step) {", "thread; i + 1 < size; i += step) {"),
+    ("dropped tail of the average", "s < head + size - body", "s + 1 < head + size - body"),
+    ("pack over the end of a segment", "i + kWidth <= range.end", "i < range.end"),
+    ("pack over the end of the mean", "i + kWidth <= size; i +=", "i < size; i +="),
+    ("pack over the end of the average", "(size - head) / kFull<T> *", "(size - head + kFull<T> - 1) / kFull<T> *"),
+    ("pack before the begin of a segment", "i >= range.begin && i +", "i +"),
+    ("packs at unaligned addresses", "kCanVector<T> && aligned(a) && aligned(b)", "kCanVector<T>"),
+    ("packs in rows that do not line up", "(num_clients == 1 || size % kFull<T> == 0)", "true"),
+    ("wrong head of the average", "(16 - address % 16) % 16", "address % 16"),
+    ("32-bit index into the vector", "f(table.pieces[piece], chunk, chunk_range(table.pieces[piece], chunk, chunk_size))", """
+        const Range wide = chunk_range(table.pieces[piece], chunk, chunk_size);
+        f(table.pieces[piece], chunk, Range{static_cast<int>(wide.begin), static_cast<int>(wide.end)})"""),
+    ("mean summed from the last client", "for (int64_t k = 0; k < num_clients; ++k) {", """
+        for (int64_t step = 0; step < num_clients; ++step) {
+        const int64_t k = step == 0 ? 0 : num_clients - step;"""),
+    ("product of the average not rounded", "keep * t.v[j] + take * o.v[j]", "std::fma(keep, t.v[j], take * o.v[j])"),
+    ("second tile reads the first's clients", "clients + (tile + k) * size", "clients + k * size"),
+    ("second tile reads the first's received", "received + (tile + k) * received_stride", "received + k * received_stride"),
+    ("one received vector for all", "if (k == 0 || received_stride) r", "if (k == 0) r"),
+    ("spread from the received vector", "add_squares(x[k], m, spread[k])", "add_squares(x[k], r, spread[k])"),
+    ("squares in float", "const double d = static_cast<double>(x.v[j]) - static_cast<double>(y.v[j])", "const float d = x.v[j] - y.v[j]"),
+    ("chunk in the wrong segment", "pieces[piece + 1].first <= chunk) ++piece", "pieces[piece + 1].first < chunk) ++piece"),
+    ("only a block's worth of chunks", "chunk < end; chunk += kThreads", "chunk < end; chunk += end"),
+    ("drift and spread exchanged", "column < half ?", "column >= half ?"),
+    ("only the first launch's layers", "at < pieces.size(); at +=", "at == 0; at +="),
+    ("no root", "= sqrt(total)", "= total"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_each_planted_fault_is_caught(check, tmp_path):
+    source = (OPS / "fused_cuda.cu").read_text()
+
+    def survives(number: int) -> bool:
+        what, text, replacement = MUTATIONS[number]
+        assert text in source, f"nothing to mutate for: {what}"
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shutil.copy(OPS / "fused.h", folder)
+        (folder / "fused_cuda.cu").write_text(source.replace(text, replacement))
+        made = compiled_for_the_cpu(folder / "fused_cuda.cu", folder, "-Wno-error")
+        return link_and_run(made, check, arguments=("far" if "32-bit" in what else "quick",)).returncode == 0
+
+    with ThreadPoolExecutor(2) as pool:
+        survivors = list(pool.map(survives, range(len(MUTATIONS))))
+    assert [what for (what, *_), survived in zip(MUTATIONS, survivors, strict=True) if survived] == ["nothing, which must pass"]

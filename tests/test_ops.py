@@ -1,0 +1,355 @@
+"""The fused ops and their plain-torch twins: numbers worked by hand, a float64 oracle, bits, refusals, and torch's own checks."""
+
+import mmap
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+import ops
+from ops import reference
+
+SIZES = [0, 1, 3, 31, 32, 33, 1023, 1024, 4099, 2**17 + 3]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    if os.environ.get("FEDU_OPS") == "reference":
+        pytest.skip("FEDU_OPS=reference: the library is not to be built")
+    assert ops.load(), "the library did not build: the warning says why"
+
+
+@pytest.fixture(params=["fused", "reference"])
+def implementation(request):
+    """The public functions, which take the library here, and the reference."""
+    return ops if request.param == "fused" else reference
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+def random(*shape: int, seed: int = 0, dtype=torch.float32, device: str = "cpu") -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(device)
+
+
+def layers(size: int) -> Tensor:
+    """Segments with gaps, one of them empty and one of a single float, where the vector has room for them."""
+    if size < 31:
+        return torch.tensor([[0, size]])
+    return torch.tensor([[1, size // 3], [size // 3, size // 3], [size // 3 + 1, size // 3 + 2], [size // 2 + 1, size - 3]])
+
+
+def exact_norms(a: Tensor, b: Tensor, segments: Tensor) -> Tensor:
+    return torch.tensor([(a[begin:end].double() - b[begin:end].double()).square().sum().sqrt() for begin, end in segments.tolist()])
+
+
+def assert_bits(got: Tensor, want: Tensor) -> None:
+    """Equal to the last bit, NaN to NaN."""
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- Results ------------------------------------------------------------------------------------------------------------------
+
+
+def test_by_hand(implementation, device):
+    clients = torch.tensor([[0.0, 0, 1, 5], [4.0, 8, 1, 7]], device=device)
+    weights = torch.tensor([0.25, 0.75], device=device)
+    received = torch.tensor([0.0, 5, 1, 100], device=device)
+    segments = torch.tensor([[0, 2], [2, 3]])
+    mean, drift, spread = implementation.aggregate(clients, weights, received, segments)
+    assert mean.tolist() == [3, 6, 1, 6.5]
+    assert drift.tolist() == [[5, 0], [5, 0]]
+    assert spread.tolist() == [[45**0.5, 0], [5**0.5, 0]]
+    assert implementation.weighted_mean(clients, weights).tolist() == [3, 6, 1, 6.5]
+    assert implementation.layer_norms(clients[0], received, segments).tolist() == [5, 0]
+    target = torch.tensor([1.0, 2, 3, 4], device=device)
+    assert implementation.ema_(target, clients[1], 0.5) is target
+    assert target.tolist() == [2.5, 5, 2, 5.5]
+
+
+@pytest.mark.parametrize("num_clients", [1, 2, 5, 17, 33, 100])
+@pytest.mark.parametrize("size", SIZES)
+def test_aggregate_against_float64(size, num_clients, device):
+    clients, segments = random(num_clients, size, device=device), layers(size)
+    weights = random(num_clients, seed=1).softmax(0).to(device)
+    received = random(*((num_clients, size) if num_clients % 2 else (size,)), seed=2, device=device)
+    mean, drift, spread = ops.aggregate(clients, weights, received, segments)
+    torch.testing.assert_close(mean.double(), weights.double() @ clients.double(), rtol=1e-5, atol=1e-6)
+    assert_bits(ops.weighted_mean(clients, weights), mean)
+    starts = received.expand_as(clients)
+    for k in range(num_clients):
+        torch.testing.assert_close(drift[k].cpu(), exact_norms(clients[k].cpu(), starts[k].cpu(), segments), rtol=1e-12, atol=0)
+        torch.testing.assert_close(spread[k].cpu(), exact_norms(clients[k].cpu(), mean.cpu(), segments), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", SIZES)
+def test_library_agrees_with_the_reference(size, dtype, device):
+    """Mean and average to the last bit, so that training does not depend on who computes; norms but for the order of their sums."""
+    clients, weights = random(7, size, dtype=dtype, device=device), random(7, seed=1, dtype=dtype).softmax(0).to(device)
+    received, segments = random(size, seed=1, dtype=dtype, device=device), layers(size)
+    (mean, *norms), (want_mean, *want_norms) = (i.aggregate(clients, weights, received, segments) for i in (ops, reference))
+    assert_bits(mean, want_mean)
+    assert_bits(ops.weighted_mean(clients, weights), want_mean)
+    for got, want in zip(norms, want_norms, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        ops.layer_norms(mean, received, segments), reference.layer_norms(mean, received, segments), rtol=1e-12, atol=0
+    )
+    for target, online in ((mean, received), (clients, clients + 1)):
+        assert_bits(ops.ema_(target.clone(), online, 0.99), reference.ema_(target.clone(), online, 0.99))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3, 5])
+def test_vectors_that_start_unaligned(offset, device):
+    memory = random(3 * 5000 + 8, device=device)
+    clients = memory[offset : offset + 15000].view(3, 5000)
+    weights, received, segments = torch.full((3,), 1 / 3, device=device), random(5003, device=device)[3:], layers(5000)
+    aligned = ops.aggregate(clients.clone(), weights, received.clone(), segments)
+    for got, want in zip(ops.aggregate(clients, weights, received, segments), aligned, strict=True):
+        assert_bits(got, want)
+    before, target = memory.clone(), clients[1]
+    assert_bits(ops.ema_(target, received, 0.9), ops.ema_(before[offset + 5000 : offset + 10000].clone(), received, 0.9))
+    target.copy_(before[offset + 5000 : offset + 10000])
+    assert_bits(memory, before)  # nothing beside the target was written
+
+
+def test_sum_over_clients_is_in_their_order(implementation, device):
+    clients = torch.tensor([[1e8], [1.0], [-1e8]], device=device)
+    assert implementation.weighted_mean(clients, torch.ones(3, device=device)).item() == 0  # (1e8 + 1) - 1e8 in float32
+    assert implementation.weighted_mean(clients[[0, 2, 1]].clone(), torch.ones(3, device=device)).item() == 1
+
+
+def test_same_bits_on_any_number_of_threads():
+    clients, weights, segments = random(7, 300_001), random(7, seed=1), layers(300_001)
+    received, threads, results = random(300_001, seed=2), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 8, 1):
+            torch.set_num_threads(count)
+            norms = ops.layer_norms(clients[0], received, segments)
+            results.append((*ops.aggregate(clients, weights, received, segments), norms, ops.ema_(clients[0].clone(), received, 0.99)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for got, want in zip(result, results[0], strict=True):
+            assert_bits(got, want)
+
+
+def test_decay_0_and_1_are_exact(implementation, device):
+    odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 0.1], device=device)
+    assert_bits(implementation.ema_(odd.clone(), odd.flip(0), 1), odd)
+    assert_bits(implementation.ema_(odd.clone(), odd.flip(0), 0), odd.flip(0))
+    assert_bits(implementation.ema_(odd.clone(), odd.flip(0), 1.0), odd)
+
+
+def test_ema_of_itself(implementation, device):
+    target = random(10_000, device=device)
+    want = target.clone()
+    implementation.ema_(target, target, 0.9)
+    torch.testing.assert_close(target, want)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_reach_what_they_touch_and_no_more(implementation, value, device):
+    clients, received = random(3, 9000, device=device), random(9000, seed=1, device=device)
+    segments = torch.tensor([[0, 3000], [3000, 3001], [5000, 9000]])
+    clients[1, 3000] = value
+    clients[2, 4000] = value  # in no segment
+    mean, drift, spread = implementation.aggregate(clients, torch.full((3,), 1 / 3, device=device), received, segments)
+    assert (~mean.isfinite()).nonzero().flatten().tolist() == [3000, 4000]
+    assert (~drift.isfinite()).nonzero().tolist() == [[1, 1]]
+    assert (~spread.isfinite()).nonzero().tolist() == [[0, 1], [1, 1], [2, 1]]
+    assert (~implementation.layer_norms(clients[1], received, segments).isfinite()).nonzero().flatten().tolist() == [1]
+    assert (~implementation.ema_(received, clients[1], 0.5).isfinite()).nonzero().flatten().tolist() == [3000]
+
+
+def test_float32_extremes_do_not_overflow_the_norms(implementation):
+    huge, tiny = torch.full((4,), 3e38), torch.full((4,), 1e-44)
+    zero, segments = torch.zeros(4), torch.tensor([[0, 4]])
+    assert implementation.layer_norms(huge, zero, segments).item() == pytest.approx(6e38)
+    assert implementation.layer_norms(tiny, zero, segments).item() == pytest.approx(2 * tiny[0].item(), rel=1e-12)
+
+
+def test_no_segments(implementation, device):
+    clients = random(2, 100, device=device)
+    mean, drift, spread = implementation.aggregate(clients, torch.ones(2, device=device), clients[0], torch.empty(0, 2, dtype=torch.int64))
+    assert mean.shape == (100,) and drift.shape == spread.shape == (2, 0) and drift.dtype == torch.float64
+    assert implementation.layer_norms(clients[0], clients[1], torch.empty(0, 2, dtype=torch.int64)).shape == (0,)
+
+
+def test_more_layers_than_one_launch_holds(device):
+    clients, segments = random(2, 5000, device=device), torch.tensor([[20 * i + 3, 20 * i + 17] for i in range(200)])
+    _, drift, _ = ops.aggregate(clients, torch.full((2,), 0.5, device=device), clients[1], segments)
+    torch.testing.assert_close(drift[0].cpu(), exact_norms(clients[0].cpu(), clients[1].cpu(), segments), rtol=1e-12, atol=0)
+
+
+@pytest.mark.slow
+def test_norms_of_22_million_floats():
+    a, b = random(22_000_000), random(22_000_000, seed=1)
+    segments = torch.tensor([[0, 22_000_000]])
+    want = exact_norms(a, b, segments).item()
+    assert ops.layer_norms(a, b, segments).item() == pytest.approx(want, rel=1e-12)
+    _, drift, _ = ops.aggregate(a[None], torch.ones(1), b, segments)
+    assert drift.item() == pytest.approx(want, rel=1e-12)
+
+
+def zeros_without_memory(count: int) -> Tensor:
+    """A vector of float32 zeros, of which only the pages that are written take memory."""
+    no_reserve = 0x4000
+    return torch.frombuffer(mmap.mmap(-1, count * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve), dtype=torch.float32)
+
+
+def test_layers_beyond_2_to_the_31():
+    far = 2**31
+    a, b = zeros_without_memory(far + 9000), zeros_without_memory(far + 9000)
+    a[5], b[far + 100], b[far + 8999] = 3, 4, 12
+    assert ops.layer_norms(a, b, torch.tensor([[4, 7], [far + 3, far + 101], [far + 101, far + 9000]])).tolist() == [3, 4, 12]
+
+
+@pytest.mark.slow
+def test_clients_beyond_2_to_the_31():
+    size = 2**25 + 5
+    clients = zeros_without_memory(65 * size).view(65, size)  # client 64 begins beyond float 2^31
+    clients[64, size - 2] = 2
+    mean, drift, spread = ops.aggregate(clients, torch.full((65,), 0.5), torch.zeros(size), torch.tensor([[0, 8], [size - 3, size]]))
+    assert mean.nonzero().flatten().tolist() == [size - 2] and mean[size - 2] == 1
+    assert drift.nonzero().tolist() == [[64, 1]] and drift[64, 1] == 2
+    assert spread[:, 1].tolist() == [1.0] * 65 and not spread[:, 0].any()
+
+
+# ---- Refusals -----------------------------------------------------------------------------------------------------------------
+
+INSIDE = "after the one before and inside the vector"
+V, C, W, S = torch.zeros(6), torch.zeros(2, 6), torch.ones(2), torch.tensor([[0, 2], [2, 6]])
+REFUSALS = [
+    ("weighted_mean", (C.int(), W), "clients must be float32 or float64, got int32"),
+    ("weighted_mean", (C.bfloat16(), W), "clients must be float32 or float64, got bfloat16"),
+    ("weighted_mean", (V, W), "clients must have shape [K, P] with K >= 1, got [6]"),
+    ("weighted_mean", (C[:0], W[:0]), "clients must have shape [K, P] with K >= 1, got [0, 6]"),
+    ("weighted_mean", (C.t(), W), "clients must be contiguous, got strides [1, 6] for shape [6, 2]"),
+    ("weighted_mean", (V.expand(2, 6), W), "clients must be contiguous, got strides [0, 1] for shape [2, 6]"),
+    ("weighted_mean", (C, W.double()), "weights must be float32 on cpu like clients, got float64 on cpu"),
+    ("weighted_mean", (C, torch.ones(3)), "weights must have shape [2], got [3]"),
+    ("weighted_mean", (C, W[None]), "weights must have shape [2], got [1, 2]"),
+    ("weighted_mean", (C.clone().requires_grad_(), W), "clients must not require grad, pass clients.detach()"),
+    ("aggregate", (C, W, V.double(), S), "received must be float32 on cpu like clients, got float64 on cpu"),
+    ("aggregate", (C, W, V[:5], S), "received must have shape [6] or [2, 6], got [5]"),
+    ("aggregate", (C, W, torch.zeros(3, 6), S), "received must have shape [6] or [2, 6], got [3, 6]"),
+    ("aggregate", (C, W, V, S.int()), "segments must be int64 of shape [L, 2], got int32 of shape [2, 2]"),
+    ("aggregate", (C, W, V, S.flatten()), "segments must be int64 of shape [L, 2], got int64 of shape [4]"),
+    ("aggregate", (C, W, V, S.flip(0)), f"segment 1 must lie in [6, 6], {INSIDE}, got [0, 2]"),
+    ("layer_norms", (V, V, torch.tensor([[0, 3], [2, 6]])), f"segment 1 must lie in [3, 6], {INSIDE}, got [2, 6]"),
+    ("layer_norms", (V, V, torch.tensor([[0, 7]])), f"segment 0 must lie in [0, 6], {INSIDE}, got [0, 7]"),
+    ("layer_norms", (V, V, torch.tensor([[-1, 2]])), f"segment 0 must lie in [0, 6], {INSIDE}, got [-1, 2]"),
+    ("layer_norms", (V, V, torch.tensor([[4, 3]])), f"segment 0 must lie in [0, 6], {INSIDE}, got [4, 3]"),
+    ("layer_norms", (C, C, S), "a must have shape [P], got [2, 6]"),
+    ("layer_norms", (V, V[:5], S), "b must have shape [6], got [5]"),
+    ("layer_norms", (V, V.double(), S), "b must be float32 on cpu like a, got float64 on cpu"),
+    ("ema_", (V, V.double(), 0.9), "online must be float32 on cpu like target, got float64 on cpu"),
+    ("ema_", (V, V[None].clone(), 0.9), "online must have shape [6], got [1, 6]"),
+    ("ema_", (V[0], V[0], 0.9), "target must have shape [P] or [K, P], got []"),
+    ("ema_", (torch.zeros(12)[::2], V, 0.9), "target must be contiguous, got strides [2] for shape [6]"),
+    ("ema_", (V, V.clone(), 1.5), "decay must lie in [0, 1], got 1.5"),
+    ("ema_", (V, V.clone(), -0.1), "decay must lie in [0, 1], got -0.1"),
+    ("ema_", (V, V.clone(), float("nan")), "decay must lie in [0, 1], got nan"),
+    ("ema_", (V, V.clone().requires_grad_(), 0.9), "online must not require grad, pass online.detach()"),
+    ("ema_", (V[:5], V[1:], 0.9), "online must be target's own memory or share none with it, got one that begins 4 bytes after it"),
+    ("ema_", (V[1:], V[:5], 0.9), "online must be target's own memory or share none with it, got one that begins -4 bytes after it"),
+]
+
+
+@pytest.mark.parametrize(("op", "arguments", "sentence"), REFUSALS, ids=[f"{op}: {sentence}" for op, _, sentence in REFUSALS])
+def test_refusals(implementation, op, arguments, sentence):
+    with pytest.raises(ValueError) as refusal:
+        getattr(implementation, op)(*arguments)
+    assert str(refusal.value) == sentence
+
+
+@needs_gpu
+def test_refuses_another_device(implementation):
+    with pytest.raises(ValueError, match="online must be float32 on cuda:0 like target, got float64 on cpu"):
+        implementation.ema_(V.cuda(), V.double(), 0.9)
+
+
+def test_neighbours_in_memory_do_not_overlap(implementation):
+    memory = random(10)
+    want = 0.5 * memory[:5] + 0.5 * memory[5:]
+    torch.testing.assert_close(implementation.ema_(memory[:5], memory[5:], 0.5), want)
+
+
+def test_no_grad_lets_parameters_in(implementation):
+    with torch.no_grad():
+        assert implementation.weighted_mean(C.clone().requires_grad_(), W).tolist() == [0] * 6
+
+
+# ---- torch's own checks, compiler, other devices ------------------------------------------------------------------------------
+
+
+def test_opcheck(device):
+    clients, weights, received = random(3, 100, device=device), torch.ones(3, device=device), random(100, device=device)
+    segments, fedu = layers(100), torch.ops.fedu
+    torch.library.opcheck(fedu.weighted_mean.default, (clients, weights))
+    torch.library.opcheck(fedu.aggregate.default, (clients, weights, received, segments))
+    torch.library.opcheck(fedu.aggregate.default, (clients, weights, clients.clone(), segments))
+    torch.library.opcheck(fedu.layer_norms.default, (clients[0].clone(), received, segments))
+    torch.library.opcheck(fedu.ema_.default, (clients, clients.clone(), 0.9))
+
+
+def test_schema_marks_the_mutation():
+    target, online, decay = torch.ops.fedu.ema_.default._schema.arguments
+    assert target.is_write and not online.is_write and decay.name == "decay"
+
+
+def test_compile_without_a_graph_break(device):
+    def round_(clients, weights, received, target, segments):
+        mean, drift, spread = ops.aggregate(clients * 2, weights, received, segments)
+        ops.ema_(target, mean, 0.5)
+        return ops.layer_norms(target, mean, segments) + drift[0] + spread[0], ops.weighted_mean(clients, weights)
+
+    arguments = random(3, 50, device=device), torch.full((3,), 1 / 3, device=device), random(50, seed=1, device=device), layers(50)
+    targets = [torch.ones(50, device=device), torch.ones(50, device=device)]
+    compiled = torch.compile(round_, fullgraph=True, backend="aot_eager")
+    clients, weights, received, segments = arguments
+    results = [f(clients, weights, received, t, segments) for f, t in zip((compiled, round_), targets, strict=True)]
+    for got, want in zip(*results, strict=True):
+        assert_bits(got, want)
+    assert_bits(*targets)
+
+
+def test_meta_tensors_give_shapes(implementation):
+    clients, weights, vector = C.to("meta"), W.to("meta"), V.to("meta")
+    for segments in (S, S.to("meta")):
+        mean, drift, spread = implementation.aggregate(clients, weights, vector, segments)
+        assert mean.shape == (6,) and drift.shape == spread.shape == (2, 2) and mean.is_meta and drift.dtype == torch.float64
+        assert implementation.layer_norms(vector, vector, segments).shape == (2,)
+    assert implementation.weighted_mean(clients, weights).shape == (6,)
+    assert implementation.ema_(vector, vector.clone(), 0.9) is vector
+
+
+def test_fake_tensors_give_shapes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        clients, vector, segments = torch.empty(2, 6), torch.empty(6), torch.empty(3, 2, dtype=torch.int64)
+        mean, drift, spread = ops.aggregate(clients, torch.empty(2), vector, segments)
+        assert mean.shape == (6,) and drift.shape == spread.shape == (2, 3)
+        assert ops.layer_norms(vector, vector, segments).dtype == torch.float64
+        assert ops.ema_(vector, mean, 0.9) is vector
+
+
+@needs_gpu
+def test_capturable_in_a_cuda_graph():
+    clients, weights, received = random(3, 5000, device="cuda"), torch.full((3,), 1 / 3, device="cuda"), random(5000, device="cuda")
+    segments = layers(5000)
+    want, graph = ops.aggregate(clients, weights, received, segments), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ops.aggregate(clients, weights, received, segments)
+        ops.ema_(received, results[0], 1 - 1e-9)
+    graph.replay()
+    for got, expected in zip(results, want, strict=True):
+        assert_bits(got, expected)
