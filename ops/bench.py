@@ -213,6 +213,11 @@ def main() -> int:
                 )
                 round_ms[name, num_clients, op, way] = seconds * 1e3
     if ("resnet18", 5, "ema_", "ours") in round_ms:
+        case = Case(resnet18(), 1, options.device)
+        case.layers, case.segments = [0], torch.tensor([[0, case.size]])
+        case.dicts, case.received_dict = [[case.clients[0]]], [case.received]
+        for way, norm in case.layer_norms().items():
+            print(f"the whole vector as one layer: relative error {case.error('layer_norms', norm()):.0e}, {way}")
         for way in ("ours", "reference", "authors"):
             ema, aggregate = round_ms["resnet18", 5, "ema_", way], round_ms["resnet18", 5, "aggregate", way]
             total = (5 * 390 * ema + aggregate) / 1e3

@@ -10,6 +10,7 @@ from torch import Tensor
 import ops
 from ops import reference
 
+NORM_ERROR = 6e-7  # the docstrings' promise
 SIZES = [0, 1, 3, 31, 32, 33, 1023, 1024, 4099, 2**17 + 3]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
@@ -83,8 +84,8 @@ def test_aggregate_against_float64(size, num_clients, device):
     assert_bits(ops.weighted_mean(clients, weights), mean)
     starts = received.expand_as(clients)
     for k in range(num_clients):
-        torch.testing.assert_close(drift[k].cpu(), exact_norms(clients[k].cpu(), starts[k].cpu(), segments), rtol=1e-12, atol=0)
-        torch.testing.assert_close(spread[k].cpu(), exact_norms(clients[k].cpu(), mean.cpu(), segments), rtol=1e-12, atol=0)
+        torch.testing.assert_close(drift[k].cpu(), exact_norms(clients[k].cpu(), starts[k].cpu(), segments), rtol=NORM_ERROR, atol=0)
+        torch.testing.assert_close(spread[k].cpu(), exact_norms(clients[k].cpu(), mean.cpu(), segments), rtol=NORM_ERROR, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -97,9 +98,9 @@ def test_library_agrees_with_the_reference(size, dtype, device):
     assert_bits(mean, want_mean)
     assert_bits(ops.weighted_mean(clients, weights), want_mean)
     for got, want in zip(norms, want_norms, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+        torch.testing.assert_close(got, want, rtol=NORM_ERROR, atol=0)
     torch.testing.assert_close(
-        ops.layer_norms(mean, received, segments), reference.layer_norms(mean, received, segments), rtol=1e-12, atol=0
+        ops.layer_norms(mean, received, segments), reference.layer_norms(mean, received, segments), rtol=NORM_ERROR, atol=0
     )
     for target, online in ((mean, received), (clients, clients + 1)):
         assert_bits(ops.ema_(target.clone(), online, 0.99), reference.ema_(target.clone(), online, 0.99))
@@ -168,11 +169,11 @@ def test_nan_and_inf_reach_what_they_touch_and_no_more(implementation, value, de
     assert (~implementation.ema_(received, clients[1], 0.5).isfinite()).nonzero().flatten().tolist() == [3000]
 
 
-def test_float32_extremes_do_not_overflow_the_norms(implementation):
-    huge, tiny = torch.full((4,), 3e38), torch.full((4,), 1e-44)
-    zero, segments = torch.zeros(4), torch.tensor([[0, 4]])
-    assert implementation.layer_norms(huge, zero, segments).item() == pytest.approx(6e38)
-    assert implementation.layer_norms(tiny, zero, segments).item() == pytest.approx(2 * tiny[0].item(), rel=1e-12)
+@pytest.mark.parametrize("value", [3e38, 1e19, 1e-12, 1e-18, 1e-22, 1e-44])
+def test_squares_beyond_float32_do_not_spoil_the_norms(implementation, value):
+    vector = torch.full((5000,), value)
+    want = vector[0].double().item() * 5000**0.5
+    assert implementation.layer_norms(vector, torch.zeros(5000), torch.tensor([[0, 5000]])).item() == pytest.approx(want, rel=NORM_ERROR)
 
 
 def test_no_segments(implementation, device):
@@ -185,7 +186,7 @@ def test_no_segments(implementation, device):
 def test_more_layers_than_one_launch_holds(device):
     clients, segments = random(2, 5000, device=device), torch.tensor([[20 * i + 3, 20 * i + 17] for i in range(200)])
     _, drift, _ = ops.aggregate(clients, torch.full((2,), 0.5, device=device), clients[1], segments)
-    torch.testing.assert_close(drift[0].cpu(), exact_norms(clients[0].cpu(), clients[1].cpu(), segments), rtol=1e-12, atol=0)
+    torch.testing.assert_close(drift[0].cpu(), exact_norms(clients[0].cpu(), clients[1].cpu(), segments), rtol=NORM_ERROR, atol=0)
 
 
 @pytest.mark.slow
@@ -193,9 +194,9 @@ def test_norms_of_22_million_floats():
     a, b = random(22_000_000), random(22_000_000, seed=1)
     segments = torch.tensor([[0, 22_000_000]])
     want = exact_norms(a, b, segments).item()
-    assert ops.layer_norms(a, b, segments).item() == pytest.approx(want, rel=1e-12)
+    assert ops.layer_norms(a, b, segments).item() == pytest.approx(want, rel=NORM_ERROR)
     _, drift, _ = ops.aggregate(a[None], torch.ones(1), b, segments)
-    assert drift.item() == pytest.approx(want, rel=1e-12)
+    assert drift.item() == pytest.approx(want, rel=NORM_ERROR)
 
 
 def zeros_without_memory(count: int) -> Tensor:
