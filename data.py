@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import ops
 from cli import InputError, first_line
 
 ASSETS = Path(__file__).parent / "assets"
@@ -196,8 +197,6 @@ def balanced_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ two views
-# Images are float `[B, 3, H, W]` in [0, 1]; per-sample arguments are `[B]`. Everything is batched with fixed shapes, so a GPU
-# never waits for the host.
 
 
 def two_views(images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -205,27 +204,29 @@ def two_views(images: Tensor, generator: torch.Generator | None = None) -> tuple
 
     images: uint8 `[B, 3, H, W]`. Returns two float32 `[B, 3, H, W]` in [0, 1] on the same device. `generator` lives there too.
     """
-    return augment(torch.cat([images, images]), generator).chunk(2)
+    draws = draw_views(2 * len(images), *images.shape[2:], images.device, generator)
+    return ops.augment(images, draws).chunk(2)
 
 
-def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One random view of each image: crop and resize, flip, colour jitter (p 0.8), greyscale (p 0.2)."""
-    x = images.float() / 255
-    n, device = len(x), x.device
+def draw_views(n: int, height: int, width: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """What `ops.augment` makes n random views by, `[n, len(ops.VIEW)]`: crop, flip (p 0.5), colour jitter (p 0.8), greyscale (p 0.2).
+
+    Brightness, contrast and saturation are factors in 0.2-1.8 and hue is a shift of -0.2 to 0.2 turns, in random order. All have fixed
+    shapes, so that a GPU never waits for the host.
+    """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator, device=device) * (high - low) + low
 
-    x = resized_crop(x, *random_box(*x.shape[2:], uniform), flip=uniform(0, 1) < 0.5)
-    jittered = uniform(0, 1) < 0.8
-    factors = torch.where(jittered[:, None], uniform(0.2, 1.8, 3), 1.0)  # a factor of 1 and a shift of 0 change nothing
-    shift = torch.where(jittered, uniform(-0.2, 0.2), 0.0)
-    x = color_jitter(x, factors, shift, order=uniform(0, 1, 3).argsort(1), hue_at=uniform(0, 4).floor())
-    return blend(x, grey(x), torch.where(uniform(0, 1) < 0.2, 0.0, 1.0))
+    box = random_box(height, width, uniform)
+    flip, jitter, grey = (uniform(0, 1, 3) < torch.tensor([0.5, 0.8, 0.2], device=device)).unbind(1)
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device)
+    amounts = neutral + torch.where(jitter[:, None], uniform(-1, 1, 4) * torch.tensor([0.8, 0.8, 0.8, 0.2], device=device), 0.0)
+    return torch.cat([box, flip[:, None], amounts, uniform(0, 1, 4).argsort(1), grey[:, None]], 1)
 
 
-def random_box(height: int, width: int, uniform: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """RandomResizedCrop's box (top, left, height, width): scale 0.08-1, ratio 3/4-4/3; the whole image after 10 misses."""
+def random_box(height: int, width: int, uniform: Callable[..., Tensor]) -> Tensor:
+    """RandomResizedCrop's box (top, left, height, width): scale 0.08-1, ratio 3/4-4/3; the whole image after 10 misses. `[n, 4]`."""
     area = uniform(0.08, 1, 10) * (height * width)
     ratio = torch.exp(uniform(-1, 1, 10) * np.log(4 / 3))
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
@@ -235,63 +236,4 @@ def random_box(height: int, width: int, uniform: Callable[..., Tensor]) -> tuple
     h = torch.where(none, float(height), h.gather(1, first)[:, 0])
     w = torch.where(none, float(width), w.gather(1, first)[:, 0])
     top, left = (uniform(0, 1) * (height - h + 1)).floor(), (uniform(0, 1) * (width - w + 1)).floor()
-    return top, left, h, w
-
-
-def resized_crop(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, flip: Tensor) -> Tensor:
-    """Cut out each sample's box, enlarge it bilinearly to the whole image, and mirror it where `flip`.
-
-    Interpolation is linear in the pixels of a row and of a column, so it is one small matrix on each side of the image.
-    """
-    rows, columns = hat_weights(x.shape[2], top, height), hat_weights(x.shape[3], left, width)
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    return torch.matmul(torch.matmul(rows[:, None], x), columns[:, None].mT)
-
-
-def hat_weights(size: int, begin: Tensor, length: Tensor) -> Tensor:
-    """Bilinear weights `[B, size, size]` (output pixel, input pixel) that stretch [begin, begin + length) over `size` pixels."""
-    pixel = torch.arange(size, device=begin.device, dtype=torch.float32)
-    source = (pixel + 0.5) * (length / size)[:, None] - 0.5  # pixel centres, as torchvision's interpolation has them
-    source = begin[:, None] + torch.minimum(source.clamp(min=0), length[:, None] - 1)  # never looks beyond the box
-    return (1 - (source[:, :, None] - pixel).abs()).clamp(min=0)
-
-
-def color_jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, hue_at: Tensor) -> Tensor:
-    """ColorJitter in each sample's own order.
-
-    factors: `[B, 3]` of brightness, contrast and saturation (1 = unchanged); shift: hue, in turns, `[B]`; order: `[B, 3]`, the
-    sequence of the three blends; hue_at: `[B]`, how many of them come before hue. Hue is by far the dearest operation, so it is
-    done once for the whole batch, with each sample's earlier blends before it and its later ones after it.
-    """
-    factors = factors.gather(1, order)
-    for earlier in (True, False):
-        for slot in range(3):
-            kind, factor = order[:, slot, None, None, None], factors[:, slot]
-            base = torch.where(kind == 0, 0.0, torch.where(kind == 1, (g := grey(x)).mean((2, 3), keepdim=True), g))
-            x = blend(x, base, torch.where((slot < hue_at) == earlier, factor, 1.0))
-        x = adjust_hue(x, shift) if earlier else x
-    return x
-
-
-def blend(x: Tensor, base: Tensor, factor: Tensor) -> Tensor:
-    """`factor x + (1 - factor) base`, clamped to [0, 1]: brightness, contrast, saturation and greyscale differ only in `base`."""
-    factor = factor[:, None, None, None]
-    return torch.addcmul(base * (1 - factor), x, factor).clamp_(0, 1)
-
-
-def grey(x: Tensor) -> Tensor:
-    """Luma `[B, 1, H, W]` by ITU-R 601-2, as PIL and torchvision compute it."""
-    r, g, b = x.unbind(1)
-    return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]
-
-
-def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` turns in HSV space; value and chroma stay, so the way back is one formula for the three channels."""
-    r, g, b = x.unbind(1)
-    value, low = x.amax(1), x.amin(1)
-    chroma = value - low
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    sixths = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    turned = sixths + 6 * shift[:, None, None]
-    k = torch.stack([turned + 5, turned + 3, turned + 1], 1).remainder(6)  # red, green, blue
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    return torch.stack([top, left, h, w], 1)

@@ -23,7 +23,12 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["aggregate", "ema_", "layer_norms", "load", "weighted_mean"]
+__all__ = ["VIEW", "aggregate", "augment", "ema_", "layer_norms", "load", "weighted_mean"]
+
+# The columns of `augment`'s draws. The box in pixels; flip and greyscale 0 or 1; factors, and hue's shift in turns; then the order of
+# the four colour operations: 0 brightness, 1 contrast, 2 saturation, 3 hue.
+VIEW = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue")
+VIEW += ("first", "second", "third", "fourth", "greyscale")
 
 
 def weighted_mean(clients: Tensor, weights: Tensor) -> Tensor:
@@ -59,12 +64,21 @@ def ema_(target: Tensor, online: Tensor, decay: float) -> Tensor:
     return target
 
 
+def augment(images: Tensor, draws: Tensor) -> Tensor:
+    """One view of an image for each row of draws: crop and resize, flip, colour jitter, greyscale (METHOD section 3).
+
+    images: uint8 `[B, 3, H, W]`. draws: float32 `[N, 14]`, the columns of VIEW, N a multiple of B: view n is of image n mod B.
+    Returns float32 `[N, 3, H, W]` in [0, 1]; the kernels and the reference agree to 1e-5.
+    """
+    return _implementation(images).augment(images, draws)
+
+
 _lock = threading.Lock()
 _fused: bool | None = None  # whether the library is loaded; None until an op needs to know
 
 
 def _implementation(tensor: Tensor) -> ModuleType:
-    """What has the four ops for this tensor: the built library's namespace, or the reference."""
+    """What has the ops for this tensor: the built library's namespace, or the reference."""
     return torch.ops.fedu if tensor.device.type in ("cpu", "cuda") and load() else reference
 
 
@@ -125,6 +139,10 @@ def _register_shapes() -> None:
     @torch.library.register_fake("fedu::layer_norms")
     def _(a, b, segments):
         return a.new_empty(len(segments), dtype=torch.float64)
+
+    @torch.library.register_fake("fedu::augment")
+    def _(images, draws):
+        return draws.new_empty((len(draws), *images.shape[1:]))
 
     @torch.library.register_fake("fedu::ema_")
     def _(target, online, decay):

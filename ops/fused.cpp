@@ -4,6 +4,7 @@
 // squares are kept in double, but for short ones of 16. Work is cut by the vector alone (fused.h), in which threads take whole chunks, so the number of
 // threads changes no bit of a result. Under -ffp-contract=off a product and a sum are rounded each, as in the reference and on the GPU.
 
+#include "augment.h"
 #include "fused.h"
 
 #include <ATen/Parallel.h>
@@ -273,6 +274,19 @@ void ema(T* target, const T* online, double decay, int64_t size) {
   });
 }
 
+// One view for each row of draws.
+void augment(const uint8_t* images, const float* draws, float* views, int64_t num_images, int64_t num_views, int height, int width) {
+  const int64_t size = 3 * static_cast<int64_t>(height) * width;
+  if (size == 0) return;
+  at::parallel_for(0, num_views, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
+    std::vector<float> line(width);
+    std::vector<Tap> taps(width);
+    for (int64_t n = begin; n < end; ++n) {
+      augment_view(images + n % num_images * size, draws + n * kColumns, views + n * size, height, width, line.data(), taps.data());
+    }
+  });
+}
+
 }  // namespace cpu
 
 // ---- Operators: check, allocate, and hand plain pointers to the kernels of the device -----------------------------------------
@@ -403,11 +417,34 @@ void ema_(Tensor target, const Tensor& online, double decay) {
   });
 }
 
+Tensor augment(const Tensor& images, const Tensor& draws) {
+  TORCH_CHECK_VALUE(images.scalar_type() == at::kByte && images.dim() == 4 && images.size(1) == 3,
+                    "images must be uint8 of shape [B, 3, H, W], got ", dtype_name(images), " of shape ", images.sizes());
+  check_plain("images", images);
+  TORCH_CHECK_VALUE(draws.scalar_type() == at::kFloat && draws.device() == images.device(), "draws must be float32 on ",
+                    images.device(), " like images, got ", dtype_name(draws), " on ", draws.device());
+  check_plain("draws", draws);
+  const int64_t B = images.size(0), H = images.size(2), W = images.size(3);
+  TORCH_CHECK_VALUE(draws.dim() == 2 && draws.size(1) == kColumns && draws.size(0) % std::max<int64_t>(B, 1) == 0,
+                    "draws must have shape [N, 14] with N a multiple of ", B, " images, got ", draws.sizes());
+  TORCH_CHECK_VALUE(H * W <= 1 << 28, "images must have at most 2^28 pixels, got ", H, " x ", W);
+  const int64_t N = draws.size(0);
+  Tensor views = draws.new_empty({N, 3, H, W});
+  const uint8_t* x = images.const_data_ptr<uint8_t>();
+  const float* rows = draws.const_data_ptr<float>();
+  float* out = views.mutable_data_ptr<float>();
+  const int height = static_cast<int>(H), width = static_cast<int>(W);
+  FEDU_ON_CUDA(images, augment(x, rows, out, B, N, height, width, on.blocks, on.stream))
+  cpu::augment(x, rows, out, B, N, height, width);
+  return views;
+}
+
 TORCH_LIBRARY(fedu, m) {
   m.def("weighted_mean(Tensor clients, Tensor weights) -> Tensor");
   m.def("aggregate(Tensor clients, Tensor weights, Tensor received, Tensor segments) -> (Tensor, Tensor, Tensor)");
   m.def("layer_norms(Tensor a, Tensor b, Tensor segments) -> Tensor");
   m.def("ema_(Tensor(a!) target, Tensor online, float decay) -> ()");
+  m.def("augment(Tensor images, Tensor draws) -> Tensor");
 }
 
 void implement(torch::Library& m) {
@@ -415,6 +452,7 @@ void implement(torch::Library& m) {
   m.impl("aggregate", aggregate);
   m.impl("layer_norms", layer_norms);
   m.impl("ema_", ema_);
+  m.impl("augment", augment);
 }
 TORCH_LIBRARY_IMPL(fedu, CPU, m) { implement(m); }
 #ifdef FEDU_CUDA

@@ -73,5 +73,8 @@ int layer_norms(const T* a, const T* b, const std::vector<Piece>& pieces, double
 template <typename T>
 int ema(T* target, const T* online, double decay, int64_t size, int blocks, void* stream);
 
+int augment(const uint8_t* images, const float* draws, float* views, int64_t num_images, int64_t num_views, int height, int width,
+            int blocks, void* stream);
+
 }  // namespace cuda
 }  // namespace fedu

@@ -57,6 +57,19 @@ def ema_(target: Tensor, online: Tensor, decay: float) -> Tensor:
     return target.mul_(decay).add_(share)
 
 
+def augment(images: Tensor, draws: Tensor) -> Tensor:
+    """One view of an image for each row of draws; see `ops.augment`.
+
+    Every sample goes through all operations, those that it was not drawn for with a neutral amount: fixed shapes, and no wait for a GPU.
+    """
+    _check_images(images, draws)
+    x = (images.float() / 255).repeat(len(draws) // max(len(images), 1), 1, 1, 1)
+    box, flip, factors, shift, order, grey = draws.split([4, 1, 3, 1, 4, 1], dim=1)
+    x = _resized_crop(x, *box.unbind(1), flip=flip[:, 0] != 0)
+    x = _color_jitter(x, factors, shift[:, 0], order.long())
+    return _blend(x, _luma(x), 1 - grey[:, 0])
+
+
 def _weighted_mean(clients: Tensor, weights: Tensor) -> Tensor:
     mean = clients[0] * weights[0]
     for row, weight in zip(clients[1:], weights[1:], strict=True):  # in the order k = 0..K-1: the sum's rounding depends on it
@@ -69,6 +82,66 @@ def _layer_norms(a: Tensor, b: Tensor, segments: Tensor) -> Tensor:
         return a.new_empty(len(segments), dtype=torch.float64)
     # float64 sums: over millions of float32 squares, a float32 sum is off in the third digit
     return torch.stack([torch.linalg.vector_norm(a[begin:end].double() - b[begin:end].double()) for begin, end in segments.tolist()])
+
+
+def _resized_crop(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, flip: Tensor) -> Tensor:
+    """Cut out each sample's box, enlarge it bilinearly to the whole image, and mirror it where `flip`.
+
+    Interpolation is linear in the pixels of a row and of a column, so it is one small matrix on each side of the image.
+    """
+    rows, columns = _hat_weights(x.shape[2], top, height), _hat_weights(x.shape[3], left, width)
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    return torch.matmul(torch.matmul(rows[:, None], x), columns[:, None].mT)
+
+
+def _hat_weights(size: int, begin: Tensor, length: Tensor) -> Tensor:
+    """Bilinear weights `[B, size, size]` (output pixel, input pixel) that stretch [begin, begin + length) over `size` pixels."""
+    pixel = torch.arange(size, device=begin.device, dtype=torch.float32)
+    source = (pixel + 0.5) * (length / size)[:, None] - 0.5  # pixel centres, as torchvision's interpolation has them
+    source = begin[:, None] + torch.minimum(source.clamp(min=0), length[:, None] - 1)  # never looks beyond the box
+    return (1 - (source[:, :, None] - pixel).abs()).clamp(min=0)
+
+
+def _color_jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor) -> Tensor:
+    """Brightness, contrast, saturation (factors `[B, 3]`) and hue (shift `[B]`) in each sample's own order `[B, 4]`.
+
+    Hue is by far the dearest operation, so it is done once for the whole batch, with each sample's earlier blends before it and its
+    later ones after it.
+    """
+    is_hue = (order == 3).int()
+    hue_at, order = is_hue.argmax(1), order.gather(1, is_hue.argsort(dim=1, stable=True))[:, :3]
+    factors = factors.gather(1, order)
+    for earlier in (True, False):
+        for slot in range(3):
+            kind, factor = order[:, slot, None, None, None], factors[:, slot]
+            base = torch.where(kind == 0, 0.0, torch.where(kind == 1, (luma := _luma(x)).mean((2, 3), keepdim=True), luma))
+            x = _blend(x, base, torch.where((slot < hue_at) == earlier, factor, 1.0))
+        x = _adjust_hue(x, shift) if earlier else x
+    return x
+
+
+def _blend(x: Tensor, base: Tensor, factor: Tensor) -> Tensor:
+    """`factor x + (1 - factor) base`, clamped to [0, 1]: brightness, contrast, saturation and greyscale differ only in `base`."""
+    factor = factor[:, None, None, None]
+    return torch.addcmul(base * (1 - factor), x, factor).clamp_(0, 1)
+
+
+def _luma(x: Tensor) -> Tensor:
+    """Luma `[B, 1, H, W]` by ITU-R 601-2, as PIL and torchvision compute it."""
+    r, g, b = x.unbind(1)
+    return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]
+
+
+def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` turns in HSV space; value and chroma stay, so the way back is one formula for the three channels."""
+    r, g, b = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    sixths = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    turned = sixths + 6 * shift[:, None, None]
+    k = torch.stack([turned + 5, turned + 3, turned + 1], 1).remainder(6)  # red, green, blue
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def _check_leader(name: str, t: Tensor) -> None:
@@ -114,6 +187,17 @@ def _check_segments(segments: Tensor, size: int) -> None:
             inside = f"[{at}, {size}], after the one before and inside the vector"
             raise ValueError(f"segment {layer} must lie in {inside}, got [{begin}, {end}]")
         at = end
+
+
+def _check_images(images: Tensor, draws: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be uint8 of shape [B, 3, H, W], got {_dtype(images)} of shape {list(images.shape)}")
+    _check_plain("images", images)
+    if draws.dtype != torch.float32 or draws.device != images.device:
+        raise ValueError(f"draws must be float32 on {images.device} like images, got {_dtype(draws)} on {draws.device}")
+    _check_plain("draws", draws)
+    if draws.dim() != 2 or draws.shape[1] != 14 or len(draws) % max(len(images), 1):
+        raise ValueError(f"draws must have shape [N, 14] with N a multiple of {len(images)} images, got {list(draws.shape)}")
 
 
 def _dtype(t: Tensor) -> str:

@@ -75,12 +75,18 @@ def test_bulk_loops_move_16_bytes_at_once(compiled):
             assert re.search(rf"\b{instruction}\.E\.\S*128\b", code), (part, instruction)
 
 
-def test_no_atomics_and_no_fast_math(compiled):
+def test_no_atomics_no_fast_math_and_rounding_as_written(compiled):
     for name, code in (compiled[1] or {}).items():
-        assert not re.search(r"\b(ATOM|ATOMG|RED)\b|\bF(ADD|MUL|FMA)\S*\.FTZ", code), name
+        assert not re.search(r"\b(ATOM|ATOMG|RED)\b|\bF(MUL|FMA)\S*\.FTZ", code), name
+        assert "augment" in name or not re.search(r"\bFFMA\b", code), name  # there, in IEEE division
 
 
 # ---- Executed on the CPU ------------------------------------------------------------------------------------------------------
+
+
+def copy_headers(folder: Path) -> None:
+    for header in OPS.glob("*.h"):
+        shutil.copy(header, folder)
 
 
 def compiled_for_the_cpu(source: Path, headers: Path, *options: str) -> Path:
@@ -106,7 +112,7 @@ def check(tmp_path_factory) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     folder = tmp_path_factory.mktemp("check")
-    shutil.copy(OPS / "fused.h", folder)
+    copy_headers(folder)
     return compiled_for_the_cpu(HERE / "check.cpp", folder)
 
 
@@ -121,8 +127,8 @@ def test_kernels_against_float64_under_sanitizers(check):
 MUTATIONS = [
     ("nothing, which must pass", "", ""),
     ("no barrier before the warps' sums are read", "  __syncthreads();\n  if (static_cast", "  if (static_cast"),
-    ("no barrier before they are overwritten", "  __syncthreads();  // before", "  // before"),
-    ("a barrier for half of the block", "  __syncthreads();  // before", "  if (threadIdx.x < 128) __syncthreads();  // before"),
+    ("no barrier before they are overwritten", "  __syncthreads();  // before the next call", "  // before the next call"),
+    ("a barrier for half of the block", "  __syncthreads();  // before the next call", "  if (threadIdx.x < 128) __syncthreads();  //"),
     ("shuffle mask of half a warp", "0xffffffffu", "0xffffu"),
     ("sum of half a warp", "offset = 16", "offset = 8"),
     ("sum of all warps but one", "warp < kWarps; ++warp) sum", "warp < kWarps - 1; ++warp) sum"),
@@ -153,6 +159,12 @@ MUTATIONS = [
     ("drift and spread exchanged", "column < half ?", "column >= half ?"),
     ("only the first launch's layers", "at < pieces.size(); at +=", "at == 0; at +="),
     ("no root", "= sqrt(total)", "= total"),
+    ("views of the wrong images", "images + n % num_images", "images + n / num_images"),
+    ("view without its flip", "row[kFlip] != 0 ? width - 1 - x : x", "x"),
+    ("contrast before its turn", "size)}, 0, contrast, 0)", "size)}, 0, 0, 0)"),
+    ("operations after contrast left out", "jitter({r[i], g[i], b[i]}, contrast, 4,", "jitter({r[i], g[i], b[i]}, contrast, contrast + 1,"),
+    ("only a block's worth of pixels", "Pixel p = jitter({r[i]", "if (i >= kThreads) break;\n      Pixel p = jitter({r[i]"),
+    ("only the grid's worth of views", "n < num_views; n += gridDim.x", "n < gridDim.x; n += gridDim.x"),
 ]  # fmt: skip
 
 
@@ -165,7 +177,7 @@ def test_each_planted_fault_is_caught(check, tmp_path):
         assert text in source, f"nothing to mutate for: {what}"
         folder = tmp_path / str(number)
         folder.mkdir()
-        shutil.copy(OPS / "fused.h", folder)
+        copy_headers(folder)
         (folder / "fused_cuda.cu").write_text(source.replace(text, replacement))
         made = compiled_for_the_cpu(folder / "fused_cuda.cu", folder, "-Wno-error")
         return link_and_run(made, check, arguments=("far" if "32-bit" in what else "quick",)).returncode == 0

@@ -5,76 +5,19 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.functional as tv
 from PIL import Image
 
 import data
+import ops
 from cli import InputError
+
+CPU = torch.device("cpu")
 
 # ------------------------------------------------------------------------------------------------------ two views
 
 
-@pytest.fixture
-def images() -> torch.Tensor:
-    """24 images of noise, with a grey and a black patch, where hue has no meaning."""
-    x = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    x[:, :, 4:8, 4:8], x[:, :, 10:12, 3:9] = 0.5, 0.0
-    return x
-
-
-def uniform(seed: int, n: int):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda low, high, *shape: torch.rand(n, *shape, generator=generator) * (high - low) + low
-
-
-def close(ours: torch.Tensor, theirs: list[torch.Tensor]) -> bool:
-    return (ours - torch.stack(theirs)).abs().max() < 1 / 255
-
-
-def test_crop_and_flip_are_torchvisions(images):
-    draw = uniform(1, 24)
-    top, left, height, width = data.random_box(32, 32, draw)
-    flip = draw(0, 1) < 0.5
-    boxes = [[int(v) for v in box] for box in zip(top, left, height, width)]
-    expected = [tv.resized_crop(x, *box, [32, 32], antialias=True) for x, box in zip(images, boxes)]
-    assert close(data.resized_crop(images, top, left, height, width, torch.zeros(24, dtype=torch.bool)), expected)
-    flipped = [tv.hflip(x) if f else x for x, f in zip(expected, flip)]
-    assert flip.any() and not flip.all()
-    assert close(data.resized_crop(images, top, left, height, width, flip), flipped)
-
-
-def test_brightness_contrast_saturation_and_grey_are_torchvisions(images):
-    factor = uniform(2, 24)(0.2, 1.8)
-    each = list(zip(images, factor.tolist()))
-    grey = data.grey(images)
-    assert close(data.blend(images, torch.zeros(()), factor), [tv.adjust_brightness(x, f) for x, f in each])
-    assert close(data.blend(images, grey.mean((2, 3), keepdim=True), factor), [tv.adjust_contrast(x, f) for x, f in each])
-    assert close(data.blend(images, grey, factor), [tv.adjust_saturation(x, f) for x, f in each])
-    assert close(data.blend(images, grey, torch.zeros(24)), [tv.rgb_to_grayscale(x, 3) for x in images])
-
-
-def test_hue_is_torchvisions(images):
-    shift = torch.linspace(-0.5, 0.5, 24)
-    assert close(data.adjust_hue(images, shift), [tv.adjust_hue(x, s) for x, s in zip(images, shift.tolist())])
-
-
-def test_jitter_is_torchvisions_in_each_of_the_24_orders(images):
-    orders = list(itertools.permutations(range(4)))
-    draw = uniform(3, 24)
-    factors, shift = draw(0.2, 1.8, 3), draw(-0.2, 0.2)
-    blends = torch.tensor([[op for op in order if op != 3] for order in orders])
-    hue_at = torch.tensor([order.index(3) for order in orders])
-    adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
-    expected = []
-    for x, amounts, order in zip(images, torch.cat([factors, shift[:, None]], 1).tolist(), orders):
-        for op in order:
-            x = adjust[op](x, amounts[op])
-        expected.append(x)
-    assert close(data.color_jitter(images, factors, shift, blends, hue_at), expected)
-
-
 def test_boxes_have_the_recipes_distribution():
-    top, left, height, width = data.random_box(32, 32, uniform(4, 20000))
+    top, left, height, width = data.draw_views(20000, 32, 32, CPU, torch.Generator().manual_seed(4))[:, :4].unbind(1)
     assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
     assert (top + height <= 32).all() and (left + width <= 32).all()
     share = height * width / 32**2
@@ -86,6 +29,21 @@ def test_boxes_have_the_recipes_distribution():
     boxes = [RandomResizedCrop.get_params(torch.zeros(3, 32, 32), [0.08, 1], [3 / 4, 4 / 3]) for _ in range(4000)]
     theirs = np.mean([h * w / 32**2 for _, _, h, w in boxes])
     assert abs(share.mean() - theirs) < 0.015
+
+
+def test_draws_have_the_recipes_distribution():
+    draws = data.draw_views(20000, 32, 32, CPU, torch.Generator().manual_seed(4))
+    column = dict(zip(ops.VIEW, draws.unbind(1), strict=True))
+    jittered = column["hue"] != 0
+    for share, expected in ((column["flip"], 0.5), (column["greyscale"], 0.2), (jittered.float(), 0.8)):
+        assert abs(share.mean() - expected) < 0.02  # five deviations of 20,000 draws
+    for factor in (column["brightness"], column["contrast"], column["saturation"]):
+        assert factor[~jittered].eq(1).all() and 0.2 <= factor.min() < 0.21 and 1.79 < factor.max() <= 1.8
+        assert abs(factor[jittered].mean() - 1) < 0.02
+    assert -0.2 <= column["hue"].min() < -0.19 and 0.19 < column["hue"].max() <= 0.2
+    orders, counts = draws[:, 9:13].unique(dim=0, return_counts=True)
+    assert len(orders) == 24 and (orders.sort(1).values == torch.arange(4)).all()
+    assert counts.min() > 650 and counts.max() < 1020  # 833 expected, within six deviations
 
 
 def test_two_views_differ_repeat_and_stay_in_range():

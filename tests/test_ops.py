@@ -1,13 +1,16 @@
-"""The fused ops and their plain-torch twins: numbers worked by hand, a float64 oracle, bits, refusals, and torch's own checks."""
+"""The fused ops and their twins: numbers worked by hand, a float64 oracle, torchvision, bits, refusals, and torch's own checks."""
 
+import itertools
 import mmap
 import os
 
 import pytest
 import torch
+import torchvision.transforms.functional as tv
 from torch import Tensor
 
 import ops
+from data import draw_views
 from ops import reference
 
 NORM_ERROR = 6e-7  # the docstrings' promise
@@ -223,9 +226,103 @@ def test_clients_beyond_2_to_the_31():
     assert spread[:, 1].tolist() == [1.0] * 65 and not spread[:, 0].any()
 
 
+# ---- Views --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(device) -> Tensor:
+    """24 images of noise, with a grey and a black patch, where hue has no meaning; higher than wide."""
+    x = torch.randint(0, 256, (24, 3, 32, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x[:, :, 4:8, 4:8], x[:, :, 10:12, 3:9] = 128, 0
+    return x.to(device)
+
+
+def draws(images: Tensor, **columns) -> Tensor:
+    """Rows of draws that change nothing but what the columns say."""
+    _, _, height, width = images.shape
+    rows = torch.tensor([0.0, 0, height, width, 0, 1, 1, 1, 0, 0, 1, 2, 3, 0]).repeat(24, 1)
+    for name, values in columns.items():
+        rows[:, ops.VIEW.index(name)] = torch.as_tensor(values).float()
+    return rows.to(images.device)
+
+
+def assert_views(views: Tensor, images: Tensor, *changes) -> None:
+    """The views are what each sample's torchvision calls make of its image in [0, 1], to 1e-5, far below one step of uint8."""
+    expected = torch.stack([change(x) for change, x in zip(changes, images.cpu().float() / 255, strict=True)])
+    torch.testing.assert_close(views.cpu(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_neutral_view_is_the_image(implementation, images):
+    assert_views(implementation.augment(images, draws(images)), images, *[lambda x: x] * 24)
+
+
+def test_crop_and_flip_are_torchvisions(implementation, images):
+    top, left, height, width = boxes = draw_views(24, 32, 28, torch.device("cpu"), torch.Generator().manual_seed(1))[:, :4].unbind(1)
+    flip = torch.arange(24) % 2
+    views = implementation.augment(images, draws(images, top=top, left=left, height=height, width=width, flip=flip))
+    crops = [lambda x, box=box: tv.resized_crop(x, *box, [32, 28], antialias=True) for box in torch.stack(boxes, 1).int().tolist()]
+    assert_views(views, images, *[(lambda x, crop=crop: tv.hflip(crop(x))) if f else crop for crop, f in zip(crops, flip, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "name, adjust, low, high",
+    [
+        ("brightness", tv.adjust_brightness, 0.2, 1.8),
+        ("contrast", tv.adjust_contrast, 0.2, 1.8),
+        ("saturation", tv.adjust_saturation, 0.2, 1.8),
+        ("hue", tv.adjust_hue, -0.5, 0.5),
+        ("greyscale", lambda x, amount: tv.rgb_to_grayscale(x, 3) if amount else x, 0, 1),
+    ],
+)
+def test_each_operation_is_torchvisions(implementation, images, name, adjust, low, high):
+    amounts = torch.linspace(low, high, 24).round() if name == "greyscale" else torch.linspace(low, high, 24)
+    views = implementation.augment(images, draws(images, **{name: amounts}))
+    assert_views(views, images, *[lambda x, a=a: adjust(x, a) for a in amounts.tolist()])
+
+
+def test_jitter_is_torchvisions_in_each_of_the_24_orders(implementation, images):
+    orders = list(itertools.permutations(range(4)))
+    rows = draw_views(24, 32, 28, torch.device("cpu"), torch.Generator().manual_seed(2))
+    amounts = dict(brightness=rows[:, 5] * 0.9, contrast=rows[:, 6] * 0.8, saturation=rows[:, 7] * 1.1, hue=rows[:, 8] + 0.05)
+    places = dict(zip(("first", "second", "third", "fourth"), torch.tensor(orders).unbind(1), strict=True))
+    adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+
+    def in_order(x, order, amount):
+        for op in order:
+            x = adjust[op](x, amount[op])
+        return x
+
+    each = zip(orders, torch.stack(list(amounts.values()), 1).tolist(), strict=True)
+    assert_views(
+        implementation.augment(images, draws(images, **amounts, **places)), images, *[lambda x, e=e: in_order(x, *e) for e in each]
+    )
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 7), (8, 8), (33, 31), (100, 64)])
+def test_library_and_reference_make_the_same_views(height, width, device):
+    images = torch.randint(0, 256, (50, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    rows = draw_views(150, height, width, images.device, torch.Generator(device).manual_seed(1))
+    torch.testing.assert_close(ops.augment(images, rows), reference.augment(images, rows), rtol=0, atol=1e-5)
+    assert_bits(ops.augment(images, rows)[50:100], ops.augment(images, rows[50:100].clone()))  # view n is of image n mod B
+
+
+def test_no_images_make_no_views(implementation, device):
+    none = torch.zeros(0, 3, 8, 8, dtype=torch.uint8, device=device)
+    assert implementation.augment(none, torch.zeros(0, 14, device=device)).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30, 1e30, -3.5, 3.5])
+def test_impossible_draws_read_no_other_memory(value, device):
+    images = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8, device=device)
+    rows = torch.full((1, 14), value, device=device)
+    views = ops.augment(images, rows)
+    assert (views >= 0).all() and (views <= 1).all()
+
+
 # ---- Refusals -----------------------------------------------------------------------------------------------------------------
 
 INSIDE = "after the one before and inside the vector"
+X, D = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(4, 14)
 V, C, W, S = torch.zeros(6), torch.zeros(2, 6), torch.ones(2), torch.tensor([[0, 2], [2, 6]])
 REFUSALS = [
     ("weighted_mean", (C.int(), W), "clients must be float32 or float64, got int32"),
@@ -259,6 +356,12 @@ REFUSALS = [
     ("ema_", (V, V.clone(), -0.1), "decay must lie in [0, 1], got -0.1"),
     ("ema_", (V, V.clone(), float("nan")), "decay must lie in [0, 1], got nan"),
     ("ema_", (V, V.clone().requires_grad_(), 0.9), "online must not require grad, pass online.detach()"),
+    ("augment", (X.int(), D), "images must be uint8 of shape [B, 3, H, W], got int32 of shape [2, 3, 4, 4]"),
+    ("augment", (X[:, :1], D), "images must be uint8 of shape [B, 3, H, W], got uint8 of shape [2, 1, 4, 4]"),
+    ("augment", (X.mT, D), "images must be contiguous, got strides [48, 16, 1, 4] for shape [2, 3, 4, 4]"),
+    ("augment", (X, D.double()), "draws must be float32 on cpu like images, got float64 on cpu"),
+    ("augment", (X, D[:, :9].clone()), "draws must have shape [N, 14] with N a multiple of 2 images, got [4, 9]"),
+    ("augment", (X, D[:3]), "draws must have shape [N, 14] with N a multiple of 2 images, got [3, 14]"),
     ("ema_", (V[:5], V[1:], 0.9), "online must be target's own memory or share none with it, got one that begins 4 bytes after it"),
     ("ema_", (V[1:], V[:5], 0.9), "online must be target's own memory or share none with it, got one that begins -4 bytes after it"),
 ]
@@ -299,6 +402,7 @@ def test_opcheck(device):
     torch.library.opcheck(fedu.aggregate.default, (clients, weights, clients.clone(), segments))
     torch.library.opcheck(fedu.layer_norms.default, (clients[0].clone(), received, segments))
     torch.library.opcheck(fedu.ema_.default, (clients, clients.clone(), 0.9))
+    torch.library.opcheck(fedu.augment.default, (X.to(device), D.to(device)))
 
 
 def test_schema_marks_the_mutation():
@@ -329,6 +433,7 @@ def test_meta_tensors_give_shapes(implementation):
         assert mean.shape == (6,) and drift.shape == spread.shape == (2, 2) and mean.is_meta and drift.dtype == torch.float64
         assert implementation.layer_norms(vector, vector, segments).shape == (2,)
     assert implementation.weighted_mean(clients, weights).shape == (6,)
+    assert implementation.augment(X.to("meta"), D.to("meta")).shape == (4, 3, 4, 4)
     assert implementation.ema_(vector, vector.clone(), 0.9) is vector
 
 
@@ -340,6 +445,7 @@ def test_fake_tensors_give_shapes():
         mean, drift, spread = ops.aggregate(clients, torch.empty(2), vector, segments)
         assert mean.shape == (6,) and drift.shape == spread.shape == (2, 3)
         assert ops.layer_norms(vector, vector, segments).dtype == torch.float64
+        assert ops.augment(torch.empty(2, 3, 5, 6, dtype=torch.uint8), torch.empty(4, 14)).shape == (4, 3, 5, 6)
         assert ops.ema_(vector, mean, 0.9) is vector
 
 

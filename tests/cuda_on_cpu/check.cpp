@@ -4,6 +4,7 @@
 //
 //   check [quick | far]    quick: fewer combinations, enough to catch the mutations in test_cuda.py; far: layers beyond 2^31 only
 
+#include "augment.h"
 #include "cuda_runtime.h"
 #include "fused.h"
 
@@ -223,6 +224,35 @@ void check_far_layers() {
   munmap(a, kSize * sizeof(float)), munmap(b, kSize * sizeof(float));
 }
 
+// The kernel against the CPU's, which test_ops.py holds against torchvision. Rows of draws without sense must stay inside the image too.
+void check_augment(int64_t num_images, int64_t num_views, int height, int width, const Run& run, std::mt19937& random) {
+  name_case("augment", num_views, height * width, run);
+  const auto uniform = [&](double low, double high) { return static_cast<float>(low + (high - low) * (random() % 100001) / 100000); };
+  const int64_t size = 3 * int64_t(height) * width;
+  Buffer<uint8_t> images(num_images * size, 0);
+  Buffer<float> draws(num_views * fedu::kColumns, 0), views(num_views * size, 0, std::numeric_limits<float>::quiet_NaN());
+  for (int64_t i = 0; i < images.size(); ++i) images[i] = static_cast<uint8_t>(random());
+  for (int64_t n = 0; n < num_views; ++n) {
+    float* row = &draws[n * fedu::kColumns];
+    const int h = 1 + random() % height, w = 1 + random() % width;
+    const float values[] = {float(random() % (height - h + 1)), float(random() % (width - w + 1)), float(h), float(w), float(random() % 2),
+                            uniform(.2, 1.8), uniform(.2, 1.8), uniform(.2, 1.8), uniform(-.2, .2), 0, 1, 2, 3, float(random() % 2)};
+    std::copy_n(values, fedu::kColumns, row);
+    std::shuffle(row + fedu::kOrder, row + fedu::kOrder + 4, random);
+    if (n % 7 == 6) row[random() % fedu::kColumns] = n % 2 ? 1e30f : -std::numeric_limits<float>::quiet_NaN();
+  }
+  cuda_on_cpu::order = run.order;
+  expect_success(fedu::cuda::augment(images.data(), draws.data(), views.data(), num_images, num_views, height, width, run.blocks, nullptr));
+  std::vector<float> want(size), line(width);
+  std::vector<fedu::Tap> taps(width);
+  for (int64_t n = 0; n < num_views; ++n) {
+    fedu::augment_view(&images[n % num_images * size], &draws[n * fedu::kColumns], want.data(), height, width, line.data(), taps.data());
+    for (int64_t i = 0; i < size; ++i, ++comparisons) {
+      if (!(std::abs(views[n * size + i] - want[i]) <= 1e-5)) differ("views", n * size + i, views[n * size + i], want[i]);
+    }
+  }
+}
+
 // The chunks of any partition tile the vector, once and in order, also far beyond 2^31 floats.
 void check_partition() {
   constexpr int64_t kFar = int64_t(1) << 40;
@@ -276,5 +306,9 @@ int main(int argc, char** argv) {
   // Whole packs in every row, as P of a real network; and more chunks in a layer than the finishing block has threads.
   for (int64_t K : {1, 5, 8, 9, 17}) check_aggregate<float>(K, 4096 + 1024 + 8, K == 9, quick || K > 5 ? few : every, random);
   check_layer_norms<float>(4096 * 300 + 5, {{7, kForward, 0}}, random);
+  for (const Run& run : every) {
+    check_augment(4, 12, 32, 32, run, random);
+    check_augment(1, 1, 1, 1, run, random), check_augment(3, 3, 17, 40, run, random), check_augment(14, 28, 8, 9, run, random);
+  }
   std::printf("%ld values compared, %ld launches\n", comparisons, launches);
 }
