@@ -6,7 +6,6 @@ error of the norms against float64. The ways: ours; `reference` (FEDU_OPS=refere
 and `torch.dist`; `foreach`, `torch._foreach_*` over the same tensors; and the best plain torch over flat vectors.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 import ops
+from cli import Parser, number
 from ops import reference
 
 
@@ -175,11 +175,11 @@ def time_ways(ways: dict[str, Callable], repeats: int, budget: float, device: st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m ops.bench")
-    parser.add_argument("--repeats", type=int, default=25, help="of each way, at least 3 (default 25)")
-    parser.add_argument("--budget", type=float, default=20, help="seconds to spend on an op, beyond 3 repeats (default 20)")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=number(int, 3), default=25, help="of each way  [25]")
+    parser.add_argument("--budget", type=number(float, 0), default=20, help="seconds to spend on an op, beyond 3 repeats  [20]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=("resnet18", "small"), help="one of the two networks (default both)")
+    parser.add_argument("--only", choices=("resnet18", "small"), default=None, help="one of the two networks  [both]")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible to this torch")
