@@ -425,7 +425,7 @@ Tensor augment(const Tensor& images, const Tensor& draws) {
                     images.device(), " like images, got ", dtype_name(draws), " on ", draws.device());
   check_plain("draws", draws);
   const int64_t B = images.size(0), H = images.size(2), W = images.size(3);
-  TORCH_CHECK_VALUE(draws.dim() == 2 && draws.size(1) == kColumns && draws.size(0) % std::max<int64_t>(B, 1) == 0,
+  TORCH_CHECK_VALUE(draws.dim() == 2 && draws.size(1) == kColumns && (B ? draws.size(0) % B : draws.size(0)) == 0,
                     "draws must have shape [N, 14] with N a multiple of ", B, " images, got ", draws.sizes());
   TORCH_CHECK_VALUE(H * W <= 1 << 28, "images must have at most 2^28 pixels, got ", H, " x ", W);
   const int64_t N = draws.size(0);

@@ -196,8 +196,11 @@ def _check_images(images: Tensor, draws: Tensor) -> None:
     if draws.dtype != torch.float32 or draws.device != images.device:
         raise ValueError(f"draws must be float32 on {images.device} like images, got {_dtype(draws)} on {draws.device}")
     _check_plain("draws", draws)
-    if draws.dim() != 2 or draws.shape[1] != 14 or len(draws) % max(len(images), 1):
+    if draws.dim() != 2 or draws.shape[1] != 14 or (len(draws) % len(images) if len(images) else len(draws)):
         raise ValueError(f"draws must have shape [N, 14] with N a multiple of {len(images)} images, got {list(draws.shape)}")
+    height, width = images.shape[2:]
+    if height * width > 2**28:
+        raise ValueError(f"images must have at most 2^28 pixels, got {height} x {width}")
 
 
 def _dtype(t: Tensor) -> str:

@@ -361,6 +361,8 @@ REFUSALS = [
     ("augment", (X.mT, D), "images must be contiguous, got strides [48, 16, 1, 4] for shape [2, 3, 4, 4]"),
     ("augment", (X, D.double()), "draws must be float32 on cpu like images, got float64 on cpu"),
     ("augment", (X, D[:, :9].clone()), "draws must have shape [N, 14] with N a multiple of 2 images, got [4, 9]"),
+    ("augment", (torch.zeros(0, 3, 2**15, 2**14, dtype=torch.uint8), D[:0]), "images must have at most 2^28 pixels, got 32768 x 16384"),
+    ("augment", (X[:0], D), "draws must have shape [N, 14] with N a multiple of 0 images, got [4, 14]"),
     ("augment", (X, D[:3]), "draws must have shape [N, 14] with N a multiple of 2 images, got [3, 14]"),
     ("ema_", (V[:5], V[1:], 0.9), "online must be target's own memory or share none with it, got one that begins 4 bytes after it"),
     ("ema_", (V[1:], V[:5], 0.9), "online must be target's own memory or share none with it, got one that begins -4 bytes after it"),
