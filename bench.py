@@ -16,10 +16,8 @@ import copy
 import importlib.util
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -52,7 +50,8 @@ from torchvision import transforms  # noqa: E402
 import fedu  # noqa: E402
 import ops  # noqa: E402
 from data import load_images, two_views  # noqa: E402
-from models import BYOL, HEADS, Online, build_backbone, conv_segments, feature_dim  # noqa: E402
+from models import BYOL, HEADS, Online, build_backbone, feature_dim  # noqa: E402
+from ops.bench import time_ways  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 JITTER = dict(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
@@ -68,19 +67,9 @@ PIL_VIEW = transforms.Compose(
 )
 
 
-def alternate(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each way, in turns, so that a busy moment of the machine falls on all of them."""
-    wait = torch.cuda.synchronize if DEVICE.type == "cuda" else (lambda: None)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            wait()
-            start = time.perf_counter()
-            way()
-            wait()
-            if turn:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def timed(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each way, in turns."""
+    return time_ways(ways, repeats, float("inf"), DEVICE.type)
 
 
 def report(what: str, seconds: dict[str, float], images: int) -> None:
@@ -120,7 +109,7 @@ def bench_views(images: Tensor, repeats: int) -> None:
     threads = torch.get_num_threads()
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
-        report(f"views, B = 128, {count} thread{'s' * (count > 1)}", alternate(ways, 2 * repeats), 128)
+        report(f"views, B = 128, {count} thread{'s' * (count > 1)}", timed(ways, 2 * repeats), 128)
     torch.set_num_threads(threads)
 
 
@@ -268,7 +257,7 @@ def bench_epoch(encoder: str, images: Tensor, repeats: int) -> None:
     }
     if installed("lightly"):
         ways["lightly"] = lightly(encoder, images, batch_size)
-    report(f"epoch, {encoder}, B = {batch_size}", alternate(ways, repeats), count // batch_size * batch_size)
+    report(f"epoch, {encoder}, B = {batch_size}", timed(ways, repeats), count // batch_size * batch_size)
 
 
 # --------------------------------------------------------------------------------------------- server and start-up
@@ -283,7 +272,6 @@ def bench_server(images: Tensor, repeats: int) -> None:
     federation = fedu.Federation(objective.online.state.clone(), clients)
     inbox = objective.online.state.empty_rows(5)
     segments = fedu.divergence_segments(objective.target, "layer-mean")
-    assert len(segments) == len(conv_segments(objective.target)) == 17
 
     def round_(save: bool, folder: Path) -> None:
         for k, client in enumerate(clients):
@@ -297,7 +285,7 @@ def bench_server(images: Tensor, repeats: int) -> None:
 
     with tempfile.TemporaryDirectory(dir=".") as folder:
         ways = {"all": partial(round_, True, Path(folder)), "without checkpoint": partial(round_, False, Path(folder))}
-        report("server, resnet18, K = 5", alternate(ways, repeats), 5 * 5 * 78 * 128)  # images of the paper's round
+        report("server, resnet18, K = 5", timed(ways, repeats), 5 * 5 * 78 * 128)  # images of the paper's round
 
 
 def bench_start(repeats: int) -> None:
@@ -313,7 +301,7 @@ def bench_start(repeats: int) -> None:
 
     help_ = partial(subprocess.run, [sys.executable, str(here / "fedu.py"), "--help"], stdout=subprocess.DEVNULL, check=True)
     for name, way in (("--help", help_), ("to the first step", first_step)):
-        report("start-up", alternate({name: way}, repeats), 0)
+        report("start-up", timed({name: way}, repeats), 0)
 
 
 def main(parts: list[str], encoder: list[str], repeats: int) -> None:

@@ -164,9 +164,10 @@ def time_ways(ways: dict[str, Callable], repeats: int, budget: float, device: st
         wait()
         return (time.perf_counter() - start) / calls
 
-    once = {name: min(seconds(way, 1), seconds(way, 1)) for name, way in ways.items()}
+    once = {name: seconds(way, 1) for name, way in ways.items()}  # warms up
+    once = {name: t if t > 0.1 else seconds(ways[name], 1) for name, t in once.items()}
     calls = {name: max(1, min(1000, int(0.005 / t))) for name, t in once.items()}
-    rounds = max(3, min(repeats, int(budget / sum(once[name] * calls[name] for name in ways))))
+    rounds = int(max(3, min(repeats, budget / sum(once[name] * calls[name] for name in ways))))
     times = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():

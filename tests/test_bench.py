@@ -28,12 +28,6 @@ def test_each_way_of_an_epoch_runs():
         bench.lightly("tiny", images, 32)()
 
 
-def test_ways_are_timed_in_turns():
-    calls = []
-    medians = bench.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
-    assert "".join(calls) == "ab" * 4 and medians.keys() == {"a", "b"}
-
-
 def test_ops_are_timed_and_their_errors_shown(tmp_path):
     command = [sys.executable, "-m", "ops.bench", "--only", "small", "--repeats", "3", "--budget", "0", "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
