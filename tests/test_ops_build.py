@@ -18,17 +18,15 @@ import ops
 from ops import build
 
 RUN_AN_OP = """
-import os, sys, time, torch, ops
+import os, sys, torch, ops
 assert ops._fused is None, 'importing ops must not build'
 if 'meta' in sys.argv:
     ops.ema_(torch.ones(3, device='meta'), torch.ones(3, device='meta'), 0.5)
     ops.aggregate(torch.ones(2, 3, device='meta'), torch.ones(2, device='meta'), torch.ones(3, device='meta'), torch.tensor([[0, 3]]))
     assert ops._fused is None, 'meta tensors must not build'
-start = time.perf_counter()
 target = ops.ema_(torch.ones(3), torch.zeros(3), 0.5)
-seconds = time.perf_counter() - start
 assert target.tolist() == [0.5] * 3
-print(f'fused={ops._fused} extension={"torch.utils.cpp_extension" in sys.modules} seconds={seconds:.4f}')
+print(f'fused={ops._fused} extension={"torch.utils.cpp_extension" in sys.modules}')
 print('cuda', torch._C._dispatch_has_kernel_for_dispatch_key('fedu::ema_', 'CUDA') if ops._fused else None)
 """
 
@@ -233,7 +231,6 @@ def test_builds_once_despite_a_kill_and_a_race_and_then_starts_warm(tmp_path):
     assert sorted(p.suffix for p in (tmp_path / "fedu" / "ops").iterdir()) == ["", ".so"]  # the lock and the library, and no remains
     out, err = output(python(tmp_path, "meta", FEDU_OPS="build", PATH="", CXX="no-such-compiler"))  # needs neither compiler nor ninja
     assert "fused=True extension=False" in out and not err
-    assert float(out.split("seconds=")[1].split()[0]) < 0.1
 
 
 @pytest.mark.slow
