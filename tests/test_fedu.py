@@ -11,7 +11,8 @@ from conftest import ROOT, refused
 from PIL import Image
 
 import fedu
-from data import keyed_generator, load_npz, two_views
+import ops
+from data import draw_views, keyed_generator, load_npz, two_views
 from fedu import Client, aggregate, cosine, divergence, divergence_segments, local_batches, local_training, model_update, model_upload
 from models import BYOL, Part
 
@@ -163,6 +164,19 @@ def test_local_training_never_waits_for_the_device():
     assert loss.device == meta and loss.shape == ()
     with pytest.raises((RuntimeError, NotImplementedError)):
         loss.item()
+
+
+def test_views_and_loss_compile_without_a_graph_break():
+    """Drawn numbers go in as a tensor: torch.compile knows no generators."""
+    net = objective()
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    draws = draw_views(16, 16, 16, CPU, torch.Generator().manual_seed(0))
+
+    def step(images, draws):
+        return net.loss(*ops.augment(images, draws).chunk(2))
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images, draws), step(images, draws))
 
 
 def test_batches_are_shuffled_passes_without_the_rest():
