@@ -49,7 +49,7 @@ from torchvision import transforms  # noqa: E402
 
 import fedu  # noqa: E402
 import ops  # noqa: E402
-from data import load_images, two_views  # noqa: E402
+from data import draw_views, load_images, two_views  # noqa: E402
 from models import BYOL, HEADS, Online, build_backbone, feature_dim  # noqa: E402
 from ops.bench import time_ways  # noqa: E402
 
@@ -114,8 +114,6 @@ def bench_views(images: Tensor, repeats: int) -> None:
 
 
 def two_views_of_the_reference(images: Tensor) -> tuple[Tensor, Tensor]:
-    from data import draw_views
-
     return ops.reference.augment(images, draw_views(2 * len(images), *images.shape[2:], images.device)).chunk(2)
 
 
@@ -263,7 +261,7 @@ def bench_epoch(encoder: str, images: Tensor, repeats: int) -> None:
 # --------------------------------------------------------------------------------------------- server and start-up
 
 
-def bench_server(images: Tensor, repeats: int) -> None:
+def bench_server(repeats: int) -> None:
     """All that a round of 5 clients does besides training: the stages' copies, aggregation, divergences, checkpoint."""
     import tempfile
 
@@ -316,7 +314,7 @@ def main(parts: list[str], encoder: list[str], repeats: int) -> None:
     if "start" in parts:
         bench_start(repeats)
     if "server" in parts:
-        bench_server(images, repeats)
+        bench_server(repeats)
     for name in encoder if "epoch" in parts else []:
         bench_epoch(name, images, repeats)
 

@@ -219,10 +219,10 @@ def draw_views(n: int, height: int, width: int, device: torch.device, generator:
         return torch.rand(n, *shape, generator=generator, device=device) * (high - low) + low
 
     box = random_box(height, width, uniform)
-    flip, jitter, grey = (uniform(0, 1, 3) < torch.tensor([0.5, 0.8, 0.2], device=device)).unbind(1)
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device)
-    amounts = neutral + torch.where(jitter[:, None], uniform(-1, 1, 4) * torch.tensor([0.8, 0.8, 0.8, 0.2], device=device), 0.0)
-    return torch.cat([box, flip[:, None], amounts, uniform(0, 1, 4).argsort(1), grey[:, None]], 1)
+    flip, jitter, grey = uniform(0, 1, 3).split(1, dim=1)
+    amounts = torch.where(jitter < 0.8, uniform(-1, 1, 4), 0.0)
+    factors, shift = 1 + 0.8 * amounts[:, :3], 0.2 * amounts[:, 3:]
+    return torch.cat([box, flip < 0.5, factors, shift, uniform(0, 1, 4).argsort(1), grey < 0.2], 1)
 
 
 def random_box(height: int, width: int, uniform: Callable[..., Tensor]) -> Tensor:
