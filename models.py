@@ -12,6 +12,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -115,11 +117,23 @@ class Part(NamedTuple):
         return sum(t.nbytes for t in self)
 
 
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """A tensor with its axes in the order in which a Flat lays them out: channels last for images and convolutions."""
+    return tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
+
+
+def shaped_like(tensor: Tensor, piece: Tensor) -> Tensor:
+    """A piece of a Flat's vector as a view of the tensor's shape."""
+    view = piece.view(in_memory_order(tensor).shape)
+    return view.permute(0, 3, 1, 2) if tensor.ndim == 4 else view
+
+
 class Flat:
     """A module whose parameters are views into one contiguous float32 vector, and its float buffers into a second one.
 
     `state` holds them with the integer batch counters; `segments` names each parameter's place. With `trainable`, `weight` is the
     vector as a single Parameter whose gradient the modules' own gradients are views of, so an optimizer sees one tensor.
+    A convolution's weights lie there channels-last, the order in which a channels-last convolution reads them and gives their gradient.
     Moving the module or assigning a parameter's `.data` would break the views; `check_views` asserts that nothing did.
     """
 
@@ -128,17 +142,18 @@ class Flat:
         self.parameters = dict(module.named_parameters())
         floats = [b for b in module.buffers() if b.is_floating_point()]
         counters = [b for b in module.buffers() if not b.is_floating_point()]
-        self.state = Part(*(torch.cat([t.detach().flatten() for t in ts]) for ts in (self.parameters.values(), floats, counters)))
-        for vector, tensors in zip(self.state, (self.parameters.values(), floats, counters)):
-            for tensor, view in zip(tensors, vector.split([t.numel() for t in tensors])):
-                tensor.data = view.view_as(tensor)
+        kinds = (self.parameters.values(), floats, counters)
+        self.state = Part(*(torch.cat([in_memory_order(t.detach()).flatten() for t in tensors]) for tensors in kinds))
+        for vector, tensors in zip(self.state, kinds):
+            for tensor, piece in zip(tensors, vector.split([t.numel() for t in tensors])):
+                tensor.data = shaped_like(tensor, piece)
         ends = torch.tensor([0] + [p.numel() for p in self.parameters.values()]).cumsum(0).tolist()
         self.segments = [Segment(name, *span) for name, span in zip(self.parameters, pairwise(ends))]
         if trainable:
             self.weight = nn.Parameter(self.state.vector)
             self.weight.grad = torch.zeros_like(self.state.vector)
             for (_, begin, end), p in zip(self.segments, self.parameters.values()):
-                p.grad = self.weight.grad[begin:end].view_as(p)
+                p.grad = shaped_like(p, self.weight.grad[begin:end])
 
     def check_views(self) -> None:
         for (name, begin, _), p in zip(self.segments, self.parameters.values()):
@@ -188,17 +203,20 @@ class BYOL:
         predictor = Part(*(t[end:] for t, end in zip(self.online.state, ends)))
         self.parts = {"encoder": encoder, "predictor": predictor, "target": self.target.state}
 
-    def loss(self, view1: Tensor, view2: Tensor, shared_target: bool = False) -> Tensor:
-        """BYOL's loss, in [0, 8]: both directions of `mean(2 - 2 cos(p(f_theta(x1)), f_xi(x2)))`.
+    def terms(self, view1: Tensor, view2: Tensor, shared_target: bool = False) -> list[Callable[[], Tensor]]:
+        """The loss, in [0, 8], as its two directions, each to be computed and differentiated before the next: one's activations at a time.
 
         view1, view2: `[B, 3, S, S]`, each in a forward pass of its own, so that BatchNorm's statistics are per view.
         `shared_target`: the target is the online encoder itself, as in the authors' code in a client's first round.
         """
-        online = self.online.module
-        target = online.encoder if shared_target else self.target.module
+        target = self.online.module.encoder if shared_target else self.target.module
+        return [partial(self.direction, target, a, b) for a, b in ((view1, view2), (view2, view1))]
+
+    def direction(self, target: nn.Module, view: Tensor, other: Tensor) -> Tensor:
+        """`mean(2 - 2 cos(p(f_theta(view)), f_xi(other)))`."""
         with torch.no_grad():
-            target1, target2 = target(view1), target(view2)
-        return 4 - 2 * (cosine_similarity(online(view1), target2) + cosine_similarity(online(view2), target1)).mean()
+            projection = target(other)
+        return 2 - 2 * cosine_similarity(self.online.module(view), projection).mean()
 
     @torch.no_grad()
     def update_target(self) -> None:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from conftest import ROOT, refused
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fedu
 import ops
 from data import draw_views, keyed_generator, load_npz, two_views
 from fedu import Client, aggregate, cosine, divergence, divergence_segments, local_batches, local_training, model_update, model_upload
-from models import BYOL, Part
+from models import BYOL, Part, in_memory_order
 
 CPU = torch.device("cpu")
 
@@ -83,7 +85,7 @@ def test_an_upload_is_online_encoder_and_predictor_alone():
     model_upload(Client(0, torch.arange(9)), net, row)
     assert row._fields == ("vector", "buffers", "counters")
     encoder, predictor = net.online.module.encoder, net.online.module.predictor
-    assert torch.equal(row.vector, torch.cat([p.flatten() for m in (encoder, predictor) for p in m.parameters()]))
+    assert torch.equal(row.vector, torch.cat([in_memory_order(p).flatten() for m in (encoder, predictor) for p in m.parameters()]))
     assert not (row.vector == 123).any()
 
 
@@ -154,16 +156,52 @@ def test_notice_when_mu_never_bound():
 # -------------------------------------------------------------------------------------------------- local training
 
 
-def test_local_training_never_waits_for_the_device():
-    """On the meta device any synchronisation, and any mixing with another device's tensors, raises."""
+class Recorder(TorchDispatchMode):
+    """Writes down each operation and its tensors' shapes, and asserts that all of these lie on one device."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.calls = device, []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        assert all(t.device == self.device for t in tensors), f"{operation} mixes {[t.device for t in tensors]}"
+        self.calls.append((str(operation), [list(t.shape) for t in tensors]))
+        return result
+
+
+def test_local_training_never_waits_for_the_device(monkeypatch):
+    """On the meta device any synchronisation, and any mixing with another device's tensors, raises; nothing is copied there either."""
     meta = torch.device("meta")
     net = objective(meta)
     images = torch.empty(40, 3, 16, 16, dtype=torch.uint8, device=meta)
     batches = local_batches(torch.arange(40, device=meta), 2, 8, None)
-    loss = local_training(net, images, batches, two_views, 0.05)
+    for constructor in ("tensor", "as_tensor", "from_numpy"):  # each would copy from the host, unseen by the recorder
+        monkeypatch.setattr(torch, constructor, None)
+    with Recorder(meta) as recorder:
+        loss = local_training(net, images, batches, two_views, 0.05)
+    assert len(recorder.calls) > 1000
     assert loss.device == meta and loss.shape == ()
     with pytest.raises((RuntimeError, NotImplementedError)):
         loss.item()
+
+
+def test_every_step_is_the_same_sequence_of_operations(npz):
+    """Whatever the images, the draws and the state: what a CUDA graph needs. The first step differs, as SGD then makes its momentum."""
+    images = load_npz(npz).x_train
+    net, steps = objective(), []
+    with Recorder(CPU) as recorder:
+
+        def batches():
+            for batch in local_batches(torch.arange(32), 1, 8, torch.Generator().manual_seed(0)):
+                yield batch
+                steps.append(recorder.calls[:])
+                recorder.calls.clear()
+
+        local_training(net, images, batches(), partial(two_views, generator=torch.Generator().manual_seed(0)), 0.05)
+    assert len(steps) == 4 and len(steps[1]) > 300
+    assert steps[1] == steps[2] == steps[3]
 
 
 def test_views_and_loss_compile_without_a_graph_break():
@@ -173,7 +211,7 @@ def test_views_and_loss_compile_without_a_graph_break():
     draws = draw_views(16, 16, 16, CPU, torch.Generator().manual_seed(0))
 
     def step(images, draws):
-        return net.loss(*ops.augment(images, draws).chunk(2))
+        return sum(term() for term in net.terms(*ops.augment(images, draws).chunk(2)))
 
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images, draws), step(images, draws))
