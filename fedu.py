@@ -141,7 +141,6 @@ def main(given: dict) -> None:
     images = load_images(options["dataset"], Path(options["data_root"]), options["image_size"]).to(device)
     federations, objective = build(options, images, method, device)
     clients = [client for federation in federations for client in federation.clients]
-    inbox = objective.online.state.empty_rows(min(max(len(f.clients) for f in federations), options["clients_per_round"] or len(clients)))
     segments = divergence_segments(objective.target, options["divergence"])
     config, start, metrics, seconds = (
         resume(out, federations) if "resume" in given else open_run(out, options, device, "overwrite" in given)
@@ -151,7 +150,7 @@ def main(given: dict) -> None:
     print(f"{options['method']} on {options['dataset']}: {len(images.x_train)} images, {describe(clients, device)}")
     print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (g global, l local)")
     for round_ in range(start, rounds):
-        row = run_round(round_, options, federations, objective, images.x_train, inbox, segments)
+        row = run_round(round_, options, federations, objective, images.x_train, segments)
         if not all(map(math.isfinite, row["loss"])):
             raise InputError(f"the loss of round {round_} is not finite ({row['loss']}): lower --lr, or check the images")
         if options["knn_every"] and ((round_ + 1) % options["knn_every"] == 0 or round_ + 1 == rounds):
@@ -170,9 +169,9 @@ def main(given: dict) -> None:
 
 
 def run_round(
-    round_: int, options: dict, federations: list[Federation], objective: BYOL, images: Tensor, inbox: Part, segments: Tensor
+    round_: int, options: dict, federations: list[Federation], objective: BYOL, images: Tensor, segments: Tensor
 ) -> dict:  # fmt: skip
-    """The four stages for each selected client of each federation, which take their state from it; returns the round's metrics."""
+    """The four stages for each selected client; changes the federations and returns the round's metrics."""
     clock = time.perf_counter()
     method, seed, epochs, batch_size = METHODS[options["method"]], options["seed"], options["local_epochs"], options["batch_size"]
     clients = [client for federation in federations for client in federation.clients]
@@ -183,19 +182,20 @@ def run_round(
     with tqdm(total=steps, desc=f"round {round_}", unit="step", leave=False, disable=not sys.stderr.isatty()) as progress:
         for federation in federations:
             members = [client for client in federation.clients if client.id in selected]
-            for k, client in enumerate(members):
+            num_examples = sum(client.num_examples for client in members)
+            inbox = objective.online.state.zero_rows(2)
+            for client in members:
                 shared_target = options["first_target"] == "shared" and not client.state
                 taken.append(model_update(client, federation.server, objective, method.predictor, options["mu"]))
                 generator = keyed_generator(images.device, seed, "training", round_, client.id)
                 views = partial(two_views, generator=generator)
                 batches = local_batches(client.indices, epochs, batch_size, generator)
                 losses.append(local_training(objective, images, batches, views, lr, options["precision"], shared_target, progress))
-                model_upload(client, objective, inbox.row(k))
+                model_upload(client, objective, inbox.row(1))
+                drift = aggregate(inbox, client.num_examples / num_examples, federation.server, segments)
+                client.divergence = divergence(drift, options["divergence"])
             if members:
-                uploads = Part(*(t[: len(members)] for t in inbox))
-                federation.server, drift = aggregate(uploads, [c.num_examples for c in members], federation.server, segments)
-                for client, norms in zip(members, drift):
-                    client.divergence = divergence(norms, options["divergence"])
+                federation.server = inbox.row(0).clone()
             trained += members
             transfers += len(members) if len(federation.clients) > 1 else 0  # a client alone has nobody to send anything to
     return {
@@ -305,21 +305,22 @@ def local_training(
 
 
 def model_upload(client: Client, objective: BYOL, row: Part) -> None:
-    """Stage 2: write online encoder and predictor into the client's row of the server's inbox; the target stays with the client."""
+    """Stage 2: write online encoder and predictor into the row `[1]` of the server's inbox; the target stays with the client."""
     row.copy_(objective.online.state)
     client.state = {name: objective.parts[name].clone() for name in ("target", "predictor")}
 
 
-def aggregate(uploads: Part, num_examples: list[int], server: Part, segments: Tensor) -> tuple[Part, Tensor]:
-    """Stage 3: `phi = sum_k (n_k / n) theta_k` for encoder, predictor and BatchNorm's statistics; its integer counters are copied.
+def aggregate(inbox: Part, weight: float, received: Part, segments: Tensor) -> Tensor:
+    """Stage 3: fold an upload into the mean as it arrives, `phi <- phi + (n_k / n) theta_k`: the server never holds them all.
 
-    uploads: the rows of K clients. server: the global model that they received. Returns the new global model and the drift
-    `[K, L]`, `norm2(theta_k - received)` on each of the segments `[L, 2]`.
+    So for encoder, predictor and BatchNorm's statistics; its integer counters are copied. inbox: two rows, the sum so far, which
+    begins with zeros, and the upload. received: the global model that the client had received. Returns the client's drift `[L]`,
+    `norm2(theta_k - received)` on each of the segments `[L, 2]`.
     """
-    weights = torch.tensor(num_examples, dtype=torch.float64) / sum(num_examples)
-    weights = weights.to(uploads.vector)
-    vector, drift, _ = ops.aggregate(uploads.vector, weights, server.vector, segments)
-    return Part(vector, ops.weighted_mean(uploads.buffers, weights), uploads.counters[0].clone()), drift
+    weights = torch.tensor([1, weight]).to(inbox.vector)
+    total, drift, _ = ops.aggregate(inbox.vector, weights, received.vector, segments)
+    inbox.row(0).copy_(Part(total, ops.weighted_mean(inbox.buffers, weights), inbox.counters[1]))
+    return drift[1]
 
 
 def model_update(client: Client, server: Part, objective: BYOL, predictor: str, mu: float) -> str:

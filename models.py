@@ -106,8 +106,8 @@ class Part(NamedTuple):
         for mine, theirs in zip(self, other):
             mine.copy_(theirs)
 
-    def empty_rows(self, rows: int) -> Part:
-        return Part(*(t.new_empty(rows, len(t)) for t in self))
+    def zero_rows(self, rows: int) -> Part:
+        return Part(*(t.new_zeros(rows, len(t)) for t in self))
 
     def row(self, k: int) -> Part:
         return Part(*(t[k] for t in self))

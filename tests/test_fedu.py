@@ -25,10 +25,6 @@ def part(*values: float) -> Part:
     return Part(torch.tensor(values), torch.tensor(values[:1]), torch.tensor([7]))
 
 
-def rows(*parts: Part) -> Part:
-    return Part(*(torch.stack(t) for t in zip(*parts)))
-
-
 def objective(device: torch.device = CPU) -> BYOL:
     torch.manual_seed(0)
     return BYOL("small", device, 0.99)
@@ -37,25 +33,47 @@ def objective(device: torch.device = CPU) -> BYOL:
 # ---------------------------------------------------------------------------------------------------- aggregation
 
 
+def aggregate_all(uploads: list[Part], num_examples: list[int], received: Part, segments: torch.Tensor) -> tuple[Part, torch.Tensor]:
+    """The server's mean of the uploads, and each one's drift."""
+    inbox, drift = received.zero_rows(2), []
+    for upload, n in zip(uploads, num_examples, strict=True):
+        inbox.row(1).copy_(upload)
+        drift.append(aggregate(inbox, n / sum(num_examples), received, segments))
+    return inbox.row(0), torch.stack(drift)
+
+
 def test_two_clients_by_hand():
     """n = 1 and 3: the mean is (1 x_1 + 3 x_2) / 4; drift is each layer's distance from what was received."""
-    uploads = rows(part(4.0, 8.0, 0.0), part(0.0, 4.0, 12.0))
-    server, drift = aggregate(uploads, [1, 3], part(0.0, 4.0, 0.0), torch.tensor([[0, 2], [2, 3]]))
+    uploads = [part(4.0, 8.0, 0.0), part(0.0, 4.0, 12.0)]
+    server, drift = aggregate_all(uploads, [1, 3], part(0.0, 4.0, 0.0), torch.tensor([[0, 2], [2, 3]]))
     assert server.vector.tolist() == [1.0, 5.0, 9.0]
     assert server.buffers.tolist() == [1.0]
     assert server.counters.tolist() == [7]
     assert drift.tolist() == [[math.sqrt(32), 0.0], [0.0, 12.0]]
 
 
+def test_folding_is_the_mean_of_all_at_once():
+    """Bit by bit: the sum so far is taken as one more client, of weight 1."""
+    torch.manual_seed(0)
+    uploads = [Part(torch.randn(1000), torch.randn(10), torch.tensor([7])) for _ in range(4)]
+    n, received = [3, 10, 1, 7], Part(torch.randn(1000), torch.randn(10), torch.tensor([6]))
+    segments = torch.tensor([[0, 300], [400, 1000]])
+    server, drift = aggregate_all(uploads, n, received, segments)
+    weights = (torch.tensor(n, dtype=torch.float64) / sum(n)).float()
+    vector, expected, _ = ops.aggregate(torch.stack([u.vector for u in uploads]), weights, received.vector, segments)
+    assert torch.equal(server.vector, vector) and torch.equal(drift, expected)
+    assert torch.equal(server.buffers, ops.weighted_mean(torch.stack([u.buffers for u in uploads]), weights))
+
+
 def test_one_client_is_the_identity():
     x = part(0.1, -0.7, 3.3)
-    server, _ = aggregate(rows(x), [17], part(0.0, 0.0, 0.0), torch.tensor([[0, 3]]))
+    server, _ = aggregate_all([x], [17], part(0.0, 0.0, 0.0), torch.tensor([[0, 3]]))
     assert all(map(torch.equal, server, x))
 
 
 def test_identical_clients_are_a_fixed_point():
     x = Part(torch.randn(1000), torch.randn(10), torch.tensor([7]))
-    server, drift = aggregate(rows(x, x, x), [5, 1, 2], x, torch.tensor([[0, 1000]]))
+    server, drift = aggregate_all([x, x, x], [5, 1, 2], x, torch.tensor([[0, 1000]]))
     torch.testing.assert_close(server.vector, x.vector, rtol=3e-7, atol=0)
     assert drift.eq(0).all()
 
@@ -67,21 +85,21 @@ def test_order_of_training_does_not_matter(npz):
     start = net.online.state.clone()
     results = []
     for order in ((0, 1, 2), (2, 0, 1)):
-        inbox = start.empty_rows(3)
+        uploads = start.zero_rows(3)
         for k in order:
             client = Client(k, torch.arange(k * 20, k * 20 + 16 + 4 * k))
             model_update(client, start, net, "dapu", 0.4)
             generator = keyed_generator(CPU, 0, "training", 0, k)
             local_training(net, images, local_batches(client.indices, 1, 8, generator), partial(two_views, generator=generator), 0.05)
-            model_upload(client, net, inbox.row(k))
-        results.append(aggregate(inbox, [16, 20, 24], start, torch.tensor([[0, 100]]))[0])
+            model_upload(client, net, uploads.row(k))
+        results.append(aggregate_all([uploads.row(k) for k in range(3)], [16, 20, 24], start, torch.tensor([[0, 100]]))[0])
     assert all(map(torch.equal, *results))
 
 
 def test_an_upload_is_online_encoder_and_predictor_alone():
     net = objective()
     net.target.state.vector.fill_(123.0)
-    row = net.online.state.empty_rows(1).row(0)
+    row = net.online.state.zero_rows(1).row(0)
     model_upload(Client(0, torch.arange(9)), net, row)
     assert row._fields == ("vector", "buffers", "counters")
     encoder, predictor = net.online.module.encoder, net.online.module.predictor
@@ -109,7 +127,7 @@ def test_divergence_of_a_network():
         moved.vector[begin:end] += 2 / math.sqrt(end - begin)
     moved.vector[net.target.segments[-1].begin :] += 1
     for kind, segments, expected in (("layer-mean", convolutions, 2), ("squared", whole, 4 * 2**2 + 16**2)):
-        _, drift = aggregate(rows(moved), [1], net.online.state, segments)
+        _, drift = aggregate_all([moved], [1], net.online.state, segments)
         assert divergence(drift[0], kind) == pytest.approx(expected, rel=1e-4)
 
 
@@ -118,7 +136,7 @@ def test_dapu_below_at_and_above_mu(distance, taken):
     net = objective()
     server = net.online.state.clone()
     client = Client(0, torch.arange(4))
-    model_upload(client, net, server.empty_rows(1).row(0))
+    model_upload(client, net, server.zero_rows(1).row(0))
     client.state["predictor"].vector.fill_(5)
     client.state["target"].vector.fill_(6)
     client.divergence = 0.4 + distance
