@@ -1,10 +1,18 @@
-"""Times local training against the other ways to do it: `python bench.py [views|epoch|start ...]`, one table, medians.
+"""Times local training against the other ways to do it: `python bench.py [views|epoch|memory|growth|server|start ...]`, medians.
 
-Every row's ways are timed in turns in this one run. `x` is that way's time over ours: above 1, ours is faster. `epoch` trains the same
-network on the same images with each: `authors`, a loop as in EasyFL's fedssl (PIL images in a DataLoader without workers, EMA tensor by
-tensor, a wait for the loss every step, deep copies around it); and `lightly`, the library's BYOL example (its transform, heads,
-loss and update_momentum, a DataLoader with 2 workers). `floor` is the network's convolutions and matrix products alone, each shape
-by itself, forwards and backwards; `core` our step without views and moving average.
+Every row's ways are timed in turns in this one run, each way of `epoch` and `memory` in a process of its own. `x` is that way's time
+(or memory) over ours: above 1, ours is better. `epoch` trains the same network on the same images:
+
+    authors    a loop as in EasyFL's fedssl: PIL images in a DataLoader without workers, EMA tensor by tensor, a wait for the loss every
+               step, deep copies around it
+    lightly    the library's BYOL example: its transform, heads, loss, update_momentum and a DataLoader with 2 workers; `lightly-1` with
+               one thread, which leaves a core to the workers
+    core       our step without views and moving average
+    floor      the network's convolutions and matrix products alone, each shape by itself, forwards and backwards
+    bf16       our step with --precision bf16
+
+`memory` is the peak of two rounds of the paper's setting, cut to two batches a client; `growth` the time of a round as one thing
+grows. The operations of the model are counted; MFU, with --peak-tflops, is the share of the device's peak that they make up.
 
     pip install -r requirements-dev.txt kornia lightly
     python bench.py
@@ -14,18 +22,22 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import multiprocessing
 import os
+import pickle
 import platform
+import resource
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cli import Parser, number
+from cli import Parser, number, user_errors, write_atomic
 
-PARTS = ("views", "epoch", "server", "start")
+PARTS = ("views", "start", "server", "epoch", "memory", "growth")
 RECIPES = {"tiny": (32, 1184), "small": (64, 1920), "resnet18": (128, 256)}  # batch size, images of the timed epoch
 
 
@@ -34,7 +46,9 @@ def parse_options() -> dict:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}  [all]")
     parser.add_argument("--encoder", action="append", choices=RECIPES, help="for epoch, may be repeated  [all]")
     parser.add_argument("--repeats", type=number(int, 3), help="of each way  [5]")
-    given = {"parts": [], "encoder": list(RECIPES), "repeats": 5} | vars(parser.parse_args())
+    parser.add_argument("--peak-tflops", type=number(float, 0, open_low=True), help="of this device, for the MFU of epoch  [not shown]")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw growth  [not drawn]")
+    given = {"parts": [], "encoder": list(RECIPES), "repeats": 5, "peak_tflops": None, "figure": None} | vars(parser.parse_args())
     for part in given["parts"]:
         if part not in PARTS:
             parser.error(f"got {part!r}, wants one of {', '.join(PARTS)}")
@@ -43,13 +57,16 @@ def parse_options() -> dict:
 
 OPTIONS = parse_options() if __name__ == "__main__" else {}
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
 import fedu  # noqa: E402
+import models  # noqa: E402
 import ops  # noqa: E402
-from data import draw_views, load_images, two_views  # noqa: E402
+from data import Images, draw_views, load_images, two_views  # noqa: E402
 from models import BYOL, HEADS, Online, build_backbone, feature_dim  # noqa: E402
 from ops.bench import time_ways  # noqa: E402
 
@@ -72,10 +89,46 @@ def timed(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, floa
     return time_ways(ways, repeats, float("inf"), DEVICE.type)
 
 
-def report(what: str, seconds: dict[str, float], images: int) -> None:
+class Worker:
+    """A way in a process of its own, so that none inherits another's memory or the way it is managed; a call runs it once."""
+
+    def __init__(self, way: Callable[..., Callable[[], object]], *arguments: object):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, way, *arguments)).start()
+        theirs.close()
+
+    def __call__(self) -> None:
+        self.pipe.send(None)
+        self.peak_bytes = self.pipe.recv()
+
+    def stop(self) -> None:
+        self.pipe.close()
+
+
+def serve(pipe: multiprocessing.connection.Connection, way: Callable[..., Callable[[], object]], *arguments: object) -> None:
+    """Run a way whenever the pipe says so, and answer with the most memory that this process has needed so far, in bytes."""
+    multiprocessing.set_start_method(None, force=True)  # a spawned process would spawn a DataLoader's workers too, where fork is usual
+    warnings.filterwarnings("ignore", module="lightly|torch.utils.data")
+    run = way(*arguments)
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        run()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            pipe.send(torch.cuda.max_memory_allocated())
+        else:
+            pipe.send(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def report(what: str, seconds: dict[str, float], images: int, notes: dict[str, str] | None = None) -> None:
     ours = next(iter(seconds.values()))
     for way, median in seconds.items():
-        print(f"{what:28} {way:10} {median * 1e3:12.2f} {median / ours:8.2f} {images / median:12.0f}", flush=True)
+        rate = f"{images / median:12.0f}" if images else f"{'':12}"
+        print(f"{what:28} {way:10} {median * 1e3:12.2f} {median / ours:8.2f} {rate}  {(notes or {}).get(way, '')}".rstrip(), flush=True)
 
 
 def installed(*packages: str) -> bool:
@@ -133,50 +186,72 @@ class Pairs(torch.utils.data.Dataset):
         return self.transform(self.images[i])
 
 
-def ours(encoder: str, images: Tensor, batch_size: int, views: Callable | None = None, ema: bool = True) -> Callable[[], object]:
-    objective = BYOL(encoder, DEVICE, 0.99)
+def some_images(count: int) -> Tensor:
+    return load_images("fashion").x_train[:count].contiguous().to(DEVICE)
+
+
+def ours(
+    encoder: str, count: int, batch_size: int, views: Callable | None = None, ema: bool = True, precision: str = "fp32"
+) -> Callable[[], object]:
+    fedu.keep_memory()
+    objective, images = BYOL(encoder, DEVICE, 0.99), some_images(count)
     if not ema:
         objective.update_target = lambda: None
-    indices = torch.arange(len(images), device=DEVICE)
+    indices = torch.arange(count, device=DEVICE)
     return lambda: fedu.local_training(
-        objective, images, fedu.local_batches(indices, 1, batch_size, None), views or two_views, 0.032
+        objective, images, fedu.local_batches(indices, 1, batch_size, None), views or two_views, 0.032, precision
     ).item()
 
 
-def authors(encoder: str, images: Tensor, batch_size: int) -> Callable[[], object]:
+def core(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
+    fixed = tuple(torch.rand(batch_size, 3, 32, 32, device=DEVICE) for _ in range(2))
+    return ours(encoder, count, batch_size, views=lambda _: fixed, ema=False)
+
+
+def authors(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
     """In the manner of EasyFL's fedssl: download and upload are deep copies, EMA and optimizer go tensor by tensor."""
-    view = transforms.Compose(PIL_VIEW.transforms[1:])
-    loader = torch.utils.data.DataLoader(Pairs(images, lambda x: (view(x), view(x))), batch_size, shuffle=True, drop_last=True)
     server = Online(encoder).to(DEVICE)
     target = copy.deepcopy(server.encoder)
+    loader = authors_loader(some_images(count), batch_size)
 
+    def epoch() -> None:
+        model = copy.deepcopy(server)
+        authors_training(model, target, loader)
+        copy.deepcopy(model.state_dict())
+
+    return epoch
+
+
+def authors_loader(images: Tensor, batch_size: int) -> torch.utils.data.DataLoader:
+    view = transforms.Compose(PIL_VIEW.transforms[1:])
+    return torch.utils.data.DataLoader(Pairs(images, lambda x: (view(x), view(x))), batch_size, shuffle=True, drop_last=True)
+
+
+def authors_training(model: nn.Module, target: nn.Module, loader: torch.utils.data.DataLoader) -> None:
     def loss_of(online: Tensor, target: Tensor) -> Tensor:
         online, target = nn.functional.normalize(online, dim=-1), nn.functional.normalize(target, dim=-1)
         return 2 - 2 * (online * target).sum(-1)
 
-    def train() -> None:
-        model = copy.deepcopy(server)
-        optimizer = torch.optim.SGD(model.parameters(), 0.032, 0.9, weight_decay=5e-4)
-        losses = []
-        for x1, x2 in loader:
-            x1, x2 = x1.to(DEVICE), x2.to(DEVICE)
-            p1, p2 = model(x1), model(x2)
-            with torch.no_grad():
-                z1, z2 = target(x1).detach(), target(x2).detach()
-            loss = (loss_of(p1, z2) + loss_of(p2, z1)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            for new, old in zip(model.encoder.parameters(), target.parameters(), strict=True):
-                old.data = old.data * 0.99 + (1 - 0.99) * new.data
-        copy.deepcopy(model.state_dict())
-
-    return train
+    optimizer = torch.optim.SGD(model.parameters(), 0.032, 0.9, weight_decay=5e-4)
+    losses = []
+    for x1, x2 in loader:
+        x1, x2 = x1.to(DEVICE), x2.to(DEVICE)
+        p1, p2 = model(x1), model(x2)
+        with torch.no_grad():
+            z1, z2 = target(x1).detach(), target(x2).detach()
+        loss = (loss_of(p1, z2) + loss_of(p2, z1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        for new, old in zip(model.encoder.parameters(), target.parameters(), strict=True):
+            old.data = old.data * 0.99 + (1 - 0.99) * new.data
 
 
-def lightly(encoder: str, images: Tensor, batch_size: int) -> Callable[[], object]:
+def lightly(encoder: str, count: int, batch_size: int, threads: int | None = None) -> Callable[[], object]:
     """The library's BYOL example for plain PyTorch, with our backbone, widths and batch size; CIFAR's transform has no blur."""
+    if threads:
+        torch.set_num_threads(threads)
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -190,7 +265,8 @@ def lightly(encoder: str, images: Tensor, batch_size: int) -> Callable[[], objec
     momentum = [copy.deepcopy(backbone), copy.deepcopy(projector)]
     for module in momentum:
         deactivate_requires_grad(module)
-    loader = torch.utils.data.DataLoader(Pairs(images, BYOLTransform(*views)), batch_size, shuffle=True, drop_last=True, num_workers=2)
+    pairs = Pairs(some_images(count), BYOLTransform(*views))
+    loader = torch.utils.data.DataLoader(pairs, batch_size, shuffle=True, drop_last=True, num_workers=2)
     criterion = NegativeCosineSimilarity()
     optimizer = torch.optim.SGD([*backbone.parameters(), *projector.parameters(), *predictor.parameters()], lr=0.032)
 
@@ -212,9 +288,10 @@ def lightly(encoder: str, images: Tensor, batch_size: int) -> Callable[[], objec
     return train
 
 
-def products(encoder: str, batch_size: int) -> Callable[[], None]:
-    """A step's convolutions and matrix products, one by one: online forwards and backwards on two views, target forwards."""
-    network = Online(encoder).to(DEVICE)
+def floor(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
+    """An epoch's convolutions and matrix products, one by one: online forwards and backwards on two views, target forwards."""
+    fedu.keep_memory()
+    network = models.Flat(Online(encoder).to(DEVICE)).module
     calls: list[tuple[nn.Module, Tensor, bool]] = []  # module, input, whether the input wants a gradient
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -230,7 +307,7 @@ def products(encoder: str, batch_size: int) -> Callable[[], None]:
     with torch.no_grad():
         gradients = [torch.randn_like(module(x)) for module, x, _ in calls]
 
-    def run() -> None:
+    def step() -> None:
         for (module, x, wants), gradient in zip(calls, gradients, strict=True):
             for _ in range(2):
                 if id(module) in of_target:
@@ -239,51 +316,186 @@ def products(encoder: str, batch_size: int) -> Callable[[], None]:
                 x = x.detach().requires_grad_(wants)
                 torch.autograd.grad(module(x), [*module.parameters(), *([x] if wants else [])], gradient)
 
+    return lambda: [step() for _ in range(count // batch_size)]
+
+
+def operations(encoder: str) -> dict[str, float]:
+    """Floating-point operations an image of a training step, a multiplication and an addition counted as two.
+
+    Convolutions and matrix products alone, on both views: the online network forwards and backwards, the target network forwards.
+    """
+    counts = {}
+    objective = BYOL(encoder, torch.device("meta"), 0.99)
+    views = torch.empty(2, 2, 3, 32, 32, device="meta")
+    with FlopCounterMode(display=False) as target:
+        objective.target.module(views[0])
+    with FlopCounterMode(display=False) as forward:
+        losses = [term() for term in objective.terms(*views)]
+    with FlopCounterMode(display=False) as backward:
+        for loss in losses:
+            loss.backward()
+    counts["target"] = target.get_total_flops()  # of two images, which is one image's two views
+    return counts | {"forward": forward.get_total_flops() / 2 - counts["target"], "backward": backward.get_total_flops() / 2}
+
+
+def bench_epoch(encoder: str, repeats: int, peak_tflops: float | None) -> None:
+    batch_size, count = RECIPES[encoder]
+    count = count // batch_size * batch_size
+    builders = {"ours": ours, "core": core, "floor": floor, "authors": authors, "bf16": partial(ours, precision="bf16")}
+    if installed("lightly"):
+        builders |= {"lightly": lightly, "lightly-1": partial(lightly, threads=1)}
+    ways = {name: Worker(way, encoder, count, batch_size) for name, way in builders.items()}
+    seconds = timed(ways, repeats)
+    counted = operations(encoder)
+    rates = {way: sum(counted.values()) * count / s / 1e12 for way, s in seconds.items()}
+    notes = {way: f"{rate:.3f} TFLOP/s" + (f", MFU {rate / peak_tflops:.0%}" if peak_tflops else "") for way, rate in rates.items()}
+    report(f"epoch, {encoder}, B = {batch_size}", seconds, count, notes)
+    print(f"{f'operations, {encoder}':28} {', '.join(f'{k} {v / 1e6:,.1f} million' for k, v in counted.items())} an image", flush=True)
+    for worker in ways.values():
+        worker.stop()
+
+
+# -------------------------------------------------------------------------------------------------- whole rounds
+
+
+def simulation(images: Images, folder: Path | None = None, per_client: int | None = None, **given: object) -> Callable[[], None]:
+    """Rounds of FedU, one a call, with options as given and else the paper's; each client's images are cut to `per_client`.
+
+    With a folder, each round ends with a checkpoint in it.
+    """
+    options = fedu.prepare({"dataset": "cifar10", **given})[1]
+    federations, objective = fedu.build(options, images.to(DEVICE), fedu.METHODS["fedu"], DEVICE)
+    for client in federations[0].clients:
+        client.indices = client.indices[:per_client]
+    segments = fedu.divergence_segments(objective.target, "layer-mean")
+
+    def run() -> None:
+        fedu.run_round(0, options, federations, objective, images.x_train.to(DEVICE), segments)
+        if folder:
+            fedu.save_checkpoint(folder, 1, federations, 0.0)
+
     return run
 
 
-def bench_epoch(encoder: str, images: Tensor, repeats: int) -> None:
-    batch_size, count = RECIPES[encoder]
-    images = images[:count].contiguous()
-    fixed = tuple(torch.rand(batch_size, 3, 32, 32, device=DEVICE) for _ in range(2))
-    step = products(encoder, batch_size)
-    ways = {
-        "ours": ours(encoder, images, batch_size),
-        "core": ours(encoder, images, batch_size, views=lambda _: fixed, ema=False),
-        "floor": lambda: [step() for _ in range(count // batch_size)],
-        "authors": authors(encoder, images, batch_size),
-    }
-    if installed("lightly"):
-        ways["lightly"] = lightly(encoder, images, batch_size)
-    report(f"epoch, {encoder}, B = {batch_size}", timed(ways, repeats), count // batch_size * batch_size)
+def as_large_as_cifar10() -> Images:
+    """50,000 and 10,000 random images: memory does not depend on what they show."""
+    x_train, x_test = (torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8) for n in (50_000, 10_000))
+    return Images(x_train, torch.arange(50_000) % 10, x_test, torch.arange(10_000) % 10, 10)
 
 
-# --------------------------------------------------------------------------------------------- server and start-up
+def rounds_of_ours(folder: Path, rounds: int) -> Callable[[], object]:
+    fedu.keep_memory()
+    run = simulation(as_large_as_cifar10(), folder, per_client=256, local_epochs=1)
+    return lambda: [run() for _ in range(rounds)]
+
+
+def rounds_of_authors(rounds: int) -> Callable[[], object]:
+    """Deep copies where EasyFL makes them: of the download, of each part on update, before and after training for the divergence,
+    of the client's own model, and of the upload, which is pickled; the server keeps all uploads until it has averaged them."""
+    images = as_large_as_cifar10()
+    server = {"online": Online("resnet18").to(DEVICE), "target": None}
+    kept: list[dict | None] = [None] * 5
+    loaders = [authors_loader(images.x_train[k * 10_000 : k * 10_000 + 256], 128) for k in range(5)]
+
+    def round_() -> None:
+        uploads = []
+        for k in range(5):
+            model = copy.deepcopy(server)
+            own = kept[k]
+            model["target"] = copy.deepcopy(own["target"] if own else model["online"].encoder)
+            model["online"] = copy.deepcopy(model["online"])
+            before = copy.deepcopy([model["online"].encoder, model["target"]])
+            authors_training(model["online"], model["target"], loaders[k])
+            kept[k] = copy.deepcopy(model)
+            after = copy.deepcopy([model["online"].encoder, model["target"]])
+            [torch.dist(a, b) for a, b in zip(*(m[0].state_dict().values() for m in (before, after)), strict=True) if a.ndim == 4]
+            uploads.append(pickle.loads(pickle.dumps(copy.deepcopy(model))))
+            del model, before, after
+        for part in ("online", "target"):
+            total = copy.deepcopy(uploads[0][part].state_dict())
+            for name, tensor in total.items():
+                for upload in uploads[1:]:
+                    tensor += upload[part].state_dict()[name]
+                total[name] = torch.div(tensor, len(uploads))
+            mean = copy.deepcopy(uploads[0][part])
+            mean.load_state_dict(total)
+            server[part] = mean
+
+    return lambda: [round_() for _ in range(rounds)]
+
+
+def bench_memory() -> None:
+    peaks = {}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for name, way in {"ours": (rounds_of_ours, Path(folder), 2), "authors": (rounds_of_authors, 2)}.items():
+            worker = Worker(*way)
+            worker()
+            worker.stop()
+            peaks[name] = worker.peak_bytes
+    for name, peak in peaks.items():
+        print(f"{'memory, resnet18, K = 5':28} {name:10} {peak / 2**20:9.0f} MB {peak / peaks['ours']:8.2f}", flush=True)
 
 
 def bench_server(repeats: int) -> None:
     """All that a round of 5 clients does besides training: the stages' copies, aggregation, divergences, checkpoint."""
-    import tempfile
-
-    objective = BYOL("resnet18", DEVICE, 0.99)
-    clients = [fedu.Client(k, torch.arange(10_000)) for k in range(5)]
-    federation = fedu.Federation(objective.online.state.clone(), clients)
-    inbox = objective.online.state.empty_rows(5)
-    segments = fedu.divergence_segments(objective.target, "layer-mean")
-
-    def round_(save: bool, folder: Path) -> None:
-        for k, client in enumerate(clients):
-            fedu.model_update(client, federation.server, objective, "dapu", 0.4)
-            fedu.model_upload(client, objective, inbox.row(k))
-        federation.server, drift = fedu.aggregate(inbox, [10_000] * 5, federation.server, segments)
-        for client, norms in zip(clients, drift, strict=True):
-            client.divergence = fedu.divergence(norms, "layer-mean")
-        if save:
-            fedu.save_checkpoint(folder, 1, [federation], 0.0)
-
+    fedu.keep_memory()
+    training, fedu.local_training = fedu.local_training, lambda *_: torch.zeros(())
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        ways = {"all": partial(round_, True, Path(folder)), "without checkpoint": partial(round_, False, Path(folder))}
+        images = as_large_as_cifar10()
+        ways = {"all": simulation(images, Path(folder)), "without checkpoint": simulation(images)}
         report("server, resnet18, K = 5", timed(ways, repeats), 5 * 5 * 78 * 128)  # images of the paper's round
+    fedu.local_training = training
+
+
+def bench_growth(repeats: int, figure: Path | None) -> None:
+    """A round of two clients with 256 images each and the tiny encoder, B = 32, and what becomes of its time as one of these grows."""
+    fedu.keep_memory()
+    images = load_images("fashion")
+    base = {"clients": 2, "per_client": 256, "batch_size": 32, "width": 1}
+    seconds: dict[str, list[float]] = {}
+    for what, of in (("images", "per_client"), ("clients", "clients"), ("width", "width"), ("batch size", "batch_size")):
+        ways = {}
+        for factor in (1, 2, 4, 8):
+            size = base | {of: base[of] * factor}
+            width, total = size.pop("width"), size["clients"] * size["per_client"]
+            name = f"tiny, {width} times as wide"
+            models.WIDTHS[name], HEADS[name] = (tuple(width * w for w in row["tiny"]) for row in (models.WIDTHS, HEADS))
+            part = images._replace(x_train=images.x_train[:total], y_train=images.y_train[:total])
+            ways[f"x {factor}"] = simulation(part, encoder=name, partition="iid", local_epochs=1, **size)
+        measured = timed(ways, repeats)
+        seconds[what] = list(measured.values())
+        report(f"growth, {what}", measured, 0, {"x 8": f"slope {slope(seconds[what]):.2f}"})
+    if figure:
+        draw_growth(seconds, figure)
+
+
+def slope(seconds: list[float]) -> float:
+    """Of the line through log2(seconds) at factors 1, 2, 4, ...: 1 is linear growth."""
+    return float(np.polyfit(range(len(seconds)), np.log2(seconds), 1)[0])
+
+
+def draw_growth(seconds: dict[str, list[float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for (what, times), colour, marker in zip(seconds.items(), fedu.evaluation.COLOURS, "osD^"):
+        label = f"{what}: slope {slope(times):.2f}"
+        axis.plot([2**i for i in range(len(times))], times, color=colour, marker=marker, linewidth=2, label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set(xlabel="growth of one of them", ylabel="seconds a round", title="A round of 2 clients, 256 images each, tiny encoder, B = 32")
+    axis.xaxis.set_major_formatter("{x:g} x")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    write_atomic(path, lambda file: figure.savefig(file, dpi=150, format=path.suffix[1:] or "png"))
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------- start-up
 
 
 def bench_start(repeats: int) -> None:
@@ -302,22 +514,32 @@ def bench_start(repeats: int) -> None:
         report("start-up", timed({name: way}, repeats), 0)
 
 
-def main(parts: list[str], encoder: list[str], repeats: int) -> None:
+def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float | None, figure: Path | None) -> None:
     ops.load()
-    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {platform.machine()}"
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {describe_cpu()}"
     print(f"torch {torch.__version__}, {DEVICE.type}: {where}; commit {fedu.describe_code()['commit']}; medians of {repeats}")
     print(f"{'what':28} {'way':10} {'ms':>12} {'x':>8} {'images/s':>12}")
     warnings.filterwarnings("ignore", module="lightly|torch.utils.data")
-    images = load_images("fashion").to(DEVICE).x_train
     if "views" in parts:
-        bench_views(images, repeats)
+        bench_views(some_images(128), repeats)
     if "start" in parts:
         bench_start(repeats)
     if "server" in parts:
         bench_server(repeats)
     for name in encoder if "epoch" in parts else []:
-        bench_epoch(name, images, repeats)
+        bench_epoch(name, repeats, peak_tflops)
+    if "memory" in parts:
+        bench_memory()
+    if "growth" in parts:
+        bench_growth(repeats, figure)
+
+
+def describe_cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":
-    main(**OPTIONS)
+    with user_errors("bench.py"):
+        main(**OPTIONS)
