@@ -67,7 +67,7 @@ import fedu  # noqa: E402
 import models  # noqa: E402
 import ops  # noqa: E402
 from data import Images, draw_views, load_images, two_views  # noqa: E402
-from models import BYOL, HEADS, Online, build_backbone, feature_dim  # noqa: E402
+from models import BYOL, HEADS, Encoder, Online, build_backbone, feature_dim  # noqa: E402
 from ops.bench import time_ways  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -194,9 +194,9 @@ def ours(
     encoder: str, count: int, batch_size: int, views: Callable | None = None, ema: bool = True, precision: str = "fp32"
 ) -> Callable[[], object]:
     fedu.keep_memory()
-    objective, images = BYOL(encoder, DEVICE, 0.99), some_images(count)
+    objective, images = BYOL(Encoder(encoder), DEVICE), some_images(count)
     if not ema:
-        objective.update_target = lambda: None
+        objective.update_target = lambda _: None
     indices = torch.arange(count, device=DEVICE)
     return lambda: fedu.local_training(
         objective, images, fedu.local_batches(indices, 1, batch_size, None), views or two_views, 0.032, precision
@@ -210,7 +210,7 @@ def core(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
 
 def authors(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
     """In the manner of EasyFL's fedssl: download and upload are deep copies, EMA and optimizer go tensor by tensor."""
-    server = Online(encoder).to(DEVICE)
+    server = Online(Encoder(encoder), predictor=True).to(DEVICE)
     target = copy.deepcopy(server.encoder)
     loader = authors_loader(some_images(count), batch_size)
 
@@ -291,7 +291,7 @@ def lightly(encoder: str, count: int, batch_size: int, threads: int | None = Non
 def floor(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
     """An epoch's convolutions and matrix products, one by one: online forwards and backwards on two views, target forwards."""
     fedu.keep_memory()
-    network = models.Flat(Online(encoder).to(DEVICE)).module
+    network = models.Flat(Online(Encoder(encoder), predictor=True).to(DEVICE)).module
     calls: list[tuple[nn.Module, Tensor, bool]] = []  # module, input, whether the input wants a gradient
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -325,12 +325,12 @@ def operations(encoder: str) -> dict[str, float]:
     Convolutions and matrix products alone, on both views: the online network forwards and backwards, the target network forwards.
     """
     counts = {}
-    objective = BYOL(encoder, torch.device("meta"), 0.99)
+    objective = BYOL(Encoder(encoder), torch.device("meta"))
     views = torch.empty(2, 2, 3, 32, 32, device="meta")
     with FlopCounterMode(display=False) as target:
         objective.target.module(views[0])
     with FlopCounterMode(display=False) as forward:
-        losses = [term() for term in objective.terms(*views)]
+        losses = [term() for term in objective.terms(*views, torch.empty(2, device="meta"))]
     with FlopCounterMode(display=False) as backward:
         for loss in losses:
             loss.backward()
@@ -364,10 +364,10 @@ def simulation(images: Images, folder: Path | None = None, per_client: int | Non
     With a folder, each round ends with a checkpoint in it.
     """
     options = fedu.prepare({"dataset": "cifar10", **given})[1]
-    federations, objective = fedu.build(options, images.to(DEVICE), fedu.METHODS["fedu"], DEVICE)
+    federations, objective = fedu.build(options, images.to(DEVICE), DEVICE)
     for client in federations[0].clients:
         client.indices = client.indices[:per_client]
-    segments = fedu.divergence_segments(objective.target, "layer-mean")
+    segments = fedu.divergence_segments(objective, "layer-mean")
 
     def run() -> None:
         fedu.run_round(0, options, federations, objective, images.x_train.to(DEVICE), segments)
@@ -393,7 +393,7 @@ def rounds_of_authors(rounds: int) -> Callable[[], object]:
     """Deep copies where EasyFL makes them: of the download, of each part on update, before and after training for the divergence,
     of the client's own model, and of the upload, which is pickled; the server keeps all uploads until it has averaged them."""
     images = as_large_as_cifar10()
-    server = {"online": Online("resnet18").to(DEVICE), "target": None}
+    server = {"online": Online(Encoder("resnet18"), predictor=True).to(DEVICE), "target": None}
     kept: list[dict | None] = [None] * 5
     loaders = [authors_loader(images.x_train[k * 10_000 : k * 10_000 + 256], 128) for k in range(5)]
 

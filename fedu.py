@@ -25,24 +25,38 @@ from cli import InputError, Parser, first_line, number, user_errors, write_atomi
 
 
 class Method(NamedTuple):
-    """A method is a row: who averages with whom, and which predictor a client takes when the averaged one arrives."""
+    """A method is a row: what a client minimises, who averages with whom, and what a client takes when the average arrives.
 
-    federation: str  # all: one server; each: every client alone; pooled: one client that holds the union of the data
-    predictor: str  # global, or dapu: global if the client's divergence < mu, else its own
+    The last three columns are options too, which make the ablations.
+    """
+
+    objective: str = "byol"  # a key of models.OBJECTIVES
+    federation: str = "all"  # all: one server; each: every client alone; pooled: one client that holds the union of the data
+    aggregate: str = "online"  # the encoder that is uploaded and averaged: online, or target
+    update: str = "online"  # what the average becomes: the online encoder, the target, both, or ema: mixed into the client's own online
+    predictor: str = "global"  # the average, the client's own (local), dapu: global if the divergence < mu, else local; or ema: mixed
     trains: bool = True
 
 
 METHODS = {
-    "fedu": Method("all", "dapu"),
-    "fedbyol": Method("all", "global"),
-    "single": Method("each", "global"),
-    "central": Method("pooled", "global"),
-    "untrained": Method("all", "global", trains=False),
+    "fedu": Method(predictor="dapu"),
+    "fedbyol": Method(),
+    "fedema": Method(update="ema", predictor="ema"),
+    "fedsimsiam": Method("simsiam"),
+    "fedsimclr": Method("simclr"),
+    "fedmoco-v1": Method("moco-v1"),
+    "fedmoco-v2": Method("moco-v2"),
+    "fedavg-supervised": Method("supervised"),
+    "single": Method(federation="each"),
+    "central": Method(federation="pooled"),
+    "untrained": Method(trains=False),
 }
+ABLATIONS = ("predictor", "stop_gradient")  # --no-predictor, --no-stop-gradient
 
 DEFAULTS = {
     "dataset": "fashion", "data_root": "~/.cache/fedu", "image_size": 32,
-    "method": "fedu", "mu": 0.4, "divergence": "layer-mean", "first_target": "copy", "ema_decay": 0.99,
+    "method": "fedu", "mu": 0.4, "tau": 0.7, "divergence": "layer-mean", "divergence_from": "received",
+    "first_target": "copy", "ema_decay": 0.99, "no_stop_gradient": False, "no_predictor": False,
     "clients": 5, "clients_per_round": None, "partition": "classes", "classes_per_client": None, "alpha": 0.5,
     "seed": 0, "device": "auto", "precision": "fp32",
 }  # fmt: skip
@@ -62,8 +76,15 @@ def parse_options(argv: list[str] | None = None) -> dict:
     add("--data-root", help="where CIFAR lies or is downloaded to  [~/.cache/fedu]")
     add("--image-size", type=number(int, 8), help="side in pixels to which a folder's images are resized  [32]")
     add("--method", choices=METHODS, help="what clients share  [fedu]")
+    add("--aggregate", choices=("online", "target"), help="the encoder that clients upload  [online]")
+    add("--update", choices=("online", "target", "both", "ema"), help="what the averaged encoder becomes at a client  [by method]")
+    add("--predictor", choices=("global", "local", "dapu", "ema"), help="which predictor a client takes  [by method]")
+    add("--no-predictor", action="store_true", help="BYOL and SimSiam without one")
+    add("--no-stop-gradient", action="store_true", help="BYOL and SimSiam with the gradient of the target's projections too")
     add("--mu", type=number(float, 0), help="DAPU's threshold: the averaged predictor is taken below it  [0.4]")
+    add("--tau", type=number(float, 0, 1), help="FedEMA's share of its own model after a client's first measured divergence  [0.7]")
     add("--divergence", choices=("layer-mean", "squared"), help="the authors' code's, or the paper's, which wants a --mu  [layer-mean]")
+    add("--divergence-from", choices=("received", "global"), help="of a trained encoder: what it began as, or the next average  [received]")
     add("--first-target", choices=("copy", "shared"), help="shared: no EMA in a client's first round, as in the authors' code  [copy]")
     add("--ema-decay", type=number(float, 0, 1), help="m of the target's moving average  [0.99]")
     add("--clients", type=count, help="K  [5]")
@@ -104,7 +125,7 @@ from tqdm import tqdm  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ops  # noqa: E402
 from data import Images, keyed_generator, load_images, partition, two_views  # noqa: E402
-from models import BYOL, Flat, Part, Segment, conv_segments  # noqa: E402
+from models import OBJECTIVES, Objective, Part, Segment, conv_segments  # noqa: E402
 
 
 @dataclass
@@ -113,12 +134,17 @@ class Client:
 
     id: int
     indices: Tensor  # its images, as indices into the data set
-    state: dict[str, Part] = field(default_factory=dict)  # target and own predictor; empty before the first participation
+    state: dict[str, Part] = field(default_factory=dict)  # what it keeps of Objective.parts
     divergence: float | None = None  # d_k of its last participation
+    scale: float | None = None  # lambda_k of FedEMA
+    last_round: int | None = None  # its last participation
 
     @property
     def num_examples(self) -> int:
         return len(self.indices)
+
+
+CLIENT_FIELDS = ("divergence", "scale", "last_round")
 
 
 @dataclass
@@ -136,12 +162,12 @@ def main(given: dict) -> None:
     out, options = prepare(given)
     load_ops()
     keep_memory()
-    method, rounds = METHODS[options["method"]], options["rounds"]
+    rounds = options["rounds"]
     device = evaluation.choose_device(options["device"])
     images = load_images(options["dataset"], Path(options["data_root"]), options["image_size"]).to(device)
-    federations, objective = build(options, images, method, device)
+    federations, objective = build(options, images, device)
     clients = [client for federation in federations for client in federation.clients]
-    segments = divergence_segments(objective.target, options["divergence"])
+    segments = divergence_segments(objective, options["divergence"])
     config, start, metrics, seconds = (
         resume(out, federations) if "resume" in given else open_run(out, options, device, "overwrite" in given)
     )
@@ -164,50 +190,55 @@ def main(given: dict) -> None:
     write_config(out, config | {"seconds": round(time.perf_counter() - begun, 1)})
     if metrics:
         evaluation.plot([out], out / "divergence.png")
-        print(dapu_notice(metrics, method, options["mu"]), end="")
+        print(dapu_notice(metrics, options["predictor"], options["mu"]), end="")
     print(f"\n{out} holds the run. Next:\n  python eval.py {out}\n  python eval.py --plot {out}")
 
 
 def run_round(
-    round_: int, options: dict, federations: list[Federation], objective: BYOL, images: Tensor, segments: Tensor
+    round_: int, options: dict, federations: list[Federation], objective: Objective, images: Tensor, segments: Tensor
 ) -> dict:  # fmt: skip
     """The four stages for each selected client; changes the federations and returns the round's metrics."""
     clock = time.perf_counter()
-    method, seed, epochs, batch_size = METHODS[options["method"]], options["seed"], options["local_epochs"], options["batch_size"]
+    seed, epochs, batch_size = options["seed"], options["local_epochs"], options["batch_size"]
     clients = [client for federation in federations for client in federation.clients]
     selected = sample_clients(len(clients), options["clients_per_round"], seed, round_)
     steps = sum(c.num_examples // batch_size for c in clients if c.id in selected) * epochs
     lr = cosine(options["lr"], round_, options["rounds"])
-    trained, taken, losses, transfers = [], [], [], 0
+    trained, updates, losses, transfers = [], [], [], 0
     with tqdm(total=steps, desc=f"round {round_}", unit="step", leave=False, disable=not sys.stderr.isatty()) as progress:
         for federation in federations:
             members = [client for client in federation.clients if client.id in selected]
             num_examples = sum(client.num_examples for client in members)
-            inbox = objective.online.state.zero_rows(2)
+            total = federation.server.zeros()
             for client in members:
-                shared_target = options["first_target"] == "shared" and not client.state
-                taken.append(model_update(client, federation.server, objective, method.predictor, options["mu"]))
+                ema_decay = 0.0 if options["first_target"] == "shared" and client.last_round is None else options["ema_decay"]
+                updates.append(model_update(client, federation.server, objective, options, segments, round_))
+                began = federation.server if takes_whole(options) else uploadable(objective, options["aggregate"]).clone()
                 generator = keyed_generator(images.device, seed, "training", round_, client.id)
                 views = partial(two_views, generator=generator)
                 batches = local_batches(client.indices, epochs, batch_size, generator)
-                losses.append(local_training(objective, images, batches, views, lr, options["precision"], shared_target, progress))
-                model_upload(client, objective, inbox.row(1))
-                drift = aggregate(inbox, client.num_examples / num_examples, federation.server, segments)
+                losses.append(local_training(objective, images, batches, views, lr, options["precision"], ema_decay, progress))
+                release_memory()
+                upload = model_upload(client, objective, options, round_)
+                drift = aggregate(total, upload, client.num_examples / num_examples, began, segments)
                 client.divergence = divergence(drift, options["divergence"])
             if members:
-                federation.server = inbox.row(0).clone()
+                federation.server = total
             trained += members
             transfers += len(members) if len(federation.clients) > 1 else 0  # a client alone has nobody to send anything to
+    sent = objective.parts["encoder"].nbytes + (objective.parts["predictor"].nbytes if options["predictor"] != "local" else 0)
     return {
         "round": round_,
         "lr": lr,
         "loss": torch.stack(losses).tolist(),  # the round's only wait for the device, besides the divergences
         "divergence": [c.divergence for c in trained],
-        "predictor": taken,
+        "decided_on": [update.divergence for update in updates],
+        "predictor": [update.predictor for update in updates],
+        "own_share": [update.own_share for update in updates],
         "num_examples": [c.num_examples for c in trained],
         "clients": [c.id for c in trained],
-        "upload_bytes": transfers * objective.online.state.nbytes,
-        "download_bytes": transfers * objective.online.state.nbytes,
+        "upload_bytes": transfers * sent,
+        "download_bytes": transfers * sent,
         "knn": None,
         "seconds": round(time.perf_counter() - clock, 2),
     }
@@ -216,13 +247,19 @@ def run_round(
 def keep_memory() -> None:
     """Let the C library keep what tensors free, instead of handing it back to the kernel and faulting it in again at every step.
 
-    A third of a ResNet-18's step on the CPU went there. Does nothing where the library is not glibc.
+    A fifth of a ResNet-18's step on the CPU went there. Vectors of whole networks, 64 MB or more, are still mapped and unmapped as they
+    come and go, else they would leave holes. Does nothing where the library is not glibc.
     """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 << 20)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def release_memory() -> None:
+    """Hand back what `keep_memory` kept: local training's activations, before the server's vectors need room."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_ops() -> None:
@@ -233,8 +270,9 @@ def load_ops() -> None:
         raise InputError(str(error)) from None
 
 
-def build(options: dict, images: Images, method: Method, device: torch.device) -> tuple[list[Federation], BYOL]:
+def build(options: dict, images: Images, device: torch.device) -> tuple[list[Federation], Objective]:
     """The federations of a method with their clients, all starting from the one network that the seed initialises."""
+    method = METHODS[options["method"]]
     labels = images.y_train.cpu().numpy()
     parts = partition(
         labels, options["clients"], options["partition"], options["seed"],
@@ -244,7 +282,8 @@ def build(options: dict, images: Images, method: Method, device: torch.device) -
     if method.federation == "pooled":
         indices = [torch.cat(indices)]
     torch.manual_seed(options["seed"])
-    objective = BYOL(options["encoder"], device, options["ema_decay"])
+    ablation = {name: False for name in ABLATIONS if options[f"no_{name}"]}
+    objective = OBJECTIVES[method.objective](options["encoder"], device, images.y_train, **ablation)
     clients = [Client(k, index) for k, index in enumerate(indices)]
     groups = [[client] for client in clients] if method.federation == "each" else [clients]
     return [Federation(objective.online.state.clone(), group) for group in groups], objective
@@ -272,8 +311,8 @@ def local_batches(indices: Tensor, epochs: int, batch_size: int, generator: torc
 
 
 def local_training(
-    objective: BYOL, images: Tensor, batches: Iterable[Tensor], views: Callable[[Tensor], tuple[Tensor, Tensor]], lr: float,
-    precision: str = "fp32", shared_target: bool = False, progress: tqdm | None = None,
+    objective: Objective, images: Tensor, batches: Iterable[Tensor], views: Callable[[Tensor], tuple[Tensor, Tensor]], lr: float,
+    precision: str = "fp32", ema_decay: float = 0.99, progress: tqdm | None = None,
 ) -> Tensor:  # fmt: skip
     """Stage 1: train the objective's networks on a client's batches; returns the mean loss, `[]`, still on the device.
 
@@ -281,66 +320,118 @@ def local_training(
     from zero every round, and weight decay 5e-4 on everything. Nothing in here makes the host wait for the device.
     """
     objective.online.check_views()
-    objective.target.check_views()
-    device, weight = images.device, objective.online.weight
-    optimizer = torch.optim.SGD([weight], lr, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=device.type in ("cpu", "cuda"))
+    device = images.device
+    optimizer = torch.optim.SGD(objective.trained, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=device.type in ("cpu", "cuda"))
     total, steps = torch.zeros((), device=device), 0
     for batch in batches:
         view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in views(images[batch]))
-        weight.grad.zero_()
-        for term in objective.terms(view1, view2, shared_target):
+        for weight in objective.trained:
+            weight.grad.zero_()
+        for term in objective.terms(view1, view2, batch):
             with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
                 loss = term()
             loss.backward()
             total += loss.detach()
         optimizer.step()
-        if not shared_target:
-            objective.update_target()
+        objective.update_target(ema_decay)
         steps += 1
         if progress is not None:
             progress.update()
-    if shared_target:
-        objective.parts["target"].copy_(objective.parts["encoder"])
     return total / steps
 
 
-def model_upload(client: Client, objective: BYOL, row: Part) -> None:
-    """Stage 2: write online encoder and predictor into the row `[1]` of the server's inbox; the target stays with the client."""
-    row.copy_(objective.online.state)
-    client.state = {name: objective.parts[name].clone() for name in ("target", "predictor")}
+def uploadable(objective: Objective, aggregate: str) -> Part:
+    """What a client would upload now: the encoder that the server averages, online or target, and the predictor. A view, or a copy."""
+    if aggregate == "online":
+        return objective.online.state
+    return Part(*map(torch.cat, zip(objective.parts["target"], objective.parts["predictor"])))
 
 
-def aggregate(inbox: Part, weight: float, received: Part, segments: Tensor) -> Tensor:
+def model_upload(client: Client, objective: Objective, options: dict, round_: int) -> Part:
+    """Stage 2: encoder and predictor, for the server to take in before the next client trains; what the client will need stays with it."""
+    client.state = {name: objective.parts[name].clone() for name in kept_parts(objective, options)}
+    client.last_round = round_
+    return uploadable(objective, options["aggregate"])
+
+
+def kept_parts(objective: Objective, options: dict) -> list[str]:
+    """The parts that a client keeps from round to round: those that `model_update` does not replace by the server's, or mixes in."""
+    kept = {name: True for name in objective.own}
+    kept["target"] = "target" in kept and options["update"] in ("online", "ema")
+    kept["encoder"] = options["update"] in ("target", "ema") or options["divergence_from"] == "global"
+    kept["predictor"] = options["predictor"] != "global"
+    return [name for name, needed in kept.items() if needed]
+
+
+def aggregate(total: Part, upload: Part, weight: float, received: Part, segments: Tensor) -> Tensor:
     """Stage 3: fold an upload into the mean as it arrives, `phi <- phi + (n_k / n) theta_k`: the server never holds them all.
 
-    So for encoder, predictor and BatchNorm's statistics; its integer counters are copied. inbox: two rows, the sum so far, which
-    begins with zeros, and the upload. received: the global model that the client had received. Returns the client's drift `[L]`,
-    `norm2(theta_k - received)` on each of the segments `[L, 2]`.
+    So for encoder, predictor and BatchNorm's statistics; its integer counters are copied. total: the sum so far, zeros at first, changed
+    in place. received: what the client had begun with. Returns its drift `[L]`, `norm2(theta_k - received)` on each of the segments
+    `[L, 2]`. The sum so far is taken as one more client, of weight 1.
     """
-    weights = torch.tensor([1, weight]).to(inbox.vector)
-    total, drift, _ = ops.aggregate(inbox.vector, weights, received.vector, segments)
-    inbox.row(0).copy_(Part(total, ops.weighted_mean(inbox.buffers, weights), inbox.counters[1]))
+    weights = torch.tensor([1, weight]).to(upload.vector)
+    vector, drift, _ = ops.aggregate(torch.stack([total.vector, upload.vector]), weights, received.vector, segments)
+    buffers = ops.weighted_mean(torch.stack([total.buffers, upload.buffers]), weights)
+    total.copy_(Part(vector, buffers, upload.counters))
     return drift[1]
 
 
-def model_update(client: Client, server: Part, objective: BYOL, predictor: str, mu: float) -> str:
-    """Stage 4: load what the client trains from into the objective's networks; returns whose predictor it is, `global` or `local`.
+class Update(NamedTuple):
+    """What a client took: whose predictor (global, local or mixed), its own one's share in it, and the divergence that decided."""
 
-    The online encoder is always the server's, the target the client's own. By DAPU the predictor is the server's if the client's
-    divergence is below mu, else its own. A client that takes part for the first time has all three from the server.
+    predictor: str
+    own_share: float
+    divergence: float | None
+
+
+def model_update(client: Client, server: Part, objective: Objective, options: dict, segments: Tensor, round_: int) -> Update:
+    """Stage 4: load what the client trains from into the objective's networks.
+
+    FedU: the online encoder is the server's, the target the client's own, and by DAPU the predictor is the server's if the client's
+    divergence is below mu, else its own. FedEMA mixes its own online encoder and predictor in, by `own_share`. The options `update` and
+    `predictor` give the other columns. A client that takes part for the first time has everything from the server; so has one of
+    FedEMA's that was not in the last round.
     """
+    if options["update"] == "ema" and client.last_round != round_ - 1:
+        client.state, client.last_round = {}, None
     objective.online.state.copy_(server)
-    objective.parts["target"].copy_(client.state.get("target", objective.parts["encoder"]))
-    if predictor == "dapu" and client.state and client.divergence >= mu:
-        objective.parts["predictor"].copy_(client.state["predictor"])
-        return "local"
-    return "global"
+    for name, start in objective.own.items():
+        objective.parts[name].copy_(client.state.get(name, start))
+    if client.last_round is None:
+        return Update("global", 0.0, None)
+    d = client.divergence
+    if options["divergence_from"] == "global":
+        norms = ops.layer_norms(client.state["encoder"].vector, objective.parts["encoder"].vector, segments)
+        d = divergence(norms, options["divergence"])
+    if client.scale is None:
+        client.scale = options["tau"] / d if d else 0.0
+    mixed = min(1.0, client.scale * d)
+    if options["update"] in ("target", "both"):
+        objective.parts["target"].copy_(objective.parts["encoder"])
+    mix(objective.parts["encoder"], client.state.get("encoder"), {"target": 1.0, "ema": mixed}.get(options["update"], 0.0))
+    own_share = {"global": 0.0, "local": 1.0, "dapu": float(d >= options["mu"]), "ema": mixed}[options["predictor"]]
+    mix(objective.parts["predictor"], client.state.get("predictor"), own_share)
+    return Update({0.0: "global", 1.0: "local"}.get(own_share, "mixed"), own_share, d)
 
 
-def divergence_segments(encoder: Flat, kind: str) -> Tensor:
+def mix(received: Part, own: Part | None, own_share: float) -> None:
+    """`received <- own_share own + (1 - own_share) received`, over parameters; BatchNorm's statistics follow only a share of 1."""
+    if own_share == 1:
+        received.copy_(own)
+    elif own_share > 0:
+        ops.ema_(received.vector, own.vector, 1 - own_share)
+
+
+def takes_whole(options: dict) -> bool:
+    """Whether the network that a client uploads begins each round as the server's."""
+    return options["update"] in (("online", "both") if options["aggregate"] == "online" else ("target", "both"))
+
+
+def divergence_segments(objective: Objective, kind: str) -> Tensor:
     """What d_k is measured on, `[L, 2]`: each convolution for `layer-mean` (authors' code), the whole encoder for `squared` (paper)."""
-    whole = Segment("encoder", 0, len(encoder.state.vector))
-    return torch.tensor([[begin, end] for _, begin, end in (conv_segments(encoder) if kind == "layer-mean" else [whole])])
+    whole = Segment("encoder", 0, len(objective.parts["encoder"].vector))
+    return torch.tensor([[begin, end] for _, begin, end in (conv_segments(objective.online) if kind == "layer-mean" else [whole])])
 
 
 def divergence(norms: Tensor, kind: str) -> float:
@@ -348,15 +439,11 @@ def divergence(norms: Tensor, kind: str) -> float:
     return (norms.mean() if kind == "layer-mean" else norms.square().sum()).item()
 
 
-def dapu_notice(metrics: list[dict], method: Method, mu: float) -> str:
+def dapu_notice(metrics: list[dict], predictor: str, mu: float) -> str:
     """A sentence for the case that every DAPU decision of the run was the same, else nothing."""
-    last: dict[int, float] = {}  # each client's divergence when a decision was made
-    decided = []
-    for row in metrics:
-        decided += [(taken, last[client]) for client, taken in zip(row["clients"], row["predictor"]) if client in last]
-        last |= dict(zip(row["clients"], row["divergence"]))
+    decided = [(taken, d) for row in metrics for taken, d in zip(row["predictor"], row["decided_on"]) if d is not None]
     decisions, divergences = {taken for taken, _ in decided}, [d for _, d in decided]
-    if method.predictor != "dapu" or len(decisions) != 1:
+    if predictor != "dapu" or len(decisions) != 1:
         return ""
     consequence = "this run is FedBYOL" if decisions == {"global"} else "clients shared a predictor in their first round only"
     span = f"divergences {min(divergences):.3g} to {max(divergences):.3g}"
@@ -378,15 +465,36 @@ def prepare(given: dict) -> tuple[Path, dict]:
             names = ", ".join(f"--{k.replace('_', '-')} {given[k]} (it was {stored[k]})" for k in changed)
             raise InputError(f"--resume {run} got other options than the run has: {names}")
         return run, stored | given
-    options = DEFAULTS | RECIPES.get(given.get("dataset", DEFAULTS["dataset"]), PAPER) | given
+    method = METHODS[given.get("method", DEFAULTS["method"])]
+    columns = {name: getattr(method, name) for name in ("aggregate", "update", "predictor")}
+    options = DEFAULTS | columns | RECIPES.get(given.get("dataset", DEFAULTS["dataset"]), PAPER) | given
+    check_ablation(method, given, options)
     if options["divergence"] == "squared" and "mu" not in given:
         raise InputError("--divergence squared wants a --mu of its own, since 0.4 belongs to layer-mean")
     if (options["clients_per_round"] or 1) > options["clients"]:
         raise InputError(f"--clients-per-round got {options['clients_per_round']}, there are {options['clients']} clients")
-    if not METHODS[options["method"]].trains:
+    if not method.trains:
         options["rounds"] = 0
     name = f"{Path(options['dataset']).stem}-{options['method']}-{options['clients']}clients-s{options['seed']}"
     return out or Path("runs") / name, options
+
+
+def check_ablation(method: Method, given: dict, options: dict) -> None:
+    """Refuse an option that would change nothing: raises InputError."""
+    has_predictor, has_target = method.objective in ("byol", "simsiam"), method.objective in ("byol", "moco-v1", "moco-v2")
+    senseless = {
+        "predictor": not has_predictor,
+        "no_predictor": not has_predictor,
+        "no_stop_gradient": not has_predictor,
+        "aggregate": options["aggregate"] == "target" and not has_target,
+        "update": options["update"] in ("target", "both") and not has_target,
+        "mu": options["predictor"] != "dapu",
+        "tau": "ema" not in (options["update"], options["predictor"]),
+    }
+    for name, changes_nothing in senseless.items():
+        if name in given and changes_nothing:
+            got = "" if given[name] is True else f" {given[name]}"
+            raise InputError(f"--{name.replace('_', '-')}{got} changes nothing in --method {options['method']} with its other options")
 
 
 def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> tuple[dict, int, list[dict], float]:
@@ -462,7 +570,10 @@ def save_checkpoint(out: Path, rounds_done: int, federations: list[Federation], 
     tree = [
         {
             "server": tuple(f.server),
-            "clients": [{"divergence": c.divergence, "state": {name: tuple(p) for name, p in c.state.items()}} for c in f.clients],
+            "clients": [
+                {name: getattr(c, name) for name in CLIENT_FIELDS} | {"state": {name: tuple(p) for name, p in c.state.items()}}
+                for c in f.clients
+            ],
         }
         for f in federations
     ]
@@ -479,7 +590,9 @@ def load_checkpoint(path: Path, federations: list[Federation]) -> tuple[int, flo
         for federation, saved in zip(federations, content["federations"], strict=True):
             federation.server = Part(*saved["server"])
             for client, kept in zip(federation.clients, saved["clients"], strict=True):
-                client.divergence, client.state = kept["divergence"], {name: Part(*p) for name, p in kept["state"].items()}
+                client.state = {name: Part(*p) for name, p in kept["state"].items()}
+                for name in CLIENT_FIELDS:
+                    setattr(client, name, kept[name])
         intact = content["checksum"] == checksum(flatten(federations))
         rounds_done, seconds = content["round"], content["seconds"]
     except Exception as error:  # whatever a damaged archive makes torch raise
@@ -489,16 +602,17 @@ def load_checkpoint(path: Path, federations: list[Federation]) -> tuple[int, flo
     return rounds_done, seconds
 
 
-def save_encoder(out: Path, name: str, objective: BYOL, federations: list[Federation]) -> None:
-    """encoder.pt: `{"encoder": name, "encoders": [{"backbone", "projector"}, ...]}`, one for each server, as state dicts."""
+def save_encoder(out: Path, name: str, objective: Objective, federations: list[Federation]) -> None:
+    """encoder.pt: `{"encoder": name, "head": projector's widths, "encoders": [{"backbone", "projector"}, ...]}`, one for each server."""
+    head = list(objective.online.module.encoder.head)
     encoders = []
     for _ in backbones(objective, federations):
         modules = objective.online.module.encoder.named_children()
         encoders.append({part: {k: v.clone() for k, v in module.state_dict().items()} for part, module in modules})
-    write_atomic(out / "encoder.pt", lambda file: torch.save({"encoder": name, "encoders": encoders}, file))
+    write_atomic(out / "encoder.pt", lambda file: torch.save({"encoder": name, "head": head, "encoders": encoders}, file))
 
 
-def backbones(objective: BYOL, federations: list[Federation]) -> Iterator[torch.nn.Module]:
+def backbones(objective: Objective, federations: list[Federation]) -> Iterator[torch.nn.Module]:
     """The objective's backbone, holding each server's global model in turn."""
     for federation in federations:
         objective.online.state.copy_(federation.server)

@@ -12,14 +12,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 import ops
 
@@ -61,18 +61,26 @@ def feature_dim(backbone: nn.Module) -> int:
     return [m.num_features for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)][-1]
 
 
-def build_head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """The projector's and the predictor's form: Linear - BN - ReLU - Linear."""
+def build_head(inputs: int, *widths: int) -> nn.Module:
+    """The projector's and the predictor's form: Linear - BN - ReLU - Linear of widths (hidden, out), or one Linear of width (out,)."""
+    if len(widths) == 1:
+        return nn.Linear(inputs, *widths)
+    hidden, outputs = widths
     return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
 
 
 class Encoder(nn.Module):
-    """Backbone and projector, images `[B, 3, S, S]` -> projections `[B, HEADS[name][1]]`."""
+    """Backbone and projector, images `[B, 3, S, S]` -> projections `[B, head[-1]]`.
 
-    def __init__(self, name: str):
+    head: the projector's widths, hidden and out or out alone, by default `HEADS[name]`; 0 is the width of the backbone's features.
+    """
+
+    def __init__(self, name: str, head: Sequence[int] = ()):
         super().__init__()
         self.backbone = build_backbone(name)
-        self.projector = build_head(feature_dim(self.backbone), *HEADS[name])
+        width = feature_dim(self.backbone)
+        self.head = tuple(w or width for w in head or HEADS[name])
+        self.projector = build_head(width, *self.head)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))
@@ -92,7 +100,7 @@ class Segment(NamedTuple):
 class Part(NamedTuple):
     """The state of a network, or of a piece of one: parameters `[P]`, BatchNorm's running statistics `[Q]` and batch counters `[C]`.
 
-    Rows of several clients make `[K, P]`, `[K, Q]`, `[K, C]`. Slices of a `Flat` are views: writing to them changes the network.
+    Slices of a `Flat` are views: writing to them changes the network.
     """
 
     vector: Tensor
@@ -106,15 +114,22 @@ class Part(NamedTuple):
         for mine, theirs in zip(self, other):
             mine.copy_(theirs)
 
-    def zero_rows(self, rows: int) -> Part:
-        return Part(*(t.new_zeros(rows, len(t)) for t in self))
-
-    def row(self, k: int) -> Part:
-        return Part(*(t[k] for t in self))
+    def zeros(self) -> Part:
+        return Part(*map(torch.zeros_like, self))
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self)
+
+
+def kinds_of_state(module: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What the three vectors of a Part are made of: parameters, float buffers, integer buffers."""
+    buffers = list(module.buffers())
+    return (
+        list(module.parameters()),
+        [b for b in buffers if b.is_floating_point()],
+        [b for b in buffers if not b.is_floating_point()],
+    )
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -140,9 +155,7 @@ class Flat:
     def __init__(self, module: nn.Module, trainable: bool = True):
         self.module = module.requires_grad_(trainable)
         self.parameters = dict(module.named_parameters())
-        floats = [b for b in module.buffers() if b.is_floating_point()]
-        counters = [b for b in module.buffers() if not b.is_floating_point()]
-        kinds = (self.parameters.values(), floats, counters)
+        kinds = kinds_of_state(module)
         self.state = Part(*(torch.cat([in_memory_order(t.detach()).flatten() for t in tensors]) for tensors in kinds))
         for vector, tensors in zip(self.state, kinds):
             for tensor, piece in zip(tensors, vector.split([t.numel() for t in tensors])):
@@ -176,49 +189,172 @@ def conv_segments(network: Flat) -> list[Segment]:
 
 
 class Online(nn.Module):
-    """p(f(x)): the encoder with the predictor on top."""
+    """p(f(x)): the encoder with the predictor on top, if there is one."""
 
-    def __init__(self, name: str):
+    def __init__(self, encoder: Encoder, predictor: bool):
         super().__init__()
-        self.encoder = Encoder(name)
-        self.predictor = build_head(HEADS[name][1], *HEADS[name])
+        self.encoder = encoder
+        self.predictor = build_head(encoder.head[-1], *encoder.head) if predictor else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.predictor(self.encoder(images))
 
 
-class BYOL:
-    """Bootstrap your own latent (Grill et al. 2020): the online network predicts the target network's projection of the other view.
+class Objective:
+    """What a client minimises on two views of its images, and the networks that it needs for that.
 
-    `parts` are the states that a client and the server exchange or keep: encoder, predictor and target, as views.
+    `parts` are the states that a client and the server exchange or keep, as views: `encoder` and `predictor` make up the online network
+    (the predictor is empty where the objective has none), and what an objective adds is in `own` too: the state that a client begins
+    with when it takes part for the first time. `trained` are the tensors that the optimizer sees.
     """
 
-    def __init__(self, name: str, device: torch.device, ema_decay: float):
-        online = Online(name).to(device)
-        self.ema_decay = ema_decay
-        self.online = Flat(online)
-        self.target = Flat(copy.deepcopy(online.encoder), trainable=False)
-        ends = [len(t) for t in self.target.state]  # in the online network's vectors the encoder comes first
-        encoder = Part(*(t[:end] for t, end in zip(self.online.state, ends)))
-        predictor = Part(*(t[end:] for t, end in zip(self.online.state, ends)))
-        self.parts = {"encoder": encoder, "predictor": predictor, "target": self.target.state}
+    def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = False):
+        self.online = Flat(Online(encoder, predictor).to(device))
+        ends = [sum(t.numel() for t in kind) for kind in kinds_of_state(encoder)]  # in the online network's vectors the encoder comes first
+        self.parts = {
+            "encoder": Part(*(t[:end] for t, end in zip(self.online.state, ends))),
+            "predictor": Part(*(t[end:] for t, end in zip(self.online.state, ends))),
+        }
+        self.own: dict[str, Part] = {}
+        self.trained = [self.online.weight]
 
-    def terms(self, view1: Tensor, view2: Tensor, shared_target: bool = False) -> list[Callable[[], Tensor]]:
-        """The loss, in [0, 8], as its two directions, each to be computed and differentiated before the next: one's activations at a time.
+    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
+        """The loss as terms, each to be computed and differentiated before the next, so that one's activations exist at a time.
 
-        view1, view2: `[B, 3, S, S]`, each in a forward pass of its own, so that BatchNorm's statistics are per view.
-        `shared_target`: the target is the online encoder itself, as in the authors' code in a client's first round.
+        view1, view2: `[B, 3, S, S]`, of the images whose indices are `batch`, `[B]`.
         """
-        target = self.online.module.encoder if shared_target else self.target.module
-        return [partial(self.direction, target, a, b) for a, b in ((view1, view2), (view2, view1))]
+        raise NotImplementedError
 
-    def direction(self, target: nn.Module, view: Tensor, other: Tensor) -> Tensor:
-        """`mean(2 - 2 cos(p(f_theta(view)), f_xi(other)))`."""
-        with torch.no_grad():
-            projection = target(other)
-        return 2 - 2 * cosine_similarity(self.online.module(view), projection).mean()
+    def update_target(self, ema_decay: float) -> None:
+        """After each optimizer step: what follows the online encoder without a gradient."""
+
+
+class WithTarget(Objective):
+    """An objective with a target encoder f_xi, which follows the online encoder and gets no gradient."""
+
+    def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = False, stop_gradient: bool = True):
+        super().__init__(encoder, device, predictor)
+        self.stop_gradient = stop_gradient
+        self.target = Flat(copy.deepcopy(encoder), trainable=not stop_gradient)
+        self.parts["target"] = self.target.state
+        self.own["target"] = self.parts["encoder"]  # a copy of what the client received
+        if not stop_gradient:
+            self.trained.append(self.target.weight)
+
+    def project(self, view: Tensor) -> Tensor:
+        """The target encoder's projection of a view."""
+        with torch.set_grad_enabled(not self.stop_gradient):
+            return self.target.module(view)
 
     @torch.no_grad()
-    def update_target(self) -> None:
+    def update_target(self, ema_decay: float) -> None:
         """`xi <- m xi + (1 - m) theta`, over parameters only."""
-        ops.ema_(self.target.state.vector, self.parts["encoder"].vector, self.ema_decay)
+        ops.ema_(self.target.state.vector, self.parts["encoder"].vector, ema_decay)
+
+
+class BYOL(WithTarget):
+    """Bootstrap your own latent (Grill et al. 2020): the online network predicts the target network's projection of the other view.
+
+    The loss, in [0, 8], has two directions: `mean(2 - 2 cos(p(f_theta(x1)), f_xi(x2)))` and the same with the views exchanged. Each view
+    has forward passes of its own, so that BatchNorm's statistics are per view.
+    """
+
+    def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = True, stop_gradient: bool = True):
+        super().__init__(encoder, device, predictor, stop_gradient)
+
+    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
+        return [partial(self.direction, view1, view2), partial(self.direction, view2, view1)]
+
+    def direction(self, view: Tensor, other: Tensor) -> Tensor:
+        projection = self.project(other)
+        return 2 - 2 * cosine_similarity(self.online.module(view), projection).mean()
+
+
+class SimSiam(Objective):
+    """SimSiam (Chen and He 2021): the online network predicts its own projection of the other view; the loss is in [-1, 1]."""
+
+    def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = True, stop_gradient: bool = True):
+        super().__init__(encoder, device, predictor)
+        self.stop_gradient = stop_gradient
+
+    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
+        return [partial(self.loss, view1, view2)]
+
+    def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
+        encoder, predictor = self.online.module.encoder, self.online.module.predictor
+        z1, z2 = encoder(view1), encoder(view2)
+        p1, p2 = predictor(z1), predictor(z2)
+        if self.stop_gradient:
+            z1, z2 = z1.detach(), z2.detach()
+        return -(cosine_similarity(p1, z2) + cosine_similarity(p2, z1)).mean() / 2
+
+
+class SimCLR(Objective):
+    """NT-Xent (Chen et al. 2020): each view finds the other of its image among the batch's `2B - 1`; one forward pass for both views."""
+
+    def __init__(self, encoder: Encoder, device: torch.device, temperature: float = 0.07):
+        super().__init__(encoder, device)
+        self.temperature = temperature
+
+    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
+        return [partial(self.loss, view1, view2)]
+
+    def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
+        z = normalize(self.online.module(torch.cat([view1, view2])))
+        n = len(z)
+        similarity = (z @ z.T / self.temperature).masked_fill(torch.eye(n, dtype=torch.bool, device=z.device), float("-inf"))
+        return cross_entropy(similarity, torch.arange(n, device=z.device).roll(n // 2))
+
+
+class MoCo(WithTarget):
+    """Momentum contrast (He et al. 2020), both directions: a query finds its key, of the other view, among a queue of former keys.
+
+    The key encoder is the target encoder, and stays with the client as the queue does. A queue holds 4,096 unit vectors.
+    """
+
+    def __init__(self, encoder: Encoder, device: torch.device, temperature: float, queue: int = 4096):
+        super().__init__(encoder, device)
+        self.temperature, self.keys = temperature, []
+        start = normalize(torch.randn(queue, encoder.head[-1])).to(device)
+        nothing = torch.empty(0, device=device)
+        self.own["queue"] = Part(start.flatten(), nothing, nothing.long())
+        self.parts["queue"] = self.own["queue"].clone()
+        self.queue = self.parts["queue"].vector.view(start.shape)
+
+    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
+        return [partial(self.direction, view1, view2), partial(self.direction, view2, view1)]
+
+    def direction(self, view: Tensor, other: Tensor) -> Tensor:
+        query, key = normalize(self.online.module(view)), normalize(self.project(other))
+        self.keys.append(key)
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.T], 1) / self.temperature
+        return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+    @torch.no_grad()
+    def update_target(self, ema_decay: float) -> None:
+        """Besides the key encoder's moving average: the batch's keys replace the queue's oldest."""
+        super().update_target(ema_decay)
+        self.queue.copy_(torch.cat([*self.keys, self.queue])[: len(self.queue)])
+        self.keys.clear()
+
+
+class Supervised(Objective):
+    """Cross-entropy of the first view with its label; the projector is the classifier. The upper bound, and alone in seeing labels."""
+
+    def __init__(self, encoder: Encoder, device: torch.device, labels: Tensor):
+        super().__init__(encoder, device)
+        self.labels = labels
+
+    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
+        return [lambda: cross_entropy(self.online.module(view1), self.labels[batch])]
+
+
+# each is built from the encoder's name, the device, and the images' labels, which one objective looks at
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "byol": lambda name, device, labels, **ablation: BYOL(Encoder(name), device, **ablation),
+    "simsiam": lambda name, device, labels, **ablation: SimSiam(Encoder(name), device, **ablation),
+    "simclr": lambda name, device, labels: SimCLR(Encoder(name), device),
+    "moco-v1": lambda name, device, labels: MoCo(Encoder(name, (128,)), device, temperature=0.07),
+    "moco-v2": lambda name, device, labels: MoCo(Encoder(name, (0, 128)), device, temperature=0.2),
+    "supervised": lambda name, device, labels: Supervised(Encoder(name, (int(labels.max()) + 1,)), device, labels),
+}

@@ -144,10 +144,28 @@ def test_table_has_a_row_a_setting_with_mean_and_deviation(runs, command):
         (runs / "runs" / run / "config.json").write_text(json.dumps(config))
     done = command("eval.py", "--table", cwd=runs)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("| method | data | partition | rounds | seeds | linear |") and len(lines) == 4
-    assert any("| fedu | x |" in line and "| 2 | 55.00 ± 7.07 |" in line for line in lines)  # the latest linear result counts
-    assert any("| single | x |" in line and "| 1 | 40.00 |" in line for line in lines)
+    caption, _, *lines = done.stdout.splitlines()
+    assert caption.startswith("X, small, 3 rounds of 1 local epochs, B = 8, lr 0.05, 2 clients, 1/K of the classes each")
+    sent = json.loads((runs / "runs/s0/metrics.jsonl").read_text().splitlines()[0])["upload_bytes"] / 1e6
+    assert lines == [
+        "| method | seeds | upload, MB a round | linear |",
+        "| --- | --- | --- | --- |",
+        f"| fedu | 2 | {sent:.1f} | 55.00 ± 7.07 |",  # the latest linear result counts
+        f"| single | 1 | {sent:.1f} | 40.00 |",
+    ]
+
+
+def test_table_shows_the_options_that_differ(runs, command):
+    """And the published accuracies beside runs of the papers' setting."""
+    for run, changes in (("s0", {"partition": "iid"}), ("s1", {"partition": "classes"})):
+        config = json.loads((runs / "runs" / run / "config.json").read_text())
+        config["options"] |= {"dataset": "cifar10", "clients": 5, "predictor": "dapu", "method": "fedu", **changes}
+        (runs / "runs" / run / "config.json").write_text(json.dumps(config))
+    done = command("eval.py", "--table", "runs/s0", "runs/s1", cwd=runs)
+    header, _, iid, classes = done.stdout.splitlines()[2:]
+    assert header.startswith("| method | partition | seeds |") and "linear, published" in header
+    assert iid.startswith("| fedu | iid | 1 |") and iid.endswith("| 83.96 |")
+    assert classes.startswith("| fedu | 1/K of the classes each | 1 |") and classes.endswith("| 80.52 |")
 
 
 def test_plots(runs, command):

@@ -16,18 +16,24 @@ import fedu
 import ops
 from data import draw_views, keyed_generator, load_npz, two_views
 from fedu import Client, aggregate, cosine, divergence, divergence_segments, local_batches, local_training, model_update, model_upload
-from models import BYOL, Part, in_memory_order
+from models import BYOL, Encoder, Part, in_memory_order
 
 CPU = torch.device("cpu")
+NOTHING = torch.empty(0, 2, dtype=torch.int64)  # segments, for those who measure none
 
 
 def part(*values: float) -> Part:
     return Part(torch.tensor(values), torch.tensor(values[:1]), torch.tensor([7]))
 
 
+def columns(**changes) -> dict:
+    """FedU's options with those that are named changed."""
+    return fedu.prepare({})[1] | changes
+
+
 def objective(device: torch.device = CPU) -> BYOL:
     torch.manual_seed(0)
-    return BYOL("small", device, 0.99)
+    return BYOL(Encoder("small"), device)
 
 
 # ---------------------------------------------------------------------------------------------------- aggregation
@@ -35,11 +41,10 @@ def objective(device: torch.device = CPU) -> BYOL:
 
 def aggregate_all(uploads: list[Part], num_examples: list[int], received: Part, segments: torch.Tensor) -> tuple[Part, torch.Tensor]:
     """The server's mean of the uploads, and each one's drift."""
-    inbox, drift = received.zero_rows(2), []
+    total, drift = received.zeros(), []
     for upload, n in zip(uploads, num_examples, strict=True):
-        inbox.row(1).copy_(upload)
-        drift.append(aggregate(inbox, n / sum(num_examples), received, segments))
-    return inbox.row(0), torch.stack(drift)
+        drift.append(aggregate(total, upload, n / sum(num_examples), received, segments))
+    return total, torch.stack(drift)
 
 
 def test_two_clients_by_hand():
@@ -85,26 +90,25 @@ def test_order_of_training_does_not_matter(npz):
     start = net.online.state.clone()
     results = []
     for order in ((0, 1, 2), (2, 0, 1)):
-        uploads = start.zero_rows(3)
+        uploads = {}
         for k in order:
             client = Client(k, torch.arange(k * 20, k * 20 + 16 + 4 * k))
-            model_update(client, start, net, "dapu", 0.4)
+            model_update(client, start, net, columns(), NOTHING, 0)
             generator = keyed_generator(CPU, 0, "training", 0, k)
             local_training(net, images, local_batches(client.indices, 1, 8, generator), partial(two_views, generator=generator), 0.05)
-            model_upload(client, net, uploads.row(k))
-        results.append(aggregate_all([uploads.row(k) for k in range(3)], [16, 20, 24], start, torch.tensor([[0, 100]]))[0])
+            uploads[k] = model_upload(client, net, columns(), 0).clone()
+        results.append(aggregate_all([uploads[k] for k in range(3)], [16, 20, 24], start, torch.tensor([[0, 100]]))[0])
     assert all(map(torch.equal, *results))
 
 
 def test_an_upload_is_online_encoder_and_predictor_alone():
     net = objective()
     net.target.state.vector.fill_(123.0)
-    row = net.online.state.zero_rows(1).row(0)
-    model_upload(Client(0, torch.arange(9)), net, row)
-    assert row._fields == ("vector", "buffers", "counters")
+    upload = model_upload(Client(0, torch.arange(9)), net, columns(), 0)
+    assert upload._fields == ("vector", "buffers", "counters")
     encoder, predictor = net.online.module.encoder, net.online.module.predictor
-    assert torch.equal(row.vector, torch.cat([in_memory_order(p).flatten() for m in (encoder, predictor) for p in m.parameters()]))
-    assert not (row.vector == 123).any()
+    assert torch.equal(upload.vector, torch.cat([in_memory_order(p).flatten() for m in (encoder, predictor) for p in m.parameters()]))
+    assert not (upload.vector == 123).any()
 
 
 # ---------------------------------------------------------------------------------------------------- divergence
@@ -120,7 +124,7 @@ def test_divergence_by_hand():
 def test_divergence_of_a_network():
     """Its four convolutions each move by a vector of norm 2, the projector's last bias by one of norm 16, and so does the predictor."""
     net = objective()
-    convolutions, whole = (divergence_segments(net.target, kind) for kind in ("layer-mean", "squared"))
+    convolutions, whole = (divergence_segments(net, kind) for kind in ("layer-mean", "squared"))
     assert len(convolutions) == 4 and len(whole) == 1
     moved = net.online.state.clone()
     for begin, end in convolutions:
@@ -131,21 +135,81 @@ def test_divergence_of_a_network():
         assert divergence(drift[0], kind) == pytest.approx(expected, rel=1e-4)
 
 
+def returning(net: BYOL, options: dict, **values: float) -> tuple[Client, Part]:
+    """A client that took part in round 0 and kept parts filled with these values, and a server full of ones."""
+    client, server = Client(0, torch.arange(4), divergence=0.3), net.online.state.clone()
+    model_upload(client, net, options, 0)
+    for name, value in values.items():
+        client.state[name].vector.fill_(value)
+    server.vector.fill_(1.0)
+    return client, server
+
+
+def constants(net: BYOL) -> dict[str, float]:
+    """Each part's value, all of which must be one number."""
+    vectors = {name: net.parts[name].vector for name in ("encoder", "predictor", "target")}
+    assert all(v.eq(v[0]).all() for v in vectors.values())
+    return {name: round(v[0].item(), 6) for name, v in vectors.items()}
+
+
 @pytest.mark.parametrize("distance, taken", [(-1e-9, "global"), (0.0, "local"), (1e-9, "local")])
 def test_dapu_below_at_and_above_mu(distance, taken):
-    net = objective()
-    server = net.online.state.clone()
-    client = Client(0, torch.arange(4))
-    model_upload(client, net, server.zero_rows(1).row(0))
-    client.state["predictor"].vector.fill_(5)
-    client.state["target"].vector.fill_(6)
+    net, options = objective(), columns()
+    client, server = returning(net, options, predictor=5, target=6)
     client.divergence = 0.4 + distance
-    assert model_update(client, server, net, "dapu", mu=0.4) == taken
-    assert net.parts["predictor"].vector.eq(5).all() == (taken == "local")
-    assert torch.equal(net.parts["encoder"].vector, server.vector[: len(net.target.state.vector)])
-    assert net.target.state.vector.eq(6).all()
-    assert model_update(client, server, net, "global", mu=0.4) == "global"
-    assert torch.equal(net.online.state.vector, server.vector)
+    assert model_update(client, server, net, options, NOTHING, 1) == (taken, float(taken == "local"), client.divergence)
+    assert constants(net) == {"encoder": 1, "predictor": 5 if taken == "local" else 1, "target": 6}
+
+
+@pytest.mark.parametrize(
+    "update, predictor, kept, expected",
+    [
+        ("online", "global", {"target": 6}, (1, 1, 6)),
+        ("online", "local", {"target": 6, "predictor": 5}, (1, 5, 6)),
+        ("target", "global", {"encoder": 4}, (4, 1, 1)),
+        ("target", "local", {"encoder": 4, "predictor": 5}, (4, 5, 1)),
+        ("both", "global", {}, (1, 1, 1)),
+        ("both", "local", {"predictor": 5}, (1, 5, 1)),
+    ],
+)
+def test_what_each_column_takes_and_keeps(update, predictor, kept, expected):
+    net, options = objective(), columns(update=update, predictor=predictor)
+    client, server = returning(net, options, **kept)
+    assert client.state.keys() == kept.keys()
+    model_update(client, server, net, options, NOTHING, 1)
+    assert tuple(constants(net).values()) == expected
+
+
+def test_the_target_can_be_what_is_averaged():
+    net, options = objective(), columns(aggregate="target")
+    net.target.state.vector.fill_(7)
+    upload = model_upload(Client(0, torch.arange(4)), net, options, 0)
+    end = len(net.target.state.vector)
+    assert upload.vector[:end].eq(7).all() and torch.equal(upload.vector[end:], net.parts["predictor"].vector)
+
+
+def test_fedema_mixes_by_its_divergence():
+    """lambda_k = tau / d_k at the first measurement, and stays; mu_k = min(1, lambda_k d_k) of the client's own model."""
+    net, options = objective(), columns(update="ema", predictor="ema")
+    client, server = returning(net, options, encoder=3, predictor=5, target=6)
+    for round_, d, own_share in ((1, 0.3, 0.7), (2, 0.15, 0.35), (3, 0.6, 1.0)):
+        client.divergence, client.last_round = d, round_ - 1
+        update = model_update(client, server, net, options, NOTHING, round_)
+        assert update == ("local" if own_share == 1 else "mixed", pytest.approx(own_share), d)
+        assert constants(net) == pytest.approx({"encoder": 1 + 2 * own_share, "predictor": 1 + 4 * own_share, "target": 6})
+    client.last_round = 1  # not in round 3
+    assert model_update(client, server, net, options, NOTHING, 4).predictor == "global"
+    assert constants(net) == {"encoder": 1, "predictor": 1, "target": 1} and client.scale == pytest.approx(0.7 / 0.3)
+
+
+def test_divergence_from_the_next_average():
+    """Own encoder 3, average 1: every weight of a convolution moved by 2."""
+    net, options = objective(), columns(update="ema", predictor="ema", divergence_from="global")
+    client, server = returning(net, options, encoder=3)
+    segments = divergence_segments(net, "layer-mean")
+    expected = sum(2 * math.sqrt(end - begin) for begin, end in segments.tolist()) / len(segments)
+    assert model_update(client, server, net, options, segments, 1).divergence == pytest.approx(expected, rel=1e-5)
+    assert client.scale == pytest.approx(0.7 / expected, rel=1e-5)
 
 
 def test_first_participation_takes_everything_from_the_server():
@@ -153,7 +217,7 @@ def test_first_participation_takes_everything_from_the_server():
     server = net.online.state.clone()
     net.target.state.vector.zero_()
     net.online.state.vector.zero_()
-    assert model_update(Client(0, torch.arange(4)), server, net, "dapu", mu=0.0) == "global"
+    assert model_update(Client(0, torch.arange(4)), server, net, columns(mu=0.0), NOTHING, 3) == ("global", 0.0, None)
     assert torch.equal(net.online.state.vector, server.vector)
     assert torch.equal(net.target.state.vector, net.parts["encoder"].vector)
     assert net.target.state.vector.data_ptr() != net.parts["encoder"].vector.data_ptr()
@@ -161,14 +225,13 @@ def test_first_participation_takes_everything_from_the_server():
 
 def test_notice_when_mu_never_bound():
     def metrics(*taken):
-        return [{"clients": [0], "predictor": [t], "divergence": [d]} for t, d in zip(("global", *taken), (0.9, 0.3, 0.2))]
+        return [{"predictor": [t], "decided_on": [d]} for t, d in zip(("global", *taken), (None, 0.9, 0.3))]
 
-    dapu, plain = fedu.METHODS["fedu"], fedu.METHODS["fedbyol"]
-    notice = fedu.dapu_notice(metrics("global", "global"), dapu, 1.0)
+    notice = fedu.dapu_notice(metrics("global", "global"), "dapu", 1.0)
     assert "mu = 1 never bound" in notice and "0.3 to 0.9" in notice and "FedBYOL" in notice
-    assert "every DAPU decision was local" in fedu.dapu_notice(metrics("local", "local"), dapu, 0.1)
-    assert fedu.dapu_notice(metrics("local", "global"), dapu, 0.4) == ""
-    assert fedu.dapu_notice(metrics("global", "global"), plain, 0.4) == ""
+    assert "every DAPU decision was local" in fedu.dapu_notice(metrics("local", "local"), "dapu", 0.1)
+    assert fedu.dapu_notice(metrics("local", "global"), "dapu", 0.4) == ""
+    assert fedu.dapu_notice(metrics("global", "global"), "global", 0.4) == ""
 
 
 # -------------------------------------------------------------------------------------------------- local training
@@ -229,7 +292,7 @@ def test_views_and_loss_compile_without_a_graph_break():
     draws = draw_views(16, 16, 16, CPU, torch.Generator().manual_seed(0))
 
     def step(images, draws):
-        return sum(term() for term in net.terms(*ops.augment(images, draws).chunk(2)))
+        return sum(term() for term in net.terms(*ops.augment(images, draws).chunk(2), torch.arange(8)))
 
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images, draws), step(images, draws))
@@ -243,13 +306,14 @@ def test_batches_are_shuffled_passes_without_the_rest():
     assert len(set(first)) == len(set(second)) == 16 and first != second and set(first) <= set(range(100, 121))
 
 
-def test_shared_first_target_ends_equal_to_online(npz):
+def test_without_decay_the_target_is_the_online_encoder(npz):
+    """So it is in a client's first round with --first-target shared."""
     net = objective()
     images = load_npz(npz).x_train
-    for shared in (True, False):
+    for ema_decay in (0.0, 0.99):
         batches = local_batches(torch.arange(16), 1, 8, torch.Generator().manual_seed(0))
-        local_training(net, images, batches, two_views, 0.05, shared_target=shared)
-        assert torch.equal(net.target.state.vector, net.parts["encoder"].vector) == shared
+        local_training(net, images, batches, two_views, 0.05, ema_decay=ema_decay)
+        assert torch.equal(net.target.state.vector, net.parts["encoder"].vector) == (ema_decay == 0)
 
 
 def test_learning_rate_is_a_cosine_over_rounds():
@@ -287,8 +351,10 @@ def test_run_folder(finished):
     assert {"command", "versions", "device", "source", "commit"} <= config.keys()
     metrics = load(folder)["metrics"]
     assert [row["round"] for row in metrics] == [0, 1, 2]
-    keys = {"round", "lr", "loss", "divergence", "predictor", "num_examples", "clients", "upload_bytes", "download_bytes", "knn", "seconds"}
+    keys = {"round", "lr", "loss", "divergence", "decided_on", "predictor", "own_share", "num_examples", "clients"}
+    keys |= {"upload_bytes", "download_bytes", "knn", "seconds"}
     assert all(row.keys() == keys for row in metrics)
+    assert metrics[0]["decided_on"] == [None, None] and metrics[1]["decided_on"] == metrics[0]["divergence"]
     net = objective()
     assert metrics[0]["upload_bytes"] == metrics[0]["download_bytes"] == 2 * net.online.state.nbytes
     assert metrics[0]["num_examples"] == [32, 32] and 0 < metrics[0]["knn"] <= 1
@@ -301,7 +367,16 @@ def test_one_seed_one_answer(tiny, finished, tmp_path):
     assert torch.equal(first, again["encoders"][0]) and not torch.equal(first, other["encoders"][0])
 
 
-@pytest.mark.parametrize("more", [[], ["--method", "single"], ["--clients", "4", "--clients-per-round", "2", "--mu", "0.05"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--method", "single"],
+        ["--method", "fedema"],
+        ["--method", "fedmoco-v2"],
+        ["--clients", "4", "--clients-per-round", "2", "--mu", "0.05"],
+    ],
+)
 def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, more):
     straight = run(tmp_path / "straight", *tiny, *more)
     save = fedu.save_checkpoint
@@ -354,8 +429,32 @@ def test_methods_differ_where_they_should(tiny, tmp_path):
     assert central["metrics"][0]["num_examples"] == [64] and central["metrics"][0]["upload_bytes"] == 0
     untrained = run(tmp_path / "untrained", *tiny, "--method", "untrained")
     torch.manual_seed(0)
-    fresh = torch.cat([t.flatten().double() for t in BYOL("small", CPU, 0.99).online.module.encoder.state_dict().values()])
+    fresh = torch.cat([t.flatten().double() for t in BYOL(Encoder("small"), CPU).online.module.encoder.state_dict().values()])
     assert torch.equal(untrained["encoders"][0], fresh) and untrained["metrics"] == []
+
+
+@pytest.mark.parametrize("method", fedu.METHODS)
+def test_every_method_runs_and_can_be_evaluated(tiny, tmp_path, method):
+    result = run(tmp_path / "run", *tiny, "--method", method)
+    assert all(t.isfinite().all() for t in result["encoders"])
+    (encoder, *_) = fedu.evaluation.load_encoders(tmp_path / "run")
+    assert encoder(torch.rand(2, 3, 16, 16)).shape == (2, encoder.head[-1])
+    if fedu.METHODS[method].trains:
+        assert [row["round"] for row in result["metrics"]] == [0, 1, 2] and result["metrics"][-1]["knn"] > 0.2
+
+
+def test_an_own_predictor_is_not_sent(tiny, tmp_path):
+    sent = {}
+    for more in ([], ["--predictor", "local"], ["--update", "target", "--predictor", "global"], ["--no-predictor"]):
+        sent[" ".join(more)] = run(tmp_path / str(len(sent)), *tiny, "--rounds", "1", *more)["metrics"][0]["upload_bytes"]
+    net = objective()
+    both, encoder = 2 * net.online.state.nbytes, 2 * net.parts["encoder"].nbytes
+    assert list(sent.values()) == [both, encoder, both, encoder]
+
+
+@pytest.mark.parametrize("more", [["--aggregate", "target"], ["--update", "both"], ["--no-stop-gradient"], ["--ema-decay", "1"]])
+def test_an_ablation_changes_the_run(tiny, finished, tmp_path, more):
+    assert not torch.equal(run(tmp_path / "run", *tiny, *more)["encoders"][0], load(finished / "runs/run")["encoders"][0])
 
 
 def test_the_rarer_options_together(tiny, tmp_path):
@@ -432,6 +531,11 @@ def test_paper_recipe():
         (["--rounds", "1.5"], ["--rounds", "whole number"]),
         (["--partition", "dirichlet", "--alpha", "0"], ["--alpha", "above 0"]),
         (["--divergence", "squared"], ["--divergence squared wants a --mu"]),
+        (["--method", "fedsimclr", "--predictor", "local"], ["--predictor local changes nothing in --method fedsimclr"]),
+        (["--method", "fedsimsiam", "--update", "both"], ["--update both changes nothing"]),
+        (["--method", "fedmoco-v1", "--no-predictor"], ["--no-predictor changes nothing"]),
+        (["--method", "fedbyol", "--mu", "1"], ["--mu 1.0 changes nothing"]),
+        (["--tau", "0.5"], ["--tau 0.5 changes nothing in --method fedu"]),
         (["--method", "fedsgd"], ["--method", "fedsgd"]),
         (["--resume", "runs/none"], ["runs/none", "no config.json"]),
         (["--resume", "x", "--out", "y"], ["--resume", "--out"]),

@@ -1,17 +1,33 @@
 import copy
+import math
 
 import pytest
 import torch
 import torchvision
 
-from models import BYOL, ENCODERS, Flat, build_backbone, build_head, conv_segments, feature_dim
+from models import (
+    BYOL,
+    ENCODERS,
+    OBJECTIVES,
+    Encoder,
+    Flat,
+    MoCo,
+    Objective,
+    SimCLR,
+    SimSiam,
+    Supervised,
+    build_backbone,
+    build_head,
+    conv_segments,
+    feature_dim,
+)
 
 CPU = torch.device("cpu")
 
 
-def byol(name: str = "small", ema_decay: float = 0.99) -> BYOL:
+def byol(name: str = "small", **ablation: bool) -> BYOL:
     torch.manual_seed(0)
-    return BYOL(name, CPU, ema_decay)
+    return BYOL(Encoder(name), CPU, **ablation)
 
 
 def count(module: torch.nn.Module) -> int:
@@ -22,7 +38,7 @@ def count(module: torch.nn.Module) -> int:
 def test_resnets_are_the_papers(name, convs, features):
     with torch.device("meta"):
         backbone = build_backbone(name)
-    objective = BYOL(name, torch.device("meta"), 0.99)
+    objective = BYOL(Encoder(name), torch.device("meta"))
     layers = [segment.name for segment in conv_segments(objective.target)]
     assert len(layers) == convs and not any("downsample" in layer or "projector" in layer for layer in layers)
     assert feature_dim(backbone) == features
@@ -33,7 +49,7 @@ def test_resnets_are_the_papers(name, convs, features):
 
 
 def test_parameter_counts_with_resnet18():
-    objective = BYOL("resnet18", torch.device("meta"), 0.99)
+    objective = BYOL(Encoder("resnet18"), torch.device("meta"))
     encoder, predictor = objective.online.module.encoder, objective.online.module.predictor
     assert count(encoder.backbone) == 11_168_832
     assert count(encoder.projector) == 10_500_096
@@ -58,7 +74,7 @@ def test_exported_backbone_loads_into_torchvisions_resnet():
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_parameters_are_views_and_segments_name_their_places(name):
-    objective = byol(name) if name == "small" else BYOL(name, torch.device("meta"), 0.99)
+    objective = byol(name) if name == "small" else BYOL(Encoder(name), torch.device("meta"))
     for network in (objective.online, objective.target):
         network.check_views()
         assert [s.begin for s in network.segments[1:]] == [s.end for s in network.segments[:-1]]
@@ -126,15 +142,22 @@ def test_flat_sgd_is_sgd():
 # --------------------------------------------------------------------------------------------------- objectives
 
 
-def loss(objective: BYOL, *views: torch.Tensor, **options) -> torch.Tensor:
-    return sum(term() for term in objective.terms(*views, **options))
+def loss(objective: Objective, *views: torch.Tensor) -> torch.Tensor:
+    return sum(term() for term in objective.terms(*views, torch.arange(len(views[0]))))
+
+
+def with_identity(objective: Objective) -> Objective:
+    """The objective with networks that return the views as they are, so that views are projections."""
+    objective.online.module = torch.nn.Identity()
+    objective.online.module.encoder = objective.online.module.predictor = torch.nn.Identity()
+    if "target" in objective.parts:
+        objective.target.module = torch.nn.Identity()
+    return objective
 
 
 def test_loss_by_hand():
     """Identity networks: the loss is 4 - 4 cos(x1, x2), so 0, 4 and 8 for equal, orthogonal and opposite views."""
-    objective = byol()
-    objective.online.module = torch.nn.Identity()
-    objective.online.module.encoder = objective.target.module = torch.nn.Identity()
+    objective = with_identity(byol())
     a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 5.0]])
     assert [loss(objective, a, view).item() for view in (a, b, -a)] == [0.0, 4.0, 8.0]
     # one view turned by 60 degrees, the other pair equal: mean over the batch of 4 - 4 * (1/2, 1)
@@ -156,7 +179,7 @@ def test_differentiating_a_direction_before_the_next_gives_the_whole_gradient():
     gradients = []
     for ways in (lambda terms: [term().backward() for term in terms], lambda terms: sum(term() for term in terms).backward()):
         objective.online.weight.grad.zero_()
-        ways(objective.terms(*views))
+        ways(objective.terms(*views, torch.arange(8)))
         gradients.append(objective.online.weight.grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
@@ -167,7 +190,7 @@ def test_target_follows_and_has_no_gradient():
     before = objective.target.state.vector.clone()
     loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
     optimizer.step()
-    objective.update_target()
+    objective.update_target(0.99)
     online, target = objective.parts["encoder"].vector, objective.target.state.vector
     assert all(p.grad is None and not p.requires_grad for p in objective.target.module.parameters())
     assert (objective.online.weight.grad != 0).float().mean() > 0.8
@@ -177,19 +200,80 @@ def test_target_follows_and_has_no_gradient():
 
 def test_ema_steps_have_the_closed_form():
     """After n steps towards a fixed theta: `xi_n = m^n xi_0 + (1 - m^n) theta`."""
-    objective = byol(ema_decay=0.9)
+    objective = byol()
     start = torch.randn(objective.target.state.vector.shape)
     objective.target.state.vector.copy_(start)
     for _ in range(7):
-        objective.update_target()
+        objective.update_target(0.9)
     expected = 0.9**7 * start + (1 - 0.9**7) * objective.parts["encoder"].vector
     torch.testing.assert_close(objective.target.state.vector, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_shared_target_is_the_online_encoder():
-    objective = byol()
-    objective.target.state.vector.zero_()
-    views = torch.rand(2, 8, 3, 16, 16)
-    shared = loss(objective, *views, shared_target=True)
-    objective.target.state.copy_(objective.parts["encoder"])
-    assert shared.item() == pytest.approx(loss(objective, *views).item(), abs=1e-6)
+def test_without_stop_gradient_the_target_is_trained_too():
+    objective = byol(stop_gradient=False)
+    assert len(objective.trained) == 2 and len(byol().trained) == 1
+    loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
+    assert (objective.target.weight.grad != 0).float().mean() > 0.5
+
+
+def test_without_a_predictor_the_projections_meet():
+    objective = byol(predictor=False)
+    assert len(objective.parts["predictor"].vector) == 0 and len(objective.online.segments) == len(objective.target.segments)
+    view = torch.rand(8, 3, 16, 16)
+    assert loss(objective, view, view).item() == pytest.approx(0, abs=1e-5)  # the target is a copy of the online encoder
+
+
+def test_simsiam_by_hand():
+    """Identity networks: -cos(x1, x2); a gradient through the projections only without stop-gradient."""
+    objective = with_identity(SimSiam(Encoder("tiny"), CPU))
+    a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 5.0]])
+    assert [loss(objective, a, view).item() for view in (a, b, -a)] == [-1.0, 0.0, 1.0]
+    gradients = []
+    for stop in (True, False):
+        objective.stop_gradient = stop
+        view = torch.tensor([[3.0, 4.0]], requires_grad=True)
+        loss(objective, a, view).backward()
+        gradients.append(view.grad)
+    torch.testing.assert_close(2 * gradients[0], gradients[1])
+
+
+def test_nt_xent_by_hand():
+    """Two images at right angles, equal views, T = 0.5: each view sees its twin at 1 / T and two others at 0."""
+    objective = with_identity(SimCLR(Encoder("tiny"), CPU, temperature=0.5))
+    views = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    expected = -math.log(math.exp(2) / (math.exp(2) + 2))
+    assert loss(objective, views, views).item() == pytest.approx(expected)
+
+
+def test_moco_by_hand():
+    """A key equal to its query and a queue of one opposite and two orthogonal vectors, both directions; then the keys join the queue."""
+    objective = with_identity(MoCo(Encoder("tiny", (2,)), CPU, temperature=0.5, queue=3))
+    objective.queue.copy_(torch.tensor([[-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+    view = torch.tensor([[2.0, 0.0]])
+    expected = -math.log(math.exp(2) / (math.exp(2) + math.exp(-2) + 2))
+    assert loss(objective, view, view).item() == pytest.approx(2 * expected)
+    objective.update_target(0.99)
+    assert objective.queue.tolist() == [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]
+    assert objective.parts["queue"].vector.tolist() == objective.queue.flatten().tolist() and not objective.keys
+
+
+def test_supervised_sees_the_labels_of_its_batch():
+    objective = with_identity(Supervised(Encoder("tiny", (3,)), CPU, torch.tensor([9, 9, 2, 1])))
+    (term,) = objective.terms(torch.eye(3)[:2], torch.zeros(2, 3), torch.tensor([3, 2]))
+    assert term().item() == pytest.approx(math.log(2 + math.e))  # neither view has its logit at the label
+
+
+@pytest.mark.parametrize("kind, widths, targets", [("moco-v1", (128,), 2), ("moco-v2", (256, 128), 2), ("supervised", (10,), 0)])
+def test_heads_of_the_other_objectives(kind, widths, targets):
+    objective = OBJECTIVES[kind]("small", CPU, torch.arange(10))
+    assert objective.online.module.encoder.head == widths
+    assert len(objective.own) == targets and len(objective.parts["predictor"].vector) == 0
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_every_objective_gives_all_its_network_a_gradient(kind):
+    torch.manual_seed(0)
+    objective = OBJECTIVES[kind]("tiny", CPU, torch.arange(8) % 4)
+    loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
+    objective.update_target(0.99)
+    assert (objective.online.weight.grad != 0).float().mean() > 0.5

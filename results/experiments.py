@@ -1,0 +1,107 @@
+"""Runs the experiments below, as many at once as there are cores: `python results/experiments.py [NAME ...]`, all of them by default.
+
+Each is `fedu.py` with SCALE and the options of its row, once a seed, and then every evaluation. A run that was interrupted is resumed,
+what is finished is not repeated. Runs, with their weights, are made under runs/; what a reader needs of them goes to results/.
+
+    python results/experiments.py --list
+    python results/experiments.py fedu single
+    python eval.py --table results/cifar10/*
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cli import InputError, Parser, number, user_errors  # noqa: E402
+
+SCALE = "--dataset cifar10 --encoder small --rounds 20 --local-epochs 1 --batch-size 32 --knn-every 2"
+EVALUATIONS = ("--linear", "--knn", "--semi 0.01", "--semi 0.1")
+KEPT = ("config.json", "metrics.jsonl", "eval.jsonl")
+
+# name: options, number of seeds
+EXPERIMENTS = {
+    "untrained": ("--method untrained", 1),
+    "single": ("--method single", 3),
+    "fedsimclr": ("--method fedsimclr", 1),
+    "fedsimsiam": ("--method fedsimsiam", 1),
+    "fedmoco-v2": ("--method fedmoco-v2", 1),
+    "fedbyol": ("--method fedbyol", 3),
+    "fedu": ("--method fedu", 3),
+    "fedema": ("--method fedema", 3),
+    "central": ("--method central", 1),
+    "fedavg-supervised": ("--method fedavg-supervised", 1),
+    "single-iid": ("--method single --partition iid", 1),
+    "fedu-iid": ("--method fedu --partition iid", 1),
+}
+
+
+def parse_options() -> dict:
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of the experiments  [all]")
+    parser.add_argument("--seed", type=number(int, 0), action="append", help="only these seeds, may be repeated  [all]")
+    parser.add_argument("--jobs", type=number(int, 1), help="runs side by side, of one thread each  [the number of cores]")
+    parser.add_argument("--list", action="store_true", help="print the commands, and run nothing")
+    given = {"names": list(EXPERIMENTS), "seed": None, "jobs": os.cpu_count(), "list": False} | vars(parser.parse_args())
+    given["names"] = given["names"] or list(EXPERIMENTS)
+    for name in given["names"]:
+        if name not in EXPERIMENTS:
+            parser.error(f"got {name!r}, wants one of {', '.join(EXPERIMENTS)}")
+    return given
+
+
+def main(names: list[str], seed: list[int] | None, jobs: int, list: bool) -> None:
+    # seed by seed, so that every row has a first number before any has a second
+    runs = [(name, s) for s in range(max(n for _, n in EXPERIMENTS.values())) for name in names if s < EXPERIMENTS[name][1]]
+    runs = [(name, s) for name, s in runs if seed is None or s in seed]
+    if list:
+        return print("\n".join(shlex.join(["python", *training(name, s)]) for name, s in runs))
+    with ThreadPoolExecutor(jobs) as pool:
+        failed = [run for run, done in zip(runs, pool.map(lambda run: experiment(*run), runs)) if not done]
+    if failed:
+        raise InputError(f"these did not end well, their log.txt says why: {', '.join(f'{name}-s{s}' for name, s in failed)}")
+
+
+def folder(name: str, seed: int) -> Path:
+    return Path("runs/cifar10") / f"{name}-s{seed}"
+
+
+def training(name: str, seed: int) -> list[str]:
+    return ["fedu.py", *SCALE.split(), *EXPERIMENTS[name][0].split(), "--seed", str(seed), "--out", str(folder(name, seed))]
+
+
+def experiment(name: str, seed: int) -> bool:
+    """Train and evaluate one run, as far as that is not done; returns whether all of it ended well."""
+    run, results = folder(name, seed), ROOT / "results/cifar10" / f"{name}-s{seed}"
+    run.parent.mkdir(parents=True, exist_ok=True)
+    steps = []
+    if not (run / "encoder.pt").exists():
+        steps.append(["fedu.py", "--resume", str(run)] if (run / "config.json").exists() else training(name, seed))
+    evaluated = (run / "eval.jsonl").read_text().count("\n") if (run / "eval.jsonl").exists() else 0
+    steps += [["eval.py", *how.split(), str(run)] for how in EVALUATIONS[evaluated:]]
+    results.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        print(shlex.join(["python", *step]), flush=True)
+        with (results / "log.txt").open("a") as log:
+            print("$", shlex.join(["python", *step]), file=log, flush=True)
+            env = os.environ | {"OMP_NUM_THREADS": "1"}  # one thread a run: two would wait for the other run's
+            done = subprocess.run([sys.executable, str(ROOT / step[0]), *step[1:]], stdout=log, stderr=log, env=env)
+        if done.returncode:
+            return False
+        for kept in KEPT:
+            if (run / kept).exists():
+                shutil.copyfile(run / kept, results / kept)
+    return True
+
+
+if __name__ == "__main__":
+    with user_errors("experiments.py"):
+        main(**parse_options())

@@ -1,0 +1,52 @@
+import importlib.util
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, refused
+
+import fedu
+from cli import user_errors
+
+spec = importlib.util.spec_from_file_location("experiments", ROOT / "results/experiments.py")
+experiments = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(experiments)
+
+
+def test_every_command_is_one_that_fedu_takes(command, tmp_path):
+    done = command("results/experiments.py", "--list", cwd=tmp_path)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(lines) == sum(seeds for _, seeds in experiments.EXPERIMENTS.values())
+    for line in lines:
+        fedu.prepare(fedu.parse_options(line[2:]))
+    assert [line[line.index("--seed") + 1] for line in lines] == sorted(line[line.index("--seed") + 1] for line in lines)
+    assert refused(command("results/experiments.py", "fedprox", cwd=tmp_path), "'fedprox'", "fedbyol")
+
+
+def test_a_run_is_made_once_and_then_continued(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for script in ("fedu.py", "eval.py", "cli.py", "data.py", "models.py", "ops"):
+        (tmp_path / script).symlink_to(ROOT / script)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(experiments, "SCALE", " ".join(tiny))
+    monkeypatch.setattr(experiments, "EVALUATIONS", ("--knn", "--linear --epochs 1"))
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"a": ("--method fedu", 2), "bad": ("--lr 1e30", 1)})
+    experiments.main(["a"], [1], 1, False)
+    results = tmp_path / "results/cifar10/a-s1"
+    assert {p.name for p in results.iterdir()} == {*experiments.KEPT, "log.txt"}
+    assert [json.loads(line)["evaluation"] for line in (results / "eval.jsonl").read_text().splitlines()] == ["knn", "linear"]
+    log = (results / "log.txt").read_text()
+    experiments.main(["a"], [1], 1, False)
+    assert (results / "log.txt").read_text() == log
+
+    run = tmp_path / "runs/cifar10/a-s1"  # as if interrupted before its end
+    (run / "encoder.pt").unlink()
+    shutil.copyfile(run / "eval.jsonl", tmp_path / "kept")
+    (run / "eval.jsonl").write_text((run / "eval.jsonl").read_text().splitlines(keepends=True)[0])
+    experiments.main(["a"], [1], 1, False)
+    assert "continuing after 3 of 3 rounds" in (results / "log.txt").read_text()
+    assert (results / "eval.jsonl").read_text() == (tmp_path / "kept").read_text()
+    with pytest.raises(SystemExit) as failure, user_errors("experiments.py"):
+        experiments.main(["bad"], None, 1, False)
+    assert failure.value.code == 2
