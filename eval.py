@@ -3,6 +3,8 @@
     python eval.py [RUN]              linear evaluation of the newest run under runs/, or of RUN
     python eval.py --semi 0.1         fine-tune backbone and a new head on a tenth of the labels, class-balanced
     python eval.py --plot [RUN ...]   divergence, loss and kNN curves
+    python eval.py --against mu RUN ...   linear accuracy against an option, kNN accuracy against `round`, bars of the `ablation`
+    python eval.py --export FILE.npz  the representations of all images
     python eval.py --table [RUN ...]  one Markdown row a setting, seeds as mean and deviation
 
 A run of `single` has one encoder a client: each is evaluated, and the mean reported.
@@ -14,17 +16,18 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 from cli import InputError, Parser, first_line, number, user_errors, write_atomic
 
 GOES_WITH = {
-    "features": ("linear", "knn"),
+    "features": ("linear", "knn", "export"),
     "head": ("semi",),
     "epochs": ("linear", "semi"),
-    "transfer": ("linear", "knn", "semi"),
-    "out": ("plot",),
+    "transfer": ("linear", "knn", "semi", "export"),
+    "out": ("plot", "against"),
 }
 
 
@@ -37,17 +40,19 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--knn", action="store_true", help="weighted vote of the 200 nearest training images")
     what.add_argument("--semi", type=number(float, 0, 1, open_low=True), metavar="F", help="fine-tune on a fraction F of the labels")
     what.add_argument("--plot", action="store_true", help="draw the runs' curves")
+    what.add_argument("--against", metavar="OPTION", help="draw accuracies against an option of fedu.py, or `round`, or `ablation`")
+    what.add_argument("--export", type=Path, metavar="NPZ", help="write train and test representations and labels")
     what.add_argument("--table", action="store_true", help="print the runs' evaluations as Markdown")
     add("--transfer", metavar="DATASET", help="evaluate on another data set than the run was trained on")
-    add("--features", choices=("backbone", "projector", "pixels"), help="for --linear and --knn: what represents an image  [backbone]")
+    add("--features", choices=("backbone", "projector", "pixels"), help="what represents an image  [backbone]")
     add("--head", choices=("linear", "mlp"), help="for --semi: Linear, or Linear-BN-ReLU-Linear of hidden width 4096  [linear]")
     add("--epochs", type=number(int, 1), help="of --linear or --semi  [200, 100]")
     add("--seed", type=number(int, 0), help="of the head's initialisation, the batches and the labelled subset  [0]")
     add("--data-root", help="where CIFAR lies or is downloaded to  [the run's]")
     add("--device", choices=("auto", "cpu", "cuda"), help="[auto]")
-    add("--out", type=Path, help="for --plot: the figure  [RUN/divergence.png; comparison.png for several runs]")
+    add("--out", type=Path, help="the figure  [RUN/divergence.png; comparison.png for several runs; OPTION.png]")
     options = parser.parse_args(argv)
-    chosen = next((name for name in ("knn", "semi", "plot", "table") if name in options), "linear")
+    chosen = next((name for name in ("knn", "semi", "plot", "against", "export", "table") if name in options), "linear")
     for name, owners in GOES_WITH.items():
         if name in options and chosen not in owners:
             parser.error(f"--{name} goes with {' or '.join(f'--{owner}' for owner in owners)}, not with --{chosen}")
@@ -56,6 +61,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 OPTIONS = parse_options() if __name__ == "__main__" else None  # before the heavy imports: mistakes are answered at once
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import cross_entropy, normalize, one_hot  # noqa: E402
@@ -74,6 +80,10 @@ def main(options: argparse.Namespace) -> None:
         out = getattr(options, "out", runs[0] / "divergence.png" if len(runs) == 1 else Path("comparison.png"))
         plot(runs, out)
         return print(f"{out} shows {', '.join(map(str, runs))}")
+    if "against" in options:
+        out = getattr(options, "out", Path(f"{options.against}.png"))
+        plot_against(options.against, runs, out)
+        return print(f"{out} shows {', '.join(map(str, runs))}")
     for run in runs if options.runs else runs[:1]:
         evaluate(run, options)
 
@@ -88,6 +98,8 @@ def evaluate(run: Path, options: argparse.Namespace) -> None:
     result = {"dataset": dataset, "seed": seed}
     features = getattr(options, "features", "backbone")
     modules = [{"backbone": e.backbone, "projector": e, "pixels": nn.Flatten()}[features] for e in encoders]
+    if "export" in options:
+        return export(modules, images, options.export)
     if "knn" in options:
         result |= {"evaluation": "knn", "features": features, "labels": len(images.y_train)}
         accuracies = [knn(module, images) for module in modules]
@@ -190,6 +202,16 @@ def train_classifier(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: fl
                 optimizer.step()
 
 
+def export(modules: list[nn.Module], images: Images, path: Path) -> None:
+    """Write `train` and `test` `[N, d]`, float32, and `y_train`, `y_test`; with several encoders, as of `single`, `[encoders, N, d]`."""
+    arrays = {}
+    for split, x, y in (("train", images.x_train, images.y_train), ("test", images.x_test, images.y_test)):
+        features = torch.stack([extract_features(module, x).cpu() for module in modules])
+        arrays |= {split: features[0].numpy() if len(modules) == 1 else features.numpy(), f"y_{split}": y.cpu().numpy()}
+    write_atomic(path, lambda file: np.savez(file, **arrays))
+    print(f"{path} holds " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
+
+
 # --------------------------------------------------------------------------------------------------- run folders
 
 
@@ -245,6 +267,7 @@ def load_encoders(run: Path) -> list[Encoder]:
 
 
 # ----------------------------------------------------------------------------------------------- figures and tables
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 # Okabe and Ito's palette, which the colour-blind can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -257,8 +280,7 @@ def plot(runs: list[Path], out: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, (top, loss, knn_) = plt.subplots(3, 1, figsize=(9, 9.5), height_ratios=(2, 1, 1), sharex=True, layout="constrained")
         for colour, run in zip(COLOURS * len(runs), runs):
             options, rows = read_config(run)["options"], read_metrics(run)
@@ -287,6 +309,65 @@ def plot(runs: list[Path], out: Path) -> None:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
         write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=out.suffix[1:] or "png"))
         plt.close(figure)
+
+
+def plot_against(option: str, runs: list[Path], out: Path) -> None:
+    """Draw accuracies with their deviation over seeds.
+
+    option: `round` draws the kNN accuracy of each setting against rounds, `ablation` bars of linear accuracy by aggregate, update and
+    predictor, any option of fedu.py the linear accuracy against its values, a line a method. Raises InputError if runs lack the option.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = by_setting(runs)
+    if option not in ("round", "ablation") and any(option not in setting for setting, _ in groups):
+        raise InputError(f"--against got {option!r}, wants round, ablation or an option of fedu.py as it is in config.json")
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+        axis.set_title(scale([setting for setting, _ in groups]).split(", unless")[0], fontsize=9)
+        if option == "round":
+            draw_knn(axis, groups)
+        else:
+            accuracies = [[100 * linear_accuracy(run) for run in members] for _, members in groups]
+            (draw_bars if option == "ablation" else partial(draw_sweep, option=option))(axis, groups, accuracies)
+        write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=out.suffix[1:] or "png"))
+        plt.close(figure)
+
+
+def draw_knn(axis, groups: list[tuple[dict, list[Path]]]) -> None:
+    for colour, (setting, members) in zip(COLOURS * len(groups), groups):
+        curves = [{r["round"] + 1: 100 * r["knn"] for r in read_metrics(run) if r["knn"] is not None} for run in members]
+        rounds = sorted(set.intersection(*map(set, curves)))
+        centre = np.array([mean(curve[r] for curve in curves) for r in rounds])
+        spread = np.array([deviation([curve[r] for curve in curves]) for r in rounds])
+        axis.plot(rounds, centre, color=colour, marker="o", markersize=3.5, label=setting["method"])
+        axis.fill_between(rounds, centre - spread, centre + spread, color=colour, alpha=0.2, linewidth=0)
+    axis.set(xlabel="rounds", ylabel="kNN accuracy of the averaged backbone (%)")
+    axis.legend(frameon=False)
+
+
+def draw_bars(axis, groups: list[tuple[dict, list[Path]]], accuracies: list[list[float]]) -> None:
+    names = [f"{s['aggregate']} to {s['update']}, {s['predictor']}" for s, _ in groups]
+    bars = axis.barh(names, [mean(a) for a in accuracies], xerr=[deviation(a) for a in accuracies], color=COLOURS[0])
+    axis.bar_label(bars, fmt="%.1f", padding=4)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set(xlabel="linear accuracy (%)", ylabel="aggregated encoder to updated encoder, predictor")
+
+
+def draw_sweep(axis, groups: list[tuple[dict, list[Path]]], accuracies: list[list[float]], option: str) -> None:
+    """A place for each value that occurs, at equal distances, so that 0 and infinity have theirs."""
+    values = sorted({s[option] for s, _ in groups}, key=lambda v: (v is not None, v))
+    for colour, method in zip(COLOURS * len(groups), dict.fromkeys(s["method"] for s, _ in groups)):
+        points = sorted((values.index(s[option]), mean(a), deviation(a)) for (s, _), a in zip(groups, accuracies) if s["method"] == method)
+        x, y, error = zip(*points)
+        axis.errorbar(x, y, error, color=colour, marker="o", capsize=4, label=method)
+    axis.set_xticks(range(len(values)), ["all" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values])
+    axis.set(xlabel=option.replace("_", " "), ylabel="linear accuracy (%)")
+    axis.legend(frameon=False)
 
 
 def draw_clients(axis, rows: list[dict], key: str, colour: str, label: str | None = None) -> None:
@@ -328,11 +409,8 @@ def table(runs: list[Path]) -> str:
 
     Each evaluation is the mean and, over several seeds, the sample deviation, in % of the test images. Upload: a round's bytes.
     """
-    groups: dict[str, list[Path]] = {}
-    for run in runs:
-        setting = {k: v for k, v in read_config(run)["options"].items() if k not in ("seed", "device", "data_root")}
-        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
-    settings = [json.loads(setting) for setting in groups]
+    groups = by_setting(runs)
+    settings = [setting for setting, _ in groups]
     by_method = {"method", "aggregate", "update", "predictor", "rounds"}  # the last: an untrained encoder has none
     differ = [k for k in settings[0] if len({json.dumps(s.get(k)) for s in settings}) > 1 and k not in by_method]
     differ += [k for k in ("aggregate", "update", "predictor") if len({json.dumps(s[k]) for s in settings if s["method"] == "fedu"}) > 1]
@@ -342,7 +420,7 @@ def table(runs: list[Path]) -> str:
     lines = [
         ["method", *differ, "seeds", "upload, MB a round", *columns] + ["linear, published: ResNet-18, 100 rounds of 5 epochs"] * published
     ]
-    for setting, members in zip(settings, groups.values()):
+    for setting, members in groups:
         rounds = read_metrics(members[0])
         cells = [
             setting["method"],
@@ -352,12 +430,26 @@ def table(runs: list[Path]) -> str:
         cells.append(f"{mean(row['upload_bytes'] for row in rounds) / 1e6:.1f}" if rounds else "-")
         for column in columns:
             values = [100 * found[run][column] for run in members if column in found[run]]
-            cells.append("-" if not values else f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else ""))
+            cells.append("-" if not values else f"{mean(values):.2f}" + (f" ± {deviation(values):.2f}" if len(values) > 1 else ""))
         if published:
             cells.append(PUBLISHED.get(setting["method"], ("-", "-"))[setting["partition"] == "iid"])
         lines.append(cells)
     lines.insert(1, ["---"] * len(lines[0]))
     return scale(settings) + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def by_setting(runs: list[Path]) -> list[tuple[dict, list[Path]]]:
+    """The runs grouped by their options, seed and host apart."""
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        setting = {k: v for k, v in read_config(run)["options"].items() if k not in ("seed", "device", "data_root")}
+        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
+    return [(json.loads(setting), members) for setting, members in groups.items()]
+
+
+def deviation(values: list[float]) -> float:
+    """The sample deviation, 0 of one value."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def scale(settings: list[dict]) -> str:
@@ -366,6 +458,13 @@ def scale(settings: list[dict]) -> str:
     words = f"{Path(common['dataset']).stem}, {common['encoder']}, {common['rounds']} rounds of {common['local_epochs']} local epochs"
     words += f", B = {common['batch_size']}, lr {common['lr']:g}, {common['clients']} clients, {describe_partition(common)}"
     return words[0].upper() + words[1:] + ", unless the table says otherwise; accuracies in % of the test images."
+
+
+def linear_accuracy(run: Path) -> float:
+    try:
+        return read_evaluations(run)["linear"]
+    except KeyError:
+        raise InputError(f"{run} has no linear accuracy: measure it with `python eval.py --linear {run}`") from None
 
 
 def read_evaluations(run: Path) -> dict[str, float]:

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import refused
@@ -174,6 +175,33 @@ def test_plots(runs, command):
         done = command("eval.py", "--plot", *arguments, cwd=runs)
         assert done.returncode == 0 and out in done.stdout
         assert (runs / out).read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracies_against_rounds_options_and_the_ablation(runs, command):
+    for run, mu in (("s0", 0.4), ("s1", float("inf")), ("single", 0.4)):
+        (runs / "runs" / run / "eval.jsonl").write_text(json.dumps({"evaluation": "linear", "accuracy": 0.5}) + "\n")
+        config = json.loads((runs / "runs" / run / "config.json").read_text())
+        config["options"]["mu"] = mu
+        (runs / "runs" / run / "config.json").write_text(json.dumps(config))
+    for option in ("round", "mu", "clients_per_round", "ablation"):
+        done = command("eval.py", "--against", option, "runs/s0", "runs/s1", "runs/single", cwd=runs)
+        assert done.returncode == 0, done.stderr
+        assert (runs / f"{option}.png").read_bytes().startswith(b"\x89PNG")
+    assert refused(command("eval.py", "--against", "beta", "runs/s0", cwd=runs), "--against got 'beta'")
+    (runs / "runs/s0/eval.jsonl").unlink()
+    assert refused(command("eval.py", "--against", "mu", "runs/s0", cwd=runs), "runs/s0", "--linear")
+
+
+def test_representations_are_exported(runs, npz, command):
+    done = command("eval.py", "--export", "f.npz", "runs/s0", cwd=runs)
+    assert done.returncode == 0 and "train [64, 256]" in done.stdout
+    (encoder,) = evaluation.load_encoders(runs / "runs/s0")
+    images = load_npz(npz)
+    with np.load(runs / "f.npz") as arrays:
+        np.testing.assert_allclose(arrays["test"], evaluation.extract_features(encoder.backbone, images.x_test), rtol=1e-5, atol=1e-6)
+        assert (arrays["y_train"] == images.y_train.numpy()).all()
+    done = command("eval.py", "--export", "p.npz", "runs/single", "--features", "projector", cwd=runs)
+    assert "test [2, 16, 256]" in done.stdout
 
 
 @pytest.mark.parametrize(
