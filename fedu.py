@@ -36,6 +36,8 @@ class Method(NamedTuple):
     update: str = "online"  # what the average becomes: the online encoder, the target, both, or ema: mixed into the client's own online
     predictor: str = "global"  # the average, the client's own (local), dapu: global if the divergence < mu, else local; or ema: mixed
     trains: bool = True
+    public: float = 0.0  # share of the training images that no client has, for a base model and the alignment with it
+    dictionary: int = 0  # representations that clients share through the server
 
 
 METHODS = {
@@ -46,6 +48,7 @@ METHODS = {
     "fedsimclr": Method("simclr"),
     "fedmoco-v1": Method("moco-v1"),
     "fedmoco-v2": Method("moco-v2"),
+    "fedca": Method("fedca", public=0.02, dictionary=4096),
     "fedavg-supervised": Method("supervised"),
     "single": Method(federation="each"),
     "central": Method(federation="pooled"),
@@ -112,12 +115,14 @@ def parse_options(argv: list[str] | None = None) -> dict:
 
 GIVEN = parse_options() if __name__ == "__main__" else {}  # before the heavy imports: mistakes are answered at once
 
+import copy  # noqa: E402
 import ctypes  # noqa: E402
 import hashlib  # noqa: E402
 import math  # noqa: E402
 import platform  # noqa: E402
 import subprocess  # noqa: E402
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -125,7 +130,7 @@ from tqdm import tqdm  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ops  # noqa: E402
 from data import Images, keyed_generator, load_images, partition, two_views  # noqa: E402
-from models import OBJECTIVES, Objective, Part, Segment, conv_segments  # noqa: E402
+from models import OBJECTIVES, FedCA, Objective, Part, Segment, SimCLR, conv_segments  # noqa: E402
 
 
 @dataclass
@@ -149,9 +154,10 @@ CLIENT_FIELDS = ("divergence", "scale", "last_round")
 
 @dataclass
 class Federation:
-    """A server's global model, encoder and predictor, and the clients that it averages."""
+    """A server's global model, encoder and predictor, what clients shared in the last round, and the clients that it averages."""
 
     server: Part
+    shared: Tensor
     clients: list[Client]
 
 
@@ -174,7 +180,7 @@ def main(given: dict) -> None:
     begun = time.perf_counter() - seconds
 
     print(f"{options['method']} on {options['dataset']}: {len(images.x_train)} images, {describe(clients, device)}")
-    print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (g global, l local)")
+    print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (global, local, mixed)")
     for round_ in range(start, rounds):
         row = run_round(round_, options, federations, objective, images.x_train, segments)
         if not all(map(math.isfinite, row["loss"])):
@@ -204,12 +210,13 @@ def run_round(
     selected = sample_clients(len(clients), options["clients_per_round"], seed, round_)
     steps = sum(c.num_examples // batch_size for c in clients if c.id in selected) * epochs
     lr = cosine(options["lr"], round_, options["rounds"])
-    trained, updates, losses, transfers = [], [], [], 0
+    trained, updates, losses, transfers, shared_bytes = [], [], [], 0, {"upload": 0, "download": 0}
     with tqdm(total=steps, desc=f"round {round_}", unit="step", leave=False, disable=not sys.stderr.isatty()) as progress:
         for federation in federations:
             members = [client for client in federation.clients if client.id in selected]
             num_examples = sum(client.num_examples for client in members)
-            total = federation.server.zeros()
+            total, shares = federation.server.zeros(), []
+            objective.shared = federation.shared
             for client in members:
                 ema_decay = 0.0 if options["first_target"] == "shared" and client.last_round is None else options["ema_decay"]
                 updates.append(model_update(client, federation.server, objective, options, segments, round_))
@@ -218,14 +225,18 @@ def run_round(
                 views = partial(two_views, generator=generator)
                 batches = local_batches(client.indices, epochs, batch_size, generator)
                 losses.append(local_training(objective, images, batches, views, lr, options["precision"], ema_decay, progress))
+                shares.append(objective.share(METHODS[options["method"]].dictionary // len(members)))
                 release_memory()
                 upload = model_upload(client, objective, options, round_)
                 drift = aggregate(total, upload, client.num_examples / num_examples, began, segments)
                 client.divergence = divergence(drift, options["divergence"])
             if members:
-                federation.server = total
+                federation.server, federation.shared = total, torch.cat(shares)
             trained += members
-            transfers += len(members) if len(federation.clients) > 1 else 0  # a client alone has nobody to send anything to
+            if len(federation.clients) > 1:  # a client alone has nobody to send anything to
+                transfers += len(members)
+                shared_bytes["download"] += len(members) * objective.shared.nbytes
+                shared_bytes["upload"] += federation.shared.nbytes
     sent = objective.parts["encoder"].nbytes + (objective.parts["predictor"].nbytes if options["predictor"] != "local" else 0)
     return {
         "round": round_,
@@ -237,8 +248,8 @@ def run_round(
         "own_share": [update.own_share for update in updates],
         "num_examples": [c.num_examples for c in trained],
         "clients": [c.id for c in trained],
-        "upload_bytes": transfers * sent,
-        "download_bytes": transfers * sent,
+        "upload_bytes": transfers * sent + shared_bytes["upload"],
+        "download_bytes": transfers * sent + shared_bytes["download"],
         "knn": None,
         "seconds": round(time.perf_counter() - clock, 2),
     }
@@ -273,20 +284,36 @@ def load_ops() -> None:
 def build(options: dict, images: Images, device: torch.device) -> tuple[list[Federation], Objective]:
     """The federations of a method with their clients, all starting from the one network that the seed initialises."""
     method = METHODS[options["method"]]
-    labels = images.y_train.cpu().numpy()
+    order = np.random.default_rng([options["seed"], *b"public"]).permutation(len(images.y_train))
+    count = max(options["batch_size"], round(method.public * len(order))) if method.public else 0
+    public, private = np.sort(order[:count]), np.sort(order[count:])
     parts = partition(
-        labels, options["clients"], options["partition"], options["seed"],
+        images.y_train.cpu().numpy()[private], options["clients"], options["partition"], options["seed"],
         options["classes_per_client"], options["alpha"], at_least=options["batch_size"],
     )  # fmt: skip
-    indices = [torch.from_numpy(part).to(device) for part in parts]
+    indices = [torch.from_numpy(private[part]).to(device) for part in parts]
     if method.federation == "pooled":
         indices = [torch.cat(indices)]
     torch.manual_seed(options["seed"])
     ablation = {name: False for name in ABLATIONS if options[f"no_{name}"]}
     objective = OBJECTIVES[method.objective](options["encoder"], device, images.y_train, **ablation)
+    if count:
+        align_with_base(objective, images.x_train[torch.from_numpy(public).to(device)], options)
     clients = [Client(k, index) for k, index in enumerate(indices)]
     groups = [[client] for client in clients] if method.federation == "each" else [clients]
-    return [Federation(objective.online.state.clone(), group) for group in groups], objective
+    return [Federation(objective.online.state.clone(), objective.shared, group) for group in groups], objective
+
+
+def align_with_base(objective: FedCA, public: Tensor, options: dict) -> None:
+    """Train a base model by SimCLR on the public images, as many epochs as a client will make in the run, and align with it."""
+    device, epochs = public.device, options["rounds"] * options["local_epochs"]
+    base = SimCLR(copy.deepcopy(objective.online.module.encoder), device)
+    generator = keyed_generator(device, options["seed"], "public")
+    everything = torch.arange(len(public), device=device)
+    batches = local_batches(everything, epochs, options["batch_size"], generator)
+    views = partial(two_views, generator=generator)
+    local_training(base, public, batches, views, options["lr"], options["precision"])
+    objective.align(public, evaluation.extract_features(base.online.module, public).clone())
 
 
 def cosine(lr0: float, round_: int, rounds: int) -> float:
@@ -561,7 +588,7 @@ def checksum(tensors: list[Tensor]) -> str:
 
 def flatten(federations: list[Federation]) -> list[Tensor]:
     """Every tensor of the simulation's state, in a fixed order."""
-    states = [[f.server, *(p for c in f.clients for p in c.state.values())] for f in federations]
+    states = [[f.server, (f.shared,), *(p for c in f.clients for p in c.state.values())] for f in federations]
     return [t for parts in states for part in parts for t in part]
 
 
@@ -570,6 +597,7 @@ def save_checkpoint(out: Path, rounds_done: int, federations: list[Federation], 
     tree = [
         {
             "server": tuple(f.server),
+            "shared": f.shared,
             "clients": [
                 {name: getattr(c, name) for name in CLIENT_FIELDS} | {"state": {name: tuple(p) for name, p in c.state.items()}}
                 for c in f.clients
@@ -588,7 +616,7 @@ def load_checkpoint(path: Path, federations: list[Federation]) -> tuple[int, flo
     try:
         content = torch.load(path, map_location=federations[0].server.vector.device, weights_only=True)
         for federation, saved in zip(federations, content["federations"], strict=True):
-            federation.server = Part(*saved["server"])
+            federation.server, federation.shared = Part(*saved["server"]), saved["shared"]
             for client, kept in zip(federation.clients, saved["clients"], strict=True):
                 client.state = {name: Part(*p) for name, p in kept["state"].items()}
                 for name in CLIENT_FIELDS:

@@ -217,6 +217,7 @@ class Objective:
         }
         self.own: dict[str, Part] = {}
         self.trained = [self.online.weight]
+        self.shared = torch.empty(0, 0, device=device)  # what clients shared through the server in the last round
 
     def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
         """The loss as terms, each to be computed and differentiated before the next, so that one's activations exist at a time.
@@ -227,6 +228,10 @@ class Objective:
 
     def update_target(self, ema_decay: float) -> None:
         """After each optimizer step: what follows the online encoder without a gradient."""
+
+    def share(self, rows: int) -> Tensor:
+        """After local training: what a client shares besides its networks, at most `rows` rows; nothing in most objectives."""
+        return self.shared[:0]
 
 
 class WithTarget(Objective):
@@ -300,10 +305,50 @@ class SimCLR(Objective):
         return [partial(self.loss, view1, view2)]
 
     def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
-        z = normalize(self.online.module(torch.cat([view1, view2])))
+        return self.contrast(normalize(self.online.module(torch.cat([view1, view2]))))
+
+    def contrast(self, z: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """NT-Xent of unit vectors `[2B, d]`, the first view's and then the second's, with more negatives `[N, d]` for each."""
         n = len(z)
-        similarity = (z @ z.T / self.temperature).masked_fill(torch.eye(n, dtype=torch.bool, device=z.device), float("-inf"))
-        return cross_entropy(similarity, torch.arange(n, device=z.device).roll(n // 2))
+        logits = (z @ z.T / self.temperature).masked_fill(torch.eye(n, dtype=torch.bool, device=z.device), float("-inf"))
+        if negatives is not None:
+            logits = torch.cat([logits, z @ negatives.T / self.temperature], 1)
+        return cross_entropy(logits, torch.arange(n, device=z.device).roll(n // 2))
+
+
+class FedCA(SimCLR):
+    """FedCA (Zhang et al. 2020, arXiv 2010.08982), made from its abstract, since there is no public code.
+
+    From the abstract: a dictionary of all clients' representations, shared through the server, keeps their spaces consistent, and an
+    alignment module draws each client to a base model trained on public data. Our choices: the dictionary holds the newest unit-length
+    projections of each client, which are further negatives of NT-Xent in the next round; alignment is `mean(1 - cos(f(x), base(x)))` on
+    public images, unaugmented and as many as the batch has, with weight 1; the base model is SimCLR's on these images.
+    """
+
+    def __init__(self, encoder: Encoder, device: torch.device):
+        super().__init__(encoder, device)
+        self.newest: list[Tensor] = []
+        self.public = self.base = torch.empty(0, device=device)
+
+    def align(self, public: Tensor, base: Tensor) -> None:
+        """public: uint8 `[N, 3, S, S]`; base: the base model's projections of them, `[N, d]`."""
+        self.public, self.base = public, base
+
+    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
+        return [*super().terms(view1, view2, batch), partial(self.alignment, batch % len(self.public))]
+
+    def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
+        z = normalize(self.online.module(torch.cat([view1, view2])))
+        self.newest = [*self.newest[-(4096 // len(z)) :], z.detach().float()]
+        return self.contrast(z, self.shared if len(self.shared) else None)
+
+    def alignment(self, chosen: Tensor) -> Tensor:
+        images = self.public[chosen].float().div_(255).contiguous(memory_format=torch.channels_last)
+        return (1 - cosine_similarity(self.online.module(images), self.base[chosen])).mean()
+
+    def share(self, rows: int) -> Tensor:
+        newest, self.newest = torch.cat(self.newest), []
+        return newest[-rows:]
 
 
 class MoCo(WithTarget):
@@ -354,6 +399,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "byol": lambda name, device, labels, **ablation: BYOL(Encoder(name), device, **ablation),
     "simsiam": lambda name, device, labels, **ablation: SimSiam(Encoder(name), device, **ablation),
     "simclr": lambda name, device, labels: SimCLR(Encoder(name), device),
+    "fedca": lambda name, device, labels: FedCA(Encoder(name), device),
     "moco-v1": lambda name, device, labels: MoCo(Encoder(name, (128,)), device, temperature=0.07),
     "moco-v2": lambda name, device, labels: MoCo(Encoder(name, (0, 128)), device, temperature=0.2),
     "supervised": lambda name, device, labels: Supervised(Encoder(name, (int(labels.max()) + 1,)), device, labels),

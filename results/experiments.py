@@ -34,6 +34,7 @@ EXPERIMENTS = {
     "fedsimclr": ("--method fedsimclr", 1),
     "fedsimsiam": ("--method fedsimsiam", 1),
     "fedmoco-v2": ("--method fedmoco-v2", 1),
+    "fedca": ("--method fedca", 1),
     "fedbyol": ("--method fedbyol", 3),
     "fedu": ("--method fedu", 3),
     "fedema": ("--method fedema", 3),

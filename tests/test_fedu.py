@@ -374,6 +374,7 @@ def test_one_seed_one_answer(tiny, finished, tmp_path):
         ["--method", "single"],
         ["--method", "fedema"],
         ["--method", "fedmoco-v2"],
+        ["--method", "fedca"],
         ["--clients", "4", "--clients-per-round", "2", "--mu", "0.05"],
     ],
 )
@@ -441,6 +442,19 @@ def test_every_method_runs_and_can_be_evaluated(tiny, tmp_path, method):
     assert encoder(torch.rand(2, 3, 16, 16)).shape == (2, encoder.head[-1])
     if fedu.METHODS[method].trains:
         assert [row["round"] for row in result["metrics"]] == [0, 1, 2] and result["metrics"][-1]["knn"] > 0.2
+
+
+def test_fedca_sets_public_images_aside_and_shares_representations(npz, tmp_path, tiny):
+    images = load_npz(npz)
+    options = fedu.prepare(fedu.parse_options([*tiny, "--method", "fedca"]))[1]
+    (federation,), objective = fedu.build(options, images, CPU)
+    private = torch.cat([client.indices for client in federation.clients])
+    assert len(private) == 56 and len(private.unique()) == 56 and objective.public.shape == (8, 3, 16, 16)
+    assert not any(torch.equal(public, image) for public in objective.public for image in images.x_train[private])
+    first, second = run(tmp_path / "run", *tiny, "--method", "fedca", "--rounds", "2")["metrics"]
+    networks, rows = 2 * objective.online.state.nbytes, 2 * 3 * 16 * 256 * 4  # of 28 images, three batches of 8 and two views
+    assert (first["upload_bytes"], first["download_bytes"]) == (networks + rows, networks)
+    assert second["download_bytes"] == networks + 2 * rows
 
 
 def test_an_own_predictor_is_not_sent(tiny, tmp_path):

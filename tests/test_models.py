@@ -10,6 +10,7 @@ from models import (
     ENCODERS,
     OBJECTIVES,
     Encoder,
+    FedCA,
     Flat,
     MoCo,
     Objective,
@@ -245,6 +246,20 @@ def test_nt_xent_by_hand():
     assert loss(objective, views, views).item() == pytest.approx(expected)
 
 
+def test_fedca_by_hand():
+    """As NT-Xent above, with a dictionary of one vector equal to the first image's; and half of the public images agree with the base."""
+    objective = with_identity(FedCA(Encoder("tiny"), CPU))
+    objective.temperature, objective.shared = 0.5, torch.tensor([[1.0, 0.0]])
+    public = torch.zeros(2, 3, 1, 1, dtype=torch.uint8)
+    public[:, 0] = 255
+    objective.align(public, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])[:, :, None, None])
+    views = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    contrast, alignment = (term().item() for term in objective.terms(views, views, torch.tensor([4, 7])))
+    first, second = (-math.log(math.exp(2) / (math.exp(2) + 2 + math.exp(d))) for d in (2, 0))
+    assert contrast == pytest.approx((first + second) / 2) and alignment == pytest.approx(0.5)
+    assert objective.share(3).tolist() == [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]] and not objective.newest
+
+
 def test_moco_by_hand():
     """A key equal to its query and a queue of one opposite and two orthogonal vectors, both directions; then the keys join the queue."""
     objective = with_identity(MoCo(Encoder("tiny", (2,)), CPU, temperature=0.5, queue=3))
@@ -274,6 +289,8 @@ def test_heads_of_the_other_objectives(kind, widths, targets):
 def test_every_objective_gives_all_its_network_a_gradient(kind):
     torch.manual_seed(0)
     objective = OBJECTIVES[kind]("tiny", CPU, torch.arange(8) % 4)
+    if kind == "fedca":
+        objective.align(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.randn(8, 256))
     loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
     objective.update_target(0.99)
     assert (objective.online.weight.grad != 0).float().mean() > 0.5
