@@ -27,7 +27,7 @@ from cli import InputError, Parser, first_line, number, user_errors, write_atomi
 class Method(NamedTuple):
     """A method is a row: what a client minimises, who averages with whom, and what a client takes when the average arrives.
 
-    The last three columns are options too, which make the ablations.
+    `aggregate`, `update` and `predictor` are options too, which make the ablations.
     """
 
     objective: str = "byol"  # a key of models.OBJECTIVES
@@ -210,7 +210,8 @@ def run_round(
     selected = sample_clients(len(clients), options["clients_per_round"], seed, round_)
     steps = sum(c.num_examples // batch_size for c in clients if c.id in selected) * epochs
     lr = cosine(options["lr"], round_, options["rounds"])
-    trained, updates, losses, transfers, shared_bytes = [], [], [], 0, {"upload": 0, "download": 0}
+    sent = objective.parts["encoder"].nbytes + (objective.parts["predictor"].nbytes if options["predictor"] != "local" else 0)
+    trained, updates, losses, upload_bytes, download_bytes = [], [], [], 0, 0
     with tqdm(total=steps, desc=f"round {round_}", unit="step", leave=False, disable=not sys.stderr.isatty()) as progress:
         for federation in federations:
             members = [client for client in federation.clients if client.id in selected]
@@ -232,12 +233,10 @@ def run_round(
                 client.divergence = divergence(drift, options["divergence"])
             if members:
                 federation.server, federation.shared = total, torch.cat(shares)
-            trained += members
-            if len(federation.clients) > 1:  # a client alone has nobody to send anything to
-                transfers += len(members)
-                shared_bytes["download"] += len(members) * objective.shared.nbytes
-                shared_bytes["upload"] += federation.shared.nbytes
-    sent = objective.parts["encoder"].nbytes + (objective.parts["predictor"].nbytes if options["predictor"] != "local" else 0)
+                trained += members
+            if members and len(federation.clients) > 1:  # a client alone has nobody to send anything to
+                upload_bytes += len(members) * sent + federation.shared.nbytes
+                download_bytes += len(members) * (sent + objective.shared.nbytes)
     return {
         "round": round_,
         "lr": lr,
@@ -248,8 +247,8 @@ def run_round(
         "own_share": [update.own_share for update in updates],
         "num_examples": [c.num_examples for c in trained],
         "clients": [c.id for c in trained],
-        "upload_bytes": transfers * sent + shared_bytes["upload"],
-        "download_bytes": transfers * sent + shared_bytes["download"],
+        "upload_bytes": upload_bytes,
+        "download_bytes": download_bytes,
         "knn": None,
         "seconds": round(time.perf_counter() - clock, 2),
     }

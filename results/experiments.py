@@ -1,6 +1,6 @@
 """Runs the experiments below, as many at once as there are cores: `python results/experiments.py [NAME ...]`, all of them by default.
 
-Each is `fedu.py` with SCALE and the options of its row, once a seed, and then every evaluation. A run that was interrupted is resumed,
+Each is `fedu.py` with the options of its row, once a seed, and then every evaluation. A run that was interrupted is resumed,
 what is finished is not repeated. Runs, with their weights, are made under runs/; what a reader needs of them goes to results/.
 
     python results/experiments.py --list
@@ -23,25 +23,47 @@ sys.path.insert(0, str(ROOT))
 
 from cli import InputError, Parser, number, user_errors  # noqa: E402
 
-SCALE = "--dataset cifar10 --encoder small --rounds 20 --local-epochs 1 --batch-size 32 --knn-every 2"
+# What all runs of a table have in common. Beside the paper's recipe: a smaller encoder, batches of 32, fewer rounds of one epoch.
+SCALE = "--dataset cifar10 --encoder small --local-epochs 1 --batch-size 32"
+LONG, SHORT = f"{SCALE} --rounds 20 --knn-every 2", f"{SCALE} --rounds 8 --knn-every 2 --classes-per-client"
 EVALUATIONS = ("--linear", "--knn", "--semi 0.01", "--semi 0.1")
 KEPT = ("config.json", "metrics.jsonl", "eval.jsonl")
 
 # name: options, number of seeds
 EXPERIMENTS = {
-    "untrained": ("--method untrained", 1),
-    "single": ("--method single", 3),
-    "fedsimclr": ("--method fedsimclr", 1),
-    "fedsimsiam": ("--method fedsimsiam", 1),
-    "fedmoco-v2": ("--method fedmoco-v2", 1),
-    "fedca": ("--method fedca", 1),
-    "fedbyol": ("--method fedbyol", 3),
-    "fedu": ("--method fedu", 3),
-    "fedema": ("--method fedema", 3),
-    "central": ("--method central", 1),
-    "fedavg-supervised": ("--method fedavg-supervised", 1),
-    "single-iid": ("--method single --partition iid", 1),
-    "fedu-iid": ("--method fedu --partition iid", 1),
+    "untrained": (f"{LONG} --method untrained", 1),
+    "fedu": (f"{LONG} --method fedu", 3),
+    "single": (f"{LONG} --method single", 3),
+    "fedbyol": (f"{LONG} --method fedbyol", 3),
+    "fedema": (f"{LONG} --method fedema", 3),
+    "central": (f"{LONG} --method central", 1),
+    "fedsimclr": (f"{LONG} --method fedsimclr", 1),
+    "fedsimsiam": (f"{LONG} --method fedsimsiam", 1),
+    "fedmoco-v1": (f"{LONG} --method fedmoco-v1", 1),
+    "fedmoco-v2": (f"{LONG} --method fedmoco-v2", 1),
+    "fedca": (f"{LONG} --method fedca", 1),
+    "fedavg-supervised": (f"{LONG} --method fedavg-supervised", 1),
+    "fedu-iid": (f"{LONG} --method fedu --partition iid", 1),
+    "single-iid": (f"{LONG} --method single --partition iid", 1),
+}
+# which encoder is averaged, what it becomes, and whose predictor
+for aggregate in ("online", "target"):
+    for update in ("online", "target", "both"):
+        for predictor in ("global", "local"):
+            columns = f"--aggregate {aggregate} --update {update} --predictor {predictor}"
+            EXPERIMENTS[f"ablation-{aggregate}-{update}-{predictor}"] = (f"{SHORT} 2 --method fedbyol {columns}", 1)
+# FedU with one thing changed, `short-2` with nothing; the papers give each of K clients 1/K of the classes
+for classes in (2, 4, 6, 8, 10):
+    EXPERIMENTS[f"short-{classes}"] = (f"{SHORT} {classes}", 1)
+for clients, classes in ((2, 5), (10, 1), (20, 1)):
+    EXPERIMENTS[f"clients-{clients}"] = (f"{SHORT} {classes} --clients {clients}", 1)
+for mu in ("0", "inf"):
+    EXPERIMENTS[f"mu-{mu}"] = (f"{SHORT} 2 --mu {mu}", 1)
+EXPERIMENTS |= {
+    "no-ema": (f"{SHORT} 2 --ema-decay 1", 1),
+    "no-stop-gradient": (f"{SHORT} 2 --no-stop-gradient", 1),
+    "no-predictor": (f"{SHORT} 2 --no-predictor", 1),
+    "first-target-shared": (f"{SHORT} 2 --first-target shared", 1),
 }
 
 
@@ -76,7 +98,7 @@ def folder(name: str, seed: int) -> Path:
 
 
 def training(name: str, seed: int) -> list[str]:
-    return ["fedu.py", *SCALE.split(), *EXPERIMENTS[name][0].split(), "--seed", str(seed), "--out", str(folder(name, seed))]
+    return ["fedu.py", *EXPERIMENTS[name][0].split(), "--seed", str(seed), "--out", str(folder(name, seed))]
 
 
 def experiment(name: str, seed: int) -> bool:
