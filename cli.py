@@ -58,12 +58,16 @@ def user_errors(prog: str) -> Iterator[None]:
         yield
     except InputError as error:
         sys.exit(print(f"{prog}: error: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print(f"\n{prog}: interrupted", file=sys.stderr) or 130)
+    except KeyboardInterrupt as interrupt:
+        how = f"; {interrupt}" if interrupt.args else ""
+        sys.exit(print(f"\n{prog}: interrupted{how}", file=sys.stderr) or 130)
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write(file)` fill a temporary file beside `path`, then move it there: a reader sees the old file or the new one."""
+def write_atomic(path: Path, write: Callable[[BinaryIO], object], keep_as: Path | None = None) -> None:
+    """Let `write(file)` fill a temporary file beside `path`, then move it there: a reader sees the old file or the new one.
+
+    With `keep_as`, the old file is moved there first.
+    """
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             try:
@@ -71,6 +75,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
                 os.chmod(file.name, 0o644)
+                if keep_as and path.exists():
+                    os.replace(path, keep_as)
                 os.replace(file.name, path)
             except BaseException:
                 os.unlink(file.name)

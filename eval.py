@@ -283,7 +283,7 @@ def plot(runs: list[Path], out: Path) -> None:
     with plt.rc_context(STYLE):
         figure, (top, loss, knn_) = plt.subplots(3, 1, figsize=(9, 9.5), height_ratios=(2, 1, 1), sharex=True, layout="constrained")
         for colour, run in zip(COLOURS * len(runs), runs):
-            options, rows = read_config(run)["options"], read_metrics(run)
+            options, rows = read_config(run)["options"], [row for row in read_metrics(run) if row["clients"]]
             if not rows:
                 raise InputError(f"{run} has no rounds to draw")
             label = run.name if len(runs) > 1 else f"{options['method']}: mean of the clients"

@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,14 +60,15 @@ DEFAULTS = {
     "dataset": "fashion", "data_root": "~/.cache/fedu", "image_size": 32,
     "method": "fedu", "mu": 0.4, "tau": 0.7, "divergence": "layer-mean", "divergence_from": "received",
     "first_target": "copy", "ema_decay": 0.99, "no_stop_gradient": False, "no_predictor": False,
-    "clients": 5, "clients_per_round": None, "partition": "classes", "classes_per_client": None, "alpha": 0.5,
+    "clients": 5, "clients_per_round": None, "dropout": 0.0, "on_nonfinite": "skip",
+    "partition": "classes", "classes_per_client": None, "alpha": 0.5,
     "seed": 0, "device": "auto", "precision": "fp32",
 }  # fmt: skip
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
 RECIPES = {"fashion": {"encoder": "tiny", "rounds": 12, "local_epochs": 2, "batch_size": 32, "lr": 0.032, "knn_every": 2}}
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 HOST_OPTIONS = ("data_root", "device")  # where a run computes, not what: these may change on --resume
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "encoder.pt", "divergence.png", "eval.jsonl")
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "encoder.pt", "divergence.png", "eval.jsonl")
 
 
 def parse_options(argv: list[str] | None = None) -> dict:
@@ -92,6 +93,8 @@ def parse_options(argv: list[str] | None = None) -> dict:
     add("--ema-decay", type=number(float, 0, 1), help="m of the target's moving average  [0.99]")
     add("--clients", type=count, help="K  [5]")
     add("--clients-per-round", type=count, help="clients drawn for each round  [all]")
+    add("--dropout", type=number(float, 0, 1), help="probability that a selected client fails to report  [0]")
+    add("--on-nonfinite", choices=("skip", "error"), help="a client whose upload has a number that is not finite  [skip]")
     add("--partition", choices=("classes", "iid", "dirichlet"), help="how images are dealt to the clients  [classes]")
     add("--classes-per-client", type=count, help="for --partition classes  [1/K of the classes]")
     add("--alpha", type=positive, help="concentration, for --partition dirichlet  [0.5]")
@@ -117,9 +120,12 @@ GIVEN = parse_options() if __name__ == "__main__" else {}  # before the heavy im
 
 import copy  # noqa: E402
 import ctypes  # noqa: E402
+import fcntl  # noqa: E402
 import hashlib  # noqa: E402
 import math  # noqa: E402
+import os  # noqa: E402
 import platform  # noqa: E402
+import signal  # noqa: E402
 import subprocess  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -174,84 +180,122 @@ def main(given: dict) -> None:
     federations, objective = build(options, images, device)
     clients = [client for federation in federations for client in federation.clients]
     segments = divergence_segments(objective, options["divergence"])
-    config, start, metrics, seconds = (
-        resume(out, federations) if "resume" in given else open_run(out, options, device, "overwrite" in given)
-    )
-    begun = time.perf_counter() - seconds
+    with run_folder(out, make="resume" not in given):
+        config, start, metrics, seconds = (
+            resume(out, federations) if "resume" in given else open_run(out, options, device, "overwrite" in given)
+        )
+        begun = time.perf_counter() - seconds
+        print(f"{options['method']} on {options['dataset']}: {len(images.x_train)} images, {describe(clients, device)}")
+        print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (global, local, mixed)")
+        for round_ in range(start, rounds):
+            row = run_round(round_, options, federations, objective, images.x_train, segments)
+            if options["knn_every"] and ((round_ + 1) % options["knn_every"] == 0 or round_ + 1 == rounds):
+                row["knn"] = mean([evaluation.knn(backbone, images) for backbone in backbones(objective, federations)])
+            metrics.append(row)
+            write_metrics(out, metrics)
+            save_checkpoint(out, round_ + 1, federations, time.perf_counter() - begun)
+            print(round_line(row), flush=True)
 
-    print(f"{options['method']} on {options['dataset']}: {len(images.x_train)} images, {describe(clients, device)}")
-    print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (global, local, mixed)")
-    for round_ in range(start, rounds):
-        row = run_round(round_, options, federations, objective, images.x_train, segments)
-        if not all(map(math.isfinite, row["loss"])):
-            raise InputError(f"the loss of round {round_} is not finite ({row['loss']}): lower --lr, or check the images")
-        if options["knn_every"] and ((round_ + 1) % options["knn_every"] == 0 or round_ + 1 == rounds):
-            row["knn"] = mean([evaluation.knn(backbone, images) for backbone in backbones(objective, federations)])
-        metrics.append(row)
-        write_metrics(out, metrics)
-        save_checkpoint(out, round_ + 1, federations, time.perf_counter() - begun)
-        print(round_line(row), flush=True)
-
-    save_encoder(out, options["encoder"], objective, federations)
-    write_config(out, config | {"seconds": round(time.perf_counter() - begun, 1)})
-    if metrics:
-        evaluation.plot([out], out / "divergence.png")
-        print(dapu_notice(metrics, options["predictor"], options["mu"]), end="")
+        save_encoder(out, options["encoder"], objective, federations)
+        write_config(out, config | {"seconds": round(time.perf_counter() - begun, 1)})
+        if any(row["clients"] for row in metrics):
+            evaluation.plot([out], out / "divergence.png")
+            print(dapu_notice(metrics, options["predictor"], options["mu"]), end="")
     print(f"\n{out} holds the run. Next:\n  python eval.py {out}\n  python eval.py --plot {out}")
+
+
+class Report(NamedTuple):
+    """What became of a client's round."""
+
+    client: Client
+    update: Update
+    loss: float
+    share: Tensor  # what it shares besides its networks
 
 
 def run_round(
     round_: int, options: dict, federations: list[Federation], objective: Objective, images: Tensor, segments: Tensor
 ) -> dict:  # fmt: skip
-    """The four stages for each selected client; changes the federations and returns the round's metrics."""
+    """The four stages for each client that reports; changes the federations and returns the round's metrics.
+
+    Raises InputError if an upload is not finite and the options do not let it be left out, or if none is.
+    """
     clock = time.perf_counter()
-    seed, epochs, batch_size = options["seed"], options["local_epochs"], options["batch_size"]
     clients = [client for federation in federations for client in federation.clients]
-    selected = sample_clients(len(clients), options["clients_per_round"], seed, round_)
-    steps = sum(c.num_examples // batch_size for c in clients if c.id in selected) * epochs
-    lr = cosine(options["lr"], round_, options["rounds"])
+    selected = sample_clients(len(clients), options["clients_per_round"], options["seed"], round_)
+    dropped = {k for k in selected if drops_out(k, options["dropout"], options["seed"], round_)}
+    reporting = [client for client in clients if client.id in selected - dropped]
+    steps = sum(client.num_examples // options["batch_size"] for client in reporting) * options["local_epochs"]
     sent = objective.parts["encoder"].nbytes + (objective.parts["predictor"].nbytes if options["predictor"] != "local" else 0)
-    trained, updates, losses, upload_bytes, download_bytes = [], [], [], 0, 0
+    reports, upload_bytes, download_bytes = [], 0, 0
     with tqdm(total=steps, desc=f"round {round_}", unit="step", leave=False, disable=not sys.stderr.isatty()) as progress:
         for federation in federations:
-            members = [client for client in federation.clients if client.id in selected]
-            num_examples = sum(client.num_examples for client in members)
-            total, shares = federation.server.zeros(), []
-            objective.shared = federation.shared
-            for client in members:
-                ema_decay = 0.0 if options["first_target"] == "shared" and client.last_round is None else options["ema_decay"]
-                updates.append(model_update(client, federation.server, objective, options, segments, round_))
-                began = federation.server if takes_whole(options) else uploadable(objective, options["aggregate"]).clone()
-                generator = keyed_generator(images.device, seed, "training", round_, client.id)
-                views = partial(two_views, generator=generator)
-                batches = local_batches(client.indices, epochs, batch_size, generator)
-                losses.append(local_training(objective, images, batches, views, lr, options["precision"], ema_decay, progress))
-                shares.append(objective.share(METHODS[options["method"]].dictionary // len(members)))
-                release_memory()
-                upload = model_upload(client, objective, options, round_)
-                drift = aggregate(total, upload, client.num_examples / num_examples, began, segments)
-                client.divergence = divergence(drift, options["divergence"])
-            if members:
-                federation.server, federation.shared = total, torch.cat(shares)
-                trained += members
-            if members and len(federation.clients) > 1:  # a client alone has nobody to send anything to
-                upload_bytes += len(members) * sent + federation.shared.nbytes
-                download_bytes += len(members) * (sent + objective.shared.nbytes)
+            members = [client for client in federation.clients if client in reporting]
+            received = federation.shared
+            averaged = federated_round(round_, options, federation, members, objective, images, segments, progress)
+            reports += averaged
+            if len(federation.clients) > 1:  # a client alone has nobody to send anything to
+                upload_bytes += sum(sent + report.share.nbytes for report in averaged)
+                download_bytes += len(members) * (sent + received.nbytes)
+    nonfinite = sorted({client.id for client in reporting} - {report.client.id for report in reports})
+    if nonfinite and (options["on_nonfinite"] == "error" or not reports):
+        who = f"the upload of client {nonfinite[0]} is not" if reports else "no upload is"
+        raise InputError(f"round {round_}: {who} finite; lower --lr, or check the images")
+    for k in nonfinite:
+        print(f"round {round_}: the upload of client {k} is not finite and was left out", file=sys.stderr)
     return {
         "round": round_,
-        "lr": lr,
-        "loss": torch.stack(losses).tolist(),  # the round's only wait for the device, besides the divergences
-        "divergence": [c.divergence for c in trained],
-        "decided_on": [update.divergence for update in updates],
-        "predictor": [update.predictor for update in updates],
-        "own_share": [update.own_share for update in updates],
-        "num_examples": [c.num_examples for c in trained],
-        "clients": [c.id for c in trained],
+        "lr": cosine(options["lr"], round_, options["rounds"]),
+        "loss": [report.loss for report in reports],
+        "divergence": [report.client.divergence for report in reports],
+        "decided_on": [report.update.divergence for report in reports],
+        "predictor": [report.update.predictor for report in reports],
+        "own_share": [report.update.own_share for report in reports],
+        "num_examples": [report.client.num_examples for report in reports],
+        "clients": [report.client.id for report in reports],
+        "dropped": sorted(dropped),
+        "nonfinite": nonfinite,
         "upload_bytes": upload_bytes,
         "download_bytes": download_bytes,
         "knn": None,
         "seconds": round(time.perf_counter() - clock, 2),
     }
+
+
+def federated_round(
+    round_: int, options: dict, federation: Federation, members: list[Client], objective: Objective, images: Tensor, segments: Tensor,
+    progress: tqdm,
+) -> list[Report]:  # fmt: skip
+    """The four stages for one server and those of its clients that take part; returns the reports that went into the mean.
+
+    A client whose upload is not finite keeps what it had. Without any report the server keeps its model.
+    """
+    method, lr = METHODS[options["method"]], cosine(options["lr"], round_, options["rounds"])
+    total, expected, reports = federation.server.zeros(), sum(client.num_examples for client in members), []
+    objective.shared = federation.shared
+    for client in members:
+        ema_decay = 0.0 if options["first_target"] == "shared" and client.last_round is None else options["ema_decay"]
+        update = model_update(client, federation.server, objective, options, segments, round_)
+        began = federation.server if takes_whole(options) else uploadable(objective, options["aggregate"]).clone()
+        generator = keyed_generator(images.device, options["seed"], "training", round_, client.id)
+        views = partial(two_views, generator=generator)
+        batches = local_batches(client.indices, options["local_epochs"], options["batch_size"], generator)
+        loss = local_training(objective, images, batches, views, lr, options["precision"], ema_decay, progress).item()
+        share = objective.share(method.dictionary // len(members))
+        release_memory()
+        if not math.isfinite(loss) or not is_finite(uploadable(objective, options["aggregate"])):
+            continue
+        upload = model_upload(client, objective, options, round_)
+        drift = aggregate(total, upload, client.num_examples / expected, began, segments)
+        client.divergence = divergence(drift, options["divergence"])
+        reports.append(Report(client, update, loss, share))
+    if reports:
+        averaged = sum(report.client.num_examples for report in reports)
+        if averaged < expected:
+            total.vector.mul_(expected / averaged)
+            total.buffers.mul_(expected / averaged)
+        federation.server, federation.shared = total, torch.cat([report.share for report in reports])
+    return reports
 
 
 def keep_memory() -> None:
@@ -324,6 +368,15 @@ def sample_clients(clients: int, per_round: int | None, seed: int, round_: int) 
     """The ids of the clients that take part in a round: drawn without replacement, by (seed, round)."""
     generator = keyed_generator(torch.device("cpu"), seed, "clients", round_)
     return set(torch.randperm(clients, generator=generator)[:per_round].tolist())
+
+
+def drops_out(client: int, probability: float, seed: int, round_: int) -> bool:
+    """Whether a selected client fails to report."""
+    return torch.rand((), generator=keyed_generator(torch.device("cpu"), seed, "dropout", round_, client)).item() < probability
+
+
+def is_finite(part: Part) -> bool:
+    return bool(part.vector.isfinite().all() and part.buffers.isfinite().all())
 
 
 # ------------------------------------------------------------------------------- the four stages of a round (paper, figure 2)
@@ -419,12 +472,11 @@ def model_update(client: Client, server: Part, objective: Objective, options: di
     `predictor` give the other columns. A client that takes part for the first time has everything from the server; so has one of
     FedEMA's that was not in the last round.
     """
-    if options["update"] == "ema" and client.last_round != round_ - 1:
-        client.state, client.last_round = {}, None
+    fresh = client.last_round is None or (options["update"] == "ema" and client.last_round != round_ - 1)
     objective.online.state.copy_(server)
     for name, start in objective.own.items():
-        objective.parts[name].copy_(client.state.get(name, start))
-    if client.last_round is None:
+        objective.parts[name].copy_(start if fresh else client.state.get(name, start))
+    if fresh:
         return Update("global", 0.0, None)
     d = client.divergence
     if options["divergence_from"] == "global":
@@ -523,8 +575,32 @@ def check_ablation(method: Method, given: dict, options: dict) -> None:
             raise InputError(f"--{name.replace('_', '-')}{got} changes nothing in --method {options['method']} with its other options")
 
 
+@contextmanager
+def run_folder(out: Path, make: bool) -> Iterator[None]:
+    """Hold the run folder for this process alone, and end on SIGTERM as on Ctrl-C: with the command that continues the run."""
+    try:
+        if make:
+            out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made: {error.strerror}") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise InputError(f"{out} is in use by another fedu.py: wait for it, or choose another --out") from None
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"continue with `python fedu.py --resume {out}`") from None
+    finally:
+        signal.signal(signal.SIGTERM, former)
+        os.close(folder)
+
+
 def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> tuple[dict, int, list[dict], float]:
-    """Make the run folder; returns its config, 0 rounds done, no metrics and 0 seconds.
+    """Begin a run in its folder; returns its config, 0 rounds done, no metrics and 0 seconds.
 
     A folder in use is refused unless `overwrite`, which removes a former run's files and no others.
     """
@@ -537,15 +613,14 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) ->
         "seconds": 0.0,
     }
     try:
-        if out.is_dir() and any(out.iterdir()):
+        if any(out.iterdir()):
             if not overwrite:
                 raise InputError(f"{out} is not empty: choose another --out, or --resume {out}, or --overwrite it")
             evaluation.read_config(out)  # not a run folder? then nothing in it is ours to remove
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {out} cannot be made: {error.strerror}") from None
+        raise InputError(f"--out {out} cannot be used: {error.strerror}") from None
     write_config(out, config)
     write_metrics(out, [])
     return config, 0, [], 0.0
@@ -554,7 +629,7 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) ->
 def resume(out: Path, federations: list[Federation]) -> tuple[dict, int, list[dict], float]:
     """Restore the federations in place; returns the run's config, the rounds done, their metrics, and the seconds they took."""
     config = evaluation.read_config(out)
-    start, seconds = load_checkpoint(out / "checkpoint.pt", federations)
+    start, seconds = load_checkpoint(out, federations)
     print(f"{out}: continuing after {start} of {config['options']['rounds']} rounds")
     if config.get("source") != describe_code()["source"]:
         print(f"{out} was begun by other code, commit {config.get('commit')}: the rest may differ from what that gave", file=sys.stderr)
@@ -605,13 +680,26 @@ def save_checkpoint(out: Path, rounds_done: int, federations: list[Federation], 
         for f in federations
     ]
     content = {"round": rounds_done, "seconds": seconds, "federations": tree, "checksum": checksum(flatten(federations))}
-    write_atomic(out / "checkpoint.pt", lambda file: torch.save(content, file))
+    write_atomic(out / "checkpoint.pt", lambda file: torch.save(content, file), keep_as=out / "checkpoint-previous.pt")
 
 
-def load_checkpoint(path: Path, federations: list[Federation]) -> tuple[int, float]:
-    """Restore the federations in place; returns the number of rounds done and the seconds that they took."""
-    if not path.exists():
-        return 0, 0.0  # interrupted before the first round's end
+def load_checkpoint(out: Path, federations: list[Federation]) -> tuple[int, float]:
+    """Restore the federations in place; returns the number of rounds done and the seconds that they took.
+
+    Falls back to the previous checkpoint if the last one is damaged or missing, and says so.
+    """
+    paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
+    for path, other in zip(paths, [*paths[1:], None]):
+        try:
+            return read_checkpoint(path, federations)
+        except InputError as error:
+            if other is None:
+                raise
+            print(f"{error}; falling back to {other}", file=sys.stderr)
+    return 0, 0.0  # interrupted before the first round's end
+
+
+def read_checkpoint(path: Path, federations: list[Federation]) -> tuple[int, float]:
     try:
         content = torch.load(path, map_location=federations[0].server.vector.device, weights_only=True)
         for federation, saved in zip(federations, content["federations"], strict=True):
@@ -650,7 +738,7 @@ def backbones(objective: Objective, federations: list[Federation]) -> Iterator[t
 
 
 def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan
 
 
 def describe(clients: list[Client], device: torch.device) -> str:
@@ -664,11 +752,11 @@ def describe_device(device: torch.device) -> str:
 
 
 def round_line(row: dict) -> str:
-    taken = "".join(p[0] for p in row["predictor"])
+    taken = "".join(p[0] for p in row["predictor"]) or "nobody reported: the global model stays as it was"
     knn = "" if row["knn"] is None else f"{100 * row['knn']:.2f}"
     return (
         f"{row['round']:>7}{row['lr']:>10.5f}{mean(row['loss']):>9.4f}{mean(row['divergence']):>12.4f}{knn:>8}{row['seconds']:>9.1f}  "
-        + (taken if len(taken) <= 20 else f"{taken.count('g')} g, {taken.count('l')} l")
+        + (taken if len(row["clients"]) <= 20 else ", ".join(f"{taken.count(p)} {p}" for p in "glm" if p in taken))
     )
 
 

@@ -1,8 +1,12 @@
 import itertools
 import json
 import math
+import os
 import re
 import resource
+import signal
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -337,10 +341,14 @@ def run(folder, *options: str) -> dict:
     return load(folder)
 
 
+def load_metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def load(folder) -> dict:
     encoders = torch.load(folder / "encoder.pt", weights_only=True)["encoders"]
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {"encoders": [torch.cat([t.flatten().double() for m in e.values() for t in m.values()]) for e in encoders], "metrics": metrics}
+    vectors = [torch.cat([t.flatten().double() for m in e.values() for t in m.values()]) for e in encoders]
+    return {"encoders": vectors, "metrics": load_metrics(folder)}
 
 
 def test_run_folder(finished):
@@ -352,7 +360,7 @@ def test_run_folder(finished):
     metrics = load(folder)["metrics"]
     assert [row["round"] for row in metrics] == [0, 1, 2]
     keys = {"round", "lr", "loss", "divergence", "decided_on", "predictor", "own_share", "num_examples", "clients"}
-    keys |= {"upload_bytes", "download_bytes", "knn", "seconds"}
+    keys |= {"dropped", "nonfinite", "upload_bytes", "download_bytes", "knn", "seconds"}
     assert all(row.keys() == keys for row in metrics)
     assert metrics[0]["decided_on"] == [None, None] and metrics[1]["decided_on"] == metrics[0]["divergence"]
     net = objective()
@@ -540,7 +548,8 @@ def test_paper_recipe():
         (["--batch-size", "1"], ["--batch-size", "at least 2"]),
         (["--lr", "-1"], ["--lr", "above 0"]),
         (["--lr", "nan"], ["--lr", "'nan'"]),
-        (["--lr", "1e30"], ["not finite", "--lr"]),
+        (["--lr", "1e30"], ["round 0: no upload is finite", "--lr"]),
+        (["--dropout", "1.5"], ["--dropout", "at most 1"]),
         (["--ema-decay", "1.5"], ["--ema-decay", "at most 1"]),
         (["--rounds", "1.5"], ["--rounds", "whole number"]),
         (["--partition", "dirichlet", "--alpha", "0"], ["--alpha", "above 0"]),
@@ -589,20 +598,121 @@ def test_overwrite_replaces_a_run(tiny, command, tmp_path):
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
-def test_damaged_checkpoints_are_refused(finished, command, tmp_path, damage):
-    whole = (finished / "runs/run/checkpoint.pt").read_bytes()
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """A copy of the finished run as it was before its encoder was written."""
     (tmp_path / "run").mkdir()
-    for name in ("config.json", "metrics.jsonl"):
+    for name in ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt"):
         (tmp_path / "run" / name).write_bytes((finished / "runs/run" / name).read_bytes())
+    return tmp_path / "run"
+
+
+def damage(path, how: str) -> None:
+    whole = path.read_bytes()
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 16]) + whole[middle + 1 :]
-    damaged = {"empty": b"", "truncated": whole[:middle], "flipped": flipped}.get(damage)
-    if damage == "foreign":
-        torch.save({"model": torch.zeros(3)}, tmp_path / "run/checkpoint.pt")
+    if how == "foreign":
+        torch.save({"model": torch.zeros(3)}, path)
     else:
-        (tmp_path / "run/checkpoint.pt").write_bytes(damaged)
-    assert refused(command("fedu.py", "--resume", "run", cwd=tmp_path), "run/checkpoint.pt")
+        path.write_bytes({"empty": b"", "truncated": whole[:middle], "flipped": flipped}[how])
+
+
+@pytest.mark.parametrize("how", ["empty", "truncated", "flipped", "foreign"])
+def test_damaged_checkpoints_are_refused_and_the_previous_one_continues(finished, stopped, command, how):
+    damage(stopped / "checkpoint.pt", how)
+    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
+    assert done.returncode == 0 and "run/checkpoint.pt is" in done.stderr and "falling back to run/checkpoint-previous.pt" in done.stderr
+    assert "continuing after 2 of 3 rounds" in done.stdout
+    straight, resumed = load(finished / "runs/run"), load(stopped)
+    assert all(map(torch.equal, straight["encoders"], resumed["encoders"])) and len(resumed["metrics"]) == 3
+
+
+def test_without_a_whole_checkpoint_nothing_is_resumed(stopped, command):
+    (stopped / "checkpoint.pt").unlink()  # as if killed between the two renames
+    before = command("fedu.py", "--resume", "run", cwd=stopped.parent)
+    assert before.returncode == 0 and "continuing after 2 of 3 rounds" in before.stdout
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        damage(stopped / name, "flipped")
+    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "run/checkpoint-previous.pt is" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupts_name_the_command_that_continues(tiny, tmp_path, number):
+    """And while the run goes on, its folder is refused to another."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "fedu.py"), *tiny, "--rounds", "999", "--out", "run"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, cwd=tmp_path, env=env, **pipes) as process:
+        while not process.stdout.readline().startswith("      1"):
+            assert process.poll() is None, process.stderr.read()
+        for more in (["--overwrite"], []):
+            other = subprocess.run([*line, *more], cwd=tmp_path, env=env, capture_output=True, text=True)
+            assert refused(other, "run is in use by another fedu.py")
+        process.send_signal(number)
+        assert process.wait() == 130
+        assert process.stderr.read().splitlines()[-1] == "fedu.py: interrupted; continue with `python fedu.py --resume run`"
+    assert len(load_metrics(tmp_path / "run")) >= 2 and not list((tmp_path / "run").glob(".*"))
+
+
+# ------------------------------------------------------------------------------------------------- faults of clients
+
+
+def test_a_dropped_client_is_as_it_was(tiny, tmp_path):
+    """The clients that report are averaged alone; in a round without any the global model stays."""
+    metrics = run(tmp_path / "run", *tiny, "--clients", "4", "--rounds", "6", "--dropout", "0.6", "--knn-every", "0")["metrics"]
+    for row in metrics:
+        expected = [k for k in range(4) if fedu.drops_out(k, 0.6, 0, row["round"])]
+        assert row["dropped"] == expected and row["clients"] == [k for k in range(4) if k not in expected]
+    assert len({tuple(row["clients"]) for row in metrics}) > 2
+    nobody = run(tmp_path / "nobody", *tiny, "--dropout", "1", "--rounds", "2")
+    assert all(row["clients"] == [] and row["upload_bytes"] == 0 for row in nobody["metrics"])
+    assert torch.equal(nobody["encoders"][0], run(tmp_path / "untrained", *tiny, "--method", "untrained")["encoders"][0])
+
+
+def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkeypatch):
+    """Client 1 of 3 gets an infinite weight in round 1: as if it had dropped out, but that the others' shares are known only later."""
+    images = load_npz(npz)
+    options = fedu.prepare(fedu.parse_options([*tiny, "--clients", "3", "--method", "fedema"]))[1]
+    training = fedu.local_training
+
+    def rounds(poisoned: bool):
+        (federation,), net = fedu.build(options, images, CPU)
+        segments = divergence_segments(net, "layer-mean")
+        first = fedu.run_round(0, options, [federation], net, images.x_train, segments)
+        kept = {name: p.clone() for name, p in federation.clients[1].state.items()}
+        turn = iter(range(9))
+
+        def poison(objective, *arguments):
+            loss = training(objective, *arguments)
+            if next(turn) == 1:
+                objective.online.state.vector[-1] = float("inf")
+            return loss
+
+        clients = federation.clients
+        with monkeypatch.context() as patch:
+            if poisoned:
+                patch.setattr(fedu, "local_training", poison)
+            else:
+                patch.setattr(fedu, "drops_out", lambda k, *_: k == 1)
+            row = fedu.run_round(1, options, [federation], net, images.x_train, segments)
+        assert all(torch.equal(t, u) for name, p in kept.items() for t, u in zip(p, clients[1].state[name]))
+        assert clients[1].divergence == first["divergence"][1] and clients[1].last_round == 0
+        return row, federation
+
+    row, federation = rounds(poisoned=True)
+    assert row["nonfinite"] == [1] and row["clients"] == [0, 2]
+    assert "round 1: the upload of client 1 is not finite and was left out" in capsys.readouterr().err
+    expected, alone = rounds(poisoned=False)
+    assert expected["loss"] == row["loss"] and expected["divergence"] == row["divergence"]
+    torch.testing.assert_close(federation.server.vector, alone.server.vector, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(federation.server.buffers, alone.server.buffers, rtol=1e-5, atol=1e-7)
+    with pytest.raises(fedu.InputError, match="round 1: the upload of client 1 is not finite"):
+        options["on_nonfinite"] = "error"
+        rounds(poisoned=True)
+
+
+# -------------------------------------------------------------------------------------------------------- the disk
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_fragment(tiny, command, tmp_path):
