@@ -589,6 +589,8 @@ def run_folder(out: Path, make: bool) -> Iterator[None]:
     except BlockingIOError:
         os.close(folder)
         raise InputError(f"{out} is in use by another fedu.py: wait for it, or choose another --out") from None
+    for fragment in (path for name in RUN_FILES for path in out.glob(f".{name}.*")):
+        fragment.unlink()  # of a run that was killed while it wrote
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -1,0 +1,57 @@
+"""Kills runs at random moments; `FEDU_KILLS=30 python -m pytest tests/test_crash.py` is the long form."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import torch
+from conftest import ROOT
+
+KILLS = int(os.environ.get("FEDU_KILLS", 3))
+
+
+def contents(run) -> tuple[list[dict], list[torch.Tensor], list[dict]]:
+    """All that a run leaves but the seconds: metrics, encoder, the clients' and the server's state."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (encoder,) = torch.load(run / "encoder.pt", weights_only=True)["encoders"]
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert (run / "divergence.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+    tensors = [t for module in encoder.values() for t in module.values()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics], tensors, checkpoint["federations"]
+
+
+def equal(a, b) -> bool:
+    """Whether two trees of dicts, lists and tensors are the same, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tiny, tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "fedu.py")]
+    begun = time.perf_counter()
+    subprocess.run([*line, *tiny, "--rounds", "6", "--out", "straight"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    seconds = time.perf_counter() - begun
+    moments = random.Random(0)
+    for kill in range(KILLS):
+        run = tmp_path / f"killed{kill}"
+        process = subprocess.Popen([*line, *tiny, "--rounds", "6", "--out", run.name], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)
+        # past the imports, for a third of the time nothing is written
+        time.sleep(seconds * moments.uniform(0.3, 1))
+        process.kill()
+        process.wait()
+        if not (run / "config.json").exists():
+            continue  # nothing was begun, so nothing is lost
+        (run / ".checkpoint.pt.fragment").write_bytes(b"half")  # as a kill while writing leaves it, seldom
+        done = subprocess.run([*line, "--resume", run.name], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert not list(run.glob(".*"))
+        assert all(map(equal, contents(run), contents(tmp_path / "straight"))), f"kill {kill}"
