@@ -595,7 +595,7 @@ def run_folder(out: Path, make: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"continue with `python fedu.py --resume {out}`") from None
+        raise KeyboardInterrupt(f"continue with `python fedu.py --resume {shlex.quote(str(out))}`") from None
     finally:
         signal.signal(signal.SIGTERM, former)
         os.close(folder)
