@@ -345,6 +345,7 @@ def draw_knn(axis, groups: list[tuple[dict, list[Path]]]) -> None:
         spread = np.array([deviation([curve[r] for curve in curves]) for r in rounds])
         axis.plot(rounds, centre, color=colour, marker="o", markersize=3.5, label=setting["method"])
         axis.fill_between(rounds, centre - spread, centre + spread, color=colour, alpha=0.2, linewidth=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="rounds", ylabel="kNN accuracy of the averaged backbone (%)")
     axis.legend(frameon=False)
 
@@ -355,6 +356,7 @@ def draw_bars(axis, groups: list[tuple[dict, list[Path]]], accuracies: list[list
     axis.bar_label(bars, fmt="%.1f", padding=4)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
+    axis.margins(x=0.1)
     axis.set(xlabel="linear accuracy (%)", ylabel="aggregated encoder to updated encoder, predictor")
 
 
@@ -455,9 +457,10 @@ def deviation(values: list[float]) -> float:
 def scale(settings: list[dict]) -> str:
     """What runs of these settings have in common, in words."""
     common = max(settings, key=lambda s: s["rounds"])  # an untrained encoder has no rounds
-    words = f"{Path(common['dataset']).stem}, {common['encoder']}, {common['rounds']} rounds of {common['local_epochs']} local epochs"
-    words += f", B = {common['batch_size']}, lr {common['lr']:g}, {common['clients']} clients, {describe_partition(common)}"
-    return words[0].upper() + words[1:] + ", unless the table says otherwise; accuracies in % of the test images."
+    epochs = f"{common['local_epochs']} local epoch" + "s" * (common["local_epochs"] > 1)
+    words = f"On {Path(common['dataset']).stem}: {common['encoder']}, {common['rounds']} rounds of {epochs}, B = {common['batch_size']}"
+    words += f", lr {common['lr']:g}, {common['clients']} clients, {describe_partition(common)}"
+    return words + ", unless the table says otherwise; accuracies in % of the test images."
 
 
 def linear_accuracy(run: Path) -> float:

@@ -146,7 +146,7 @@ def test_table_has_a_row_a_setting_with_mean_and_deviation(runs, command):
     done = command("eval.py", "--table", cwd=runs)
     assert done.returncode == 0, done.stderr
     caption, _, *lines = done.stdout.splitlines()
-    assert caption.startswith("X, small, 3 rounds of 1 local epochs, B = 8, lr 0.05, 2 clients, 1/K of the classes each")
+    assert caption.startswith("On x: small, 3 rounds of 1 local epoch, B = 8, lr 0.05, 2 clients, 1/K of the classes each")
     sent = json.loads((runs / "runs/s0/metrics.jsonl").read_text().splitlines()[0])["upload_bytes"] / 1e6
     assert lines == [
         "| method | seeds | upload, MB a round | linear |",
