@@ -398,7 +398,7 @@ def local_training(
     images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` makes its two views. SGD with momentum 0.9, which starts
     from zero every round, and weight decay 5e-4 on everything. Nothing in here makes the host wait for the device.
     """
-    objective.online.check_views()
+    objective.check_views()
     device = images.device
     optimizer = torch.optim.SGD(objective.trained, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=device.type in ("cpu", "cuda"))
     total, steps = torch.zeros((), device=device), 0

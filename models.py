@@ -203,8 +203,8 @@ class Online(nn.Module):
 class Objective:
     """What a client minimises on two views of its images, and the networks that it needs for that.
 
-    `parts` are the states that a client and the server exchange or keep, as views: `encoder` and `predictor` make up the online network
-    (the predictor is empty where the objective has none), and what an objective adds is in `own` too: the state that a client begins
+    `parts` are the states that a client and the server exchange or keep, as views. `encoder` and `predictor` make up the online network;
+    the predictor is empty where the objective has none. Each part that an objective adds has an entry in `own`: what a client begins
     with when it takes part for the first time. `trained` are the tensors that the optimizer sees.
     """
 
@@ -218,6 +218,10 @@ class Objective:
         self.own: dict[str, Part] = {}
         self.trained = [self.online.weight]
         self.shared = torch.empty(0, 0, device=device)  # what clients shared through the server in the last round
+
+    def check_views(self) -> None:
+        """Assert that the networks still are views into their vectors."""
+        self.online.check_views()
 
     def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
         """The loss as terms, each to be computed and differentiated before the next, so that one's activations exist at a time.
@@ -245,6 +249,10 @@ class WithTarget(Objective):
         self.own["target"] = self.parts["encoder"]  # a copy of what the client received
         if not stop_gradient:
             self.trained.append(self.target.weight)
+
+    def check_views(self) -> None:
+        super().check_views()
+        self.target.check_views()
 
     def project(self, view: Tensor) -> Tensor:
         """The target encoder's projection of a view."""
