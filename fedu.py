@@ -538,14 +538,14 @@ def prepare(given: dict) -> tuple[Path, dict]:
     given.pop("overwrite", None)
     if run is not None:
         stored = evaluation.read_config(run)["options"]
+        stored = defaults(stored["method"]) | stored  # an older run knows fewer options
         changed = [k for k in given if given[k] != stored[k] and k not in HOST_OPTIONS]
         if changed:
             names = ", ".join(f"--{k.replace('_', '-')} {given[k]} (it was {stored[k]})" for k in changed)
             raise InputError(f"--resume {run} got other options than the run has: {names}")
         return run, stored | given
     method = METHODS[given.get("method", DEFAULTS["method"])]
-    columns = {name: getattr(method, name) for name in ("aggregate", "update", "predictor")}
-    options = DEFAULTS | columns | RECIPES.get(given.get("dataset", DEFAULTS["dataset"]), PAPER) | given
+    options = defaults(given.get("method", DEFAULTS["method"])) | RECIPES.get(given.get("dataset", DEFAULTS["dataset"]), PAPER) | given
     check_ablation(method, given, options)
     if options["divergence"] == "squared" and "mu" not in given:
         raise InputError("--divergence squared wants a --mu of its own, since 0.4 belongs to layer-mean")
@@ -555,6 +555,11 @@ def prepare(given: dict) -> tuple[Path, dict]:
         options["rounds"] = 0
     name = f"{Path(options['dataset']).stem}-{options['method']}-{options['clients']}clients-s{options['seed']}"
     return out or Path("runs") / name, options
+
+
+def defaults(method: str) -> dict:
+    """The options of a method's row, and those that no recipe sets."""
+    return DEFAULTS | {name: getattr(METHODS[method], name) for name in ("aggregate", "update", "predictor")}
 
 
 def check_ablation(method: Method, given: dict, options: dict) -> None:

@@ -627,6 +627,15 @@ def test_damaged_checkpoints_are_refused_and_the_previous_one_continues(finished
     assert all(map(torch.equal, straight["encoders"], resumed["encoders"])) and len(resumed["metrics"]) == 3
 
 
+def test_a_run_begun_before_an_option_existed_has_its_default(finished, stopped):
+    config = json.loads((stopped / "config.json").read_text())
+    for name in ("update", "dropout"):
+        del config["options"][name]
+    (stopped / "config.json").write_text(json.dumps(config))
+    fedu.main({"resume": stopped})
+    assert torch.equal(load(stopped)["encoders"][0], load(finished / "runs/run")["encoders"][0])
+
+
 def test_without_a_whole_checkpoint_nothing_is_resumed(stopped, command):
     (stopped / "checkpoint.pt").unlink()  # as if killed between the two renames
     before = command("fedu.py", "--resume", "run", cwd=stopped.parent)
