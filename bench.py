@@ -364,13 +364,14 @@ def simulation(images: Images, folder: Path | None = None, per_client: int | Non
     With a folder, each round ends with a checkpoint in it.
     """
     options = fedu.prepare({"dataset": "cifar10", **given})[1]
-    federations, objective = fedu.build(options, images.to(DEVICE), DEVICE)
+    images = images.to(DEVICE)
+    federations, objective = fedu.build(options, images, DEVICE)
     for client in federations[0].clients:
         client.indices = client.indices[:per_client]
     segments = fedu.divergence_segments(objective, "layer-mean")
 
     def run() -> None:
-        fedu.run_round(0, options, federations, objective, images.x_train.to(DEVICE), segments)
+        fedu.run_round(0, options, federations, objective, images.x_train, segments)
         if folder:
             fedu.save_checkpoint(folder, 1, federations, 0.0)
 

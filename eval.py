@@ -415,7 +415,9 @@ def table(runs: list[Path]) -> str:
     settings = [setting for setting, _ in groups]
     by_method = {"method", "aggregate", "update", "predictor", "rounds"}  # the last: an untrained encoder has none
     differ = [k for k in settings[0] if len({json.dumps(s.get(k)) for s in settings}) > 1 and k not in by_method]
-    differ += [k for k in ("aggregate", "update", "predictor") if len({json.dumps(s[k]) for s in settings if s["method"] == "fedu"}) > 1]
+    differ += [
+        k for k in ("aggregate", "update", "predictor") if len({json.dumps(s.get(k)) for s in settings if s["method"] == "fedu"}) > 1
+    ]
     found = {run: read_evaluations(run) for run in runs}
     columns = sorted({name for evaluations in found.values() for name in evaluations}, key=lambda n: ("linear" not in n, n))
     published = all(Path(s["dataset"]).stem == "cifar10" and s["clients"] == 5 for s in settings) and not set(differ) - {"partition"}
@@ -441,10 +443,10 @@ def table(runs: list[Path]) -> str:
 
 
 def by_setting(runs: list[Path]) -> list[tuple[dict, list[Path]]]:
-    """The runs grouped by their options, seed and host apart."""
+    """The runs grouped by their options, but for the seed, the host, and how often kNN was measured."""
     groups: dict[str, list[Path]] = {}
     for run in runs:
-        setting = {k: v for k, v in read_config(run)["options"].items() if k not in ("seed", "device", "data_root")}
+        setting = {k: v for k, v in read_config(run)["options"].items() if k not in ("seed", "device", "data_root", "knn_every")}
         groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
     return [(json.loads(setting), members) for setting, members in groups.items()]
 
