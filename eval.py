@@ -415,9 +415,9 @@ def table(runs: list[Path]) -> str:
     settings = [setting for setting, _ in groups]
     by_method = {"method", "aggregate", "update", "predictor", "rounds"}  # the last: an untrained encoder has none
     differ = [k for k in settings[0] if len({json.dumps(s.get(k)) for s in settings}) > 1 and k not in by_method]
-    differ += [
-        k for k in ("aggregate", "update", "predictor") if len({json.dumps(s.get(k)) for s in settings if s["method"] == "fedu"}) > 1
-    ]
+    methods = {s["method"] for s in settings}  # which set these three, so they are shown where they differ within one
+    for k in ("aggregate", "update", "predictor"):
+        differ += [k] * any(len({s.get(k) for s in settings if s["method"] == method}) > 1 for method in methods)
     found = {run: read_evaluations(run) for run in runs}
     columns = sorted({name for evaluations in found.values() for name in evaluations}, key=lambda n: ("linear" not in n, n))
     published = all(Path(s["dataset"]).stem == "cifar10" and s["clients"] == 5 for s in settings) and not set(differ) - {"partition"}

@@ -167,6 +167,10 @@ def test_table_shows_the_options_that_differ(runs, command):
     assert header.startswith("| method | partition | seeds |") and "linear, published" in header
     assert iid.startswith("| fedu | iid | 1 |") and iid.endswith("| 83.96 |")
     assert classes.startswith("| fedu | 1/K of the classes each | 1 |") and classes.endswith("| 80.52 |")
+    config["options"]["update"] = "both"
+    (runs / "runs/s1/config.json").write_text(json.dumps(config))
+    done = command("eval.py", "--table", "runs/s0", "runs/s1", cwd=runs)
+    assert done.stdout.splitlines()[2].startswith("| method | partition | update | seeds |")
 
 
 def test_plots(runs, command):

@@ -652,7 +652,9 @@ def test_interrupts_name_the_command_that_continues(tiny, tmp_path, number):
     env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, str(ROOT / "fedu.py"), *tiny, "--rounds", "999", "--out", "run"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(line, cwd=tmp_path, env=env, **pipes) as process:
+    # where the tests run in the background, interrupts are ignored, and a child would inherit that
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(line, cwd=tmp_path, env=env, preexec_fn=heed, **pipes) as process:
         while not process.stdout.readline().startswith("      1"):
             assert process.poll() is None, process.stderr.read()
         for more in (["--overwrite"], []):
