@@ -82,4 +82,6 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object], keep_as: Path 
                 os.unlink(file.name)
                 raise
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError of its archive writer
+        if isinstance(error.__context__, KeyboardInterrupt):  # which also keeps that writer from ending its archive
+            raise KeyboardInterrupt from None
         raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
