@@ -35,7 +35,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cli import Parser, number, user_errors, write_atomic
+from cli import Parser, number, user_errors
 
 PARTS = ("views", "start", "server", "epoch", "memory", "growth")
 RECIPES = {"tiny": (32, 1184), "small": (64, 1920), "resnet18": (128, 256)}  # batch size, images of the timed epoch
@@ -476,12 +476,7 @@ def slope(seconds: list[float]) -> float:
 
 
 def draw_growth(seconds: dict[str, list[float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = fedu.evaluation.pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     for (what, times), colour, marker in zip(seconds.items(), fedu.evaluation.COLOURS, "osD^"):
         label = f"{what}: slope {slope(times):.2f}"
         axis.plot([2**i for i in range(len(times))], times, color=colour, marker=marker, linewidth=2, label=label)
@@ -492,8 +487,7 @@ def draw_growth(seconds: dict[str, list[float]], path: Path) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
-    write_atomic(path, lambda file: figure.savefig(file, dpi=150, format=path.suffix[1:] or "png"))
-    plt.close(figure)
+    fedu.evaluation.save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------------- start-up

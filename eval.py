@@ -272,14 +272,26 @@ STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def plot(runs: list[Path], out: Path) -> None:
-    """Draw divergence, loss and kNN accuracy against rounds: a thin line a client, a thick one their mean, one colour a run."""
+def pyplot():
+    """matplotlib.pyplot without a display, imported by those who draw."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+
+    return plt
+
+
+def save_figure(figure, out: Path) -> None:
+    write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=out.suffix[1:] or "png"))
+    pyplot().close(figure)
+
+
+def plot(runs: list[Path], out: Path) -> None:
+    """Draw divergence, loss and kNN accuracy against rounds: a thin line a client, a thick one their mean, one colour a run."""
     from matplotlib.ticker import MaxNLocator
 
+    plt = pyplot()
     with plt.rc_context(STYLE):
         figure, (top, loss, knn_) = plt.subplots(3, 1, figsize=(9, 9.5), height_ratios=(2, 1, 1), sharex=True, layout="constrained")
         for colour, run in zip(COLOURS * len(runs), runs):
@@ -307,8 +319,7 @@ def plot(runs: list[Path], out: Path) -> None:
         figure.suptitle(run_title(runs))
         handles = dict(reversed([(lb, h) for h, lb in zip(*top.get_legend_handles_labels())][::-1]))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
-        write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=out.suffix[1:] or "png"))
-        plt.close(figure)
+        save_figure(figure, out)
 
 
 def plot_against(option: str, runs: list[Path], out: Path) -> None:
@@ -317,11 +328,7 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
     option: `round` draws the kNN accuracy of each setting against rounds, `ablation` bars of linear accuracy by aggregate, update and
     predictor, any option of fedu.py the linear accuracy against its values, a line a method. Raises InputError if runs lack the option.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     groups = by_setting(runs)
     if option not in ("round", "ablation") and any(option not in setting for setting, _ in groups):
         raise InputError(f"--against got {option!r}, wants round, ablation or an option of fedu.py as it is in config.json")
@@ -333,8 +340,7 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
         else:
             accuracies = [[100 * linear_accuracy(run) for run in members] for _, members in groups]
             (draw_bars if option == "ablation" else partial(draw_sweep, option=option))(axis, groups, accuracies)
-        write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=out.suffix[1:] or "png"))
-        plt.close(figure)
+        save_figure(figure, out)
 
 
 def draw_knn(axis, groups: list[tuple[dict, list[Path]]]) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -298,6 +298,12 @@ def federated_round(
     return reports
 
 
+@cache
+def glibc() -> ctypes.CDLL | None:
+    """The C library if it is glibc; asked once, since the answer is read from the interpreter's file."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
 def keep_memory() -> None:
     """Let the C library keep what tensors free, instead of handing it back to the kernel and faulting it in again at every step.
 
@@ -305,15 +311,15 @@ def keep_memory() -> None:
     come and go, else they would leave holes. Does nothing where the library is not glibc.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 << 20)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+    if libc := glibc():
+        libc.mallopt(M_MMAP_THRESHOLD, 64 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def release_memory() -> None:
     """Hand back what `keep_memory` kept: local training's activations, before the server's vectors need room."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    if libc := glibc():
+        libc.malloc_trim(0)
 
 
 def load_ops() -> None:
