@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -278,9 +278,8 @@ def federated_round(
         update = model_update(client, federation.server, objective, options, segments, round_)
         began = federation.server if takes_whole(options) else uploadable(objective, options["aggregate"]).clone()
         generator = keyed_generator(images.device, options["seed"], "training", round_, client.id)
-        views = partial(two_views, generator=generator)
         batches = local_batches(client.indices, options["local_epochs"], options["batch_size"], generator)
-        loss = local_training(objective, images, batches, views, lr, options["precision"], ema_decay, progress).item()
+        loss = local_training(objective, images, batches, generator, lr, options["precision"], ema_decay, progress=progress).item()
         share = objective.share(method.dictionary // len(members))
         release_memory()
         if not math.isfinite(loss) or not is_finite(uploadable(objective, options["aggregate"])):
@@ -360,8 +359,7 @@ def align_with_base(objective: FedCA, public: Tensor, options: dict) -> None:
     generator = keyed_generator(device, options["seed"], "public")
     everything = torch.arange(len(public), device=device)
     batches = local_batches(everything, epochs, options["batch_size"], generator)
-    views = partial(two_views, generator=generator)
-    local_training(base, public, batches, views, options["lr"], options["precision"])
+    local_training(base, public, batches, generator, options["lr"], options["precision"])
     objective.align(public, evaluation.extract_features(base.online.module, public).clone())
 
 
@@ -396,33 +394,66 @@ def local_batches(indices: Tensor, epochs: int, batch_size: int, generator: torc
 
 
 def local_training(
-    objective: Objective, images: Tensor, batches: Iterable[Tensor], views: Callable[[Tensor], tuple[Tensor, Tensor]], lr: float,
-    precision: str = "fp32", ema_decay: float = 0.99, progress: tqdm | None = None,
+    objective: Objective, images: Tensor, batches: Iterable[Tensor], generator: torch.Generator | None, lr: float,
+    precision: str = "fp32", ema_decay: float = 0.99, views: Callable[..., tuple[Tensor, Tensor]] = two_views, progress: tqdm | None = None,
 ) -> Tensor:  # fmt: skip
     """Stage 1: train the objective's networks on a client's batches; returns the mean loss, `[]`, still on the device.
 
-    images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` makes its two views. SGD with momentum 0.9, which starts
-    from zero every round, and weight decay 5e-4 on everything. Nothing in here makes the host wait for the device.
+    images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` draws its two views from the generator. SGD with momentum
+    0.9, which starts from zero every round, and weight decay 5e-4 on everything. No step makes the host wait for the device.
     """
     objective.check_views()
     device = images.device
     optimizer = torch.optim.SGD(objective.trained, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=device.type in ("cpu", "cuda"))
     total, steps = torch.zeros((), device=device), 0
-    for batch in batches:
-        view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in views(images[batch]))
+
+    def step(batch: Tensor) -> None:
+        view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in views(images[batch], generator))
         for weight in objective.trained:
             weight.grad.zero_()
         for term in objective.terms(view1, view2, batch):
             with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
                 loss = term()
             loss.backward()
-            total += loss.detach()
+            total.add_(loss.detach())
         optimizer.step()
         objective.update_target(ema_decay)
-        steps += 1
-        if progress is not None:
-            progress.update()
+
+    with as_graph(step, generator) if device.type == "cuda" else nullcontext(step) as run:
+        for batch in batches:
+            run(batch)
+            steps += 1
+            if progress is not None:
+                progress.update()
     return total / steps
+
+
+@contextmanager
+def as_graph(step: Callable[[Tensor], None], generator: torch.Generator) -> Iterator[Callable[[Tensor], None]]:
+    """A training step as a CUDA graph: one launch for the host instead of some 400, for which a GPU would wait.
+
+    The first three steps run as they are, on the stream that the graph is captured on: PyTorch wants its libraries, the gradients and
+    the momentum to be there by then. Gives what takes a batch, always of the same size, in place of `step`.
+    """
+    stream, graph, first = torch.cuda.Stream(), torch.cuda.CUDAGraph(), iter(range(3))
+    captured: Tensor | None = None
+
+    def run(batch: Tensor) -> None:
+        nonlocal captured
+        if next(first, None) is not None:
+            return step(batch)
+        if captured is None:
+            captured = batch.clone()
+            graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, stream=stream):
+                step(captured)
+        captured.copy_(batch)
+        graph.replay()
+
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield run
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def uploadable(objective: Objective, aggregate: str) -> Part:

@@ -335,7 +335,7 @@ class FedCA(SimCLR):
 
     def __init__(self, encoder: Encoder, device: torch.device):
         super().__init__(encoder, device)
-        self.newest: list[Tensor] = []
+        self.newest = torch.zeros(4096, encoder.head[-1], device=device)  # rows of zeros are not filled yet
         self.public = self.base = torch.empty(0, device=device)
 
     def align(self, public: Tensor, base: Tensor) -> None:
@@ -347,7 +347,7 @@ class FedCA(SimCLR):
 
     def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
         z = normalize(self.online.module(torch.cat([view1, view2])))
-        self.newest = [*self.newest[-(4096 // len(z)) :], z.detach().float()]
+        self.newest.copy_(torch.cat([z.detach(), self.newest])[: len(self.newest)])
         return self.contrast(z, self.shared if len(self.shared) else None)
 
     def alignment(self, chosen: Tensor) -> Tensor:
@@ -355,8 +355,9 @@ class FedCA(SimCLR):
         return (1 - cosine_similarity(self.online.module(images), self.base[chosen])).mean()
 
     def share(self, rows: int) -> Tensor:
-        newest, self.newest = torch.cat(self.newest), []
-        return newest[-rows:]
+        newest = self.newest[self.newest.any(1)][:rows]
+        self.newest.zero_()
+        return newest
 
 
 class MoCo(WithTarget):

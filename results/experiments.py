@@ -57,6 +57,11 @@ for classes in (2, 4, 6, 8, 10):
     EXPERIMENTS[f"short-{classes}"] = (f"{SHORT} {classes}", 1)
 for clients, classes in ((2, 5), (10, 1), (20, 1)):
     EXPERIMENTS[f"clients-{clients}"] = (f"{SHORT} {classes} --clients {clients}", 1)
+# the same 20 epochs in fewer rounds, and three times as many rounds
+for epochs, rounds in ((5, 4), (10, 2)):
+    EXPERIMENTS[f"epochs-{epochs}"] = (f"{LONG} --local-epochs {epochs} --rounds {rounds}", 1)
+for method in ("fedu", "single", "fedbyol"):
+    EXPERIMENTS[f"longer-{method}"] = (f"{LONG} --rounds 60 --method {method}", 1)
 for mu in ("0", "inf"):
     EXPERIMENTS[f"mu-{mu}"] = (f"{SHORT} 2 --mu {mu}", 1)
 EXPERIMENTS |= {

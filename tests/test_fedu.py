@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import fedu
 import ops
-from data import draw_views, keyed_generator, load_npz, two_views
+from data import draw_views, keyed_generator, load_npz
 from fedu import Client, aggregate, cosine, divergence, divergence_segments, local_batches, local_training, model_update, model_upload
 from models import BYOL, Encoder, Part, in_memory_order
 
@@ -99,7 +99,7 @@ def test_order_of_training_does_not_matter(npz):
             client = Client(k, torch.arange(k * 20, k * 20 + 16 + 4 * k))
             model_update(client, start, net, columns(), NOTHING, 0)
             generator = keyed_generator(CPU, 0, "training", 0, k)
-            local_training(net, images, local_batches(client.indices, 1, 8, generator), partial(two_views, generator=generator), 0.05)
+            local_training(net, images, local_batches(client.indices, 1, 8, generator), generator, 0.05)
             uploads[k] = model_upload(client, net, columns(), 0).clone()
         results.append(aggregate_all([uploads[k] for k in range(3)], [16, 20, 24], start, torch.tensor([[0, 100]]))[0])
     assert all(map(torch.equal, *results))
@@ -265,7 +265,7 @@ def test_local_training_never_waits_for_the_device(monkeypatch):
     for constructor in ("tensor", "as_tensor", "from_numpy"):  # each would copy from the host, unseen by the recorder
         monkeypatch.setattr(torch, constructor, None)
     with Recorder(meta) as recorder:
-        loss = local_training(net, images, batches, two_views, 0.05)
+        loss = local_training(net, images, batches, None, 0.05)
     assert len(recorder.calls) > 1000
     assert loss.device == meta and loss.shape == ()
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -284,7 +284,7 @@ def test_every_step_is_the_same_sequence_of_operations(npz):
                 steps.append(recorder.calls[:])
                 recorder.calls.clear()
 
-        local_training(net, images, batches(), partial(two_views, generator=torch.Generator().manual_seed(0)), 0.05)
+        local_training(net, images, batches(), torch.Generator().manual_seed(0), 0.05)
     assert len(steps) == 4 and len(steps[1]) > 300
     assert steps[1] == steps[2] == steps[3]
 
@@ -316,7 +316,7 @@ def test_without_decay_the_target_is_the_online_encoder(npz):
     images = load_npz(npz).x_train
     for ema_decay in (0.0, 0.99):
         batches = local_batches(torch.arange(16), 1, 8, torch.Generator().manual_seed(0))
-        local_training(net, images, batches, two_views, 0.05, ema_decay=ema_decay)
+        local_training(net, images, batches, None, 0.05, ema_decay=ema_decay)
         assert torch.equal(net.target.state.vector, net.parts["encoder"].vector) == (ema_decay == 0)
 
 
@@ -694,8 +694,8 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
         kept = {name: p.clone() for name, p in federation.clients[1].state.items()}
         turn = iter(range(9))
 
-        def poison(objective, *arguments):
-            loss = training(objective, *arguments)
+        def poison(objective, *arguments, **keywords):
+            loss = training(objective, *arguments, **keywords)
             if next(turn) == 1:
                 objective.online.state.vector[-1] = float("inf")
             return loss

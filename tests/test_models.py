@@ -249,7 +249,7 @@ def test_nt_xent_by_hand():
 def test_fedca_by_hand():
     """As NT-Xent above, with a dictionary of one vector equal to the first image's; and half of the public images agree with the base."""
     objective = with_identity(FedCA(Encoder("tiny"), CPU))
-    objective.temperature, objective.shared = 0.5, torch.tensor([[1.0, 0.0]])
+    objective.temperature, objective.shared, objective.newest = 0.5, torch.tensor([[1.0, 0.0]]), torch.zeros(6, 2)
     public = torch.zeros(2, 3, 1, 1, dtype=torch.uint8)
     public[:, 0] = 255
     objective.align(public, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])[:, :, None, None])
@@ -257,7 +257,7 @@ def test_fedca_by_hand():
     contrast, alignment = (term().item() for term in objective.terms(views, views, torch.tensor([4, 7])))
     first, second = (-math.log(math.exp(2) / (math.exp(2) + 2 + math.exp(d))) for d in (2, 0))
     assert contrast == pytest.approx((first + second) / 2) and alignment == pytest.approx(0.5)
-    assert objective.share(3).tolist() == [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]] and not objective.newest
+    assert objective.share(5).tolist() == 2 * [[1.0, 0.0], [0.0, 1.0]] and len(objective.share(5)) == 0
 
 
 def test_moco_by_hand():
