@@ -32,6 +32,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -308,7 +309,7 @@ def floor(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
     with torch.no_grad():
         gradients = [torch.randn_like(module(x)) for module, x, _ in calls]
 
-    def step() -> None:
+    def step(_: Tensor) -> None:
         for (module, x, wants), gradient in zip(calls, gradients, strict=True):
             for _ in range(2):
                 if id(module) in of_target:
@@ -317,7 +318,13 @@ def floor(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
                 x = x.detach().requires_grad_(wants)
                 torch.autograd.grad(module(x), [*module.parameters(), *([x] if wants else [])], gradient)
 
-    return lambda: [step() for _ in range(count // batch_size)]
+    def epoch() -> None:
+        batch = torch.zeros((), device=DEVICE)  # that this step does not look at
+        with fedu.as_graph(step, torch.Generator(DEVICE)) if DEVICE.type == "cuda" else nullcontext(step) as run:
+            for _ in range(count // batch_size):
+                run(batch)
+
+    return epoch
 
 
 def operations(encoder: str) -> dict[str, float]:

@@ -22,7 +22,10 @@ def full_precision(monkeypatch):
 
 
 def train(kind: str, npz, device: torch.device, views=two_views):
-    """An objective after seven steps, four of them by a CUDA graph where there is a GPU, and its mean loss; without the wait for it."""
+    """An objective before and after seven steps, on a GPU four of them by a graph and none waited for, and the mean loss.
+
+    So small a learning rate that rounding is not amplified: at 0.01, 1e-6 in the weights becomes 10% of the update.
+    """
     images = load_npz(npz).to(device)
     torch.manual_seed(0)
     objective = OBJECTIVES[kind]("tiny", device, images.y_train)
@@ -30,18 +33,23 @@ def train(kind: str, npz, device: torch.device, views=two_views):
         objective.align(images.x_train[:8], torch.ones(8, 256, device=device))
     generator = keyed_generator(device, 0, "test")
     batches = torch.arange(56, device=device).split(8)
+    before = {name: part.clone() for name, part in objective.parts.items()}
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        return objective, fedu.local_training(objective, images.x_train, batches, generator, 0.05, views=views)
+        loss = fedu.local_training(objective, images.x_train, batches, generator, 0.0005, views=views)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    return before, objective.parts, loss
 
 
-def assert_same_state(got, want, **tolerance: float) -> None:
-    for name, part in got.parts.items():
-        for mine, theirs in zip(part, want.parts[name]):
-            torch.testing.assert_close(mine.cpu(), theirs.cpu(), **tolerance)
+def assert_same_update(got, want) -> None:
+    """Up to rounding: to 2% of the length of each vector's update."""
+    torch.testing.assert_close(got[2].cpu(), want[2].cpu(), rtol=1e-4, atol=1e-4)
+    for name in got[0]:
+        for began, mine, theirs in zip(want[0][name], got[1][name], want[1][name]):
+            update, difference = (t.float().cpu() for t in (theirs - began, mine.cpu() - theirs.cpu()))
+            assert difference.norm() <= 0.02 * update.norm(), name
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
@@ -51,18 +59,14 @@ def test_training_gives_what_it_gives_on_the_cpu(npz, full_precision, kind):
     def views(images: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor]:
         return images / 255, images.flip(3) / 255
 
-    (on_gpu, loss), (on_cpu, expected) = (train(kind, npz, device, views) for device in (GPU, CPU))
-    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-3, atol=1e-3)
-    assert_same_state(on_gpu, on_cpu, rtol=1e-2, atol=1e-3)
+    assert_same_update(train(kind, npz, GPU, views), train(kind, npz, CPU, views))
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_the_graph_gives_what_its_step_gives(npz, full_precision, monkeypatch, kind):
-    replayed, loss = train(kind, npz, GPU)
+def test_the_graph_gives_what_its_steps_give(npz, full_precision, monkeypatch, kind):
+    replayed = train(kind, npz, GPU)
     monkeypatch.setattr(fedu, "as_graph", lambda step, generator: nullcontext(step))
-    stepwise, expected = train(kind, npz, GPU)
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
-    assert_same_state(replayed, stepwise, rtol=1e-3, atol=1e-4)
+    assert_same_update(replayed, train(kind, npz, GPU))
 
 
 @pytest.mark.parametrize("method", ["fedu", "fedema", "fedca", "fedmoco-v2"])
