@@ -404,13 +404,15 @@ def local_training(
     """
     objective.check_views()
     device = images.device
-    optimizer = torch.optim.SGD(objective.trained, lr, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.SGD(objective.trained, lr, fused=device.type in ("cpu", "cuda"))
     total, steps = torch.zeros((), device=device), 0
+    for weight in objective.trained:
+        weight.grad.zero_()
 
     def step(batch: Tensor) -> None:
         view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in views(images[batch], generator))
-        for weight in objective.trained:
-            weight.grad.zero_()
+        for weight in objective.trained:  # backward() adds to this: momentum and gradient are one vector, where SGD's own would be two
+            weight.grad.mul_(MOMENTUM).add_(weight.detach(), alpha=WEIGHT_DECAY)
         for term in objective.terms(view1, view2, batch):
             with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
                 loss = term()

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import math
@@ -300,6 +301,28 @@ def test_views_and_loss_compile_without_a_graph_break():
 
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images, draws), step(images, draws))
+
+
+def test_local_training_is_torchs_sgd_over_the_modules_own_tensors(monkeypatch):
+    """Momentum and weight decay on everything, here by the flat gradient; a decay large enough to be seen in four steps."""
+    monkeypatch.setattr(fedu, "WEIGHT_DECAY", 0.1)
+    torch.manual_seed(0)
+    net, images = objective(), torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8)
+    module = copy.deepcopy(net.online.module)
+    for p in module.parameters():
+        p.grad = None
+    batches, optimizer = torch.arange(32).split(8), torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, weight_decay=0.1)
+    local_training(net, images, batches, None, 0.01, ema_decay=1.0, views=lambda x, _: (x / 255, x.flip(3) / 255))
+    target = objective().target.module
+    target.load_state_dict(module.encoder.state_dict())
+    for batch in batches:
+        views = images[batch] / 255, images[batch].flip(3) / 255
+        loss = sum(2 - 2 * torch.cosine_similarity(module(x), target(y).detach()).mean() for x, y in (views, views[::-1]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for mine, theirs in zip(net.online.module.parameters(), module.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_batches_are_shuffled_passes_without_the_rest():

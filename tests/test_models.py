@@ -123,23 +123,6 @@ def test_broken_views_are_noticed():
         network.check_views()
 
 
-def test_flat_sgd_is_sgd():
-    """Steps on the flat vector equal those of torch.optim over the module's own parameters."""
-    plain = build_head(5, 4, 3)
-    flat = Flat(copy.deepcopy(plain))
-    optimizers = [torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=5e-4) for p in ([flat.weight], plain.parameters())]
-    for _ in range(3):
-        x = torch.rand(6, 5)
-        flat.weight.grad.zero_()
-        plain.zero_grad()
-        for module, optimizer in zip((flat.module, plain), optimizers):
-            module(x).square().sum().backward()
-            optimizer.step()
-    flat.check_views()
-    for mine, theirs in zip(flat.module.parameters(), plain.parameters()):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
-
-
 # --------------------------------------------------------------------------------------------------- objectives
 
 
