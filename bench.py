@@ -1,7 +1,7 @@
-"""Times local training against the other ways to do it: `python bench.py [views|epoch|memory|growth|server|start ...]`, medians.
+"""Times local training against the other ways to do it: `python bench.py [views|start|server|epoch|memory|growth|clients|ranks ...]`.
 
-Every row's ways are timed in turns in this one run, each way of `epoch` and `memory` in a process of its own. `x` is that way's time
-(or memory) over ours: above 1, ours is better. `epoch` trains the same network on the same images:
+Medians; every row's ways are timed in turns in this one run, each way of `epoch`, `memory` and `clients` in a process of its own. `x` is
+that way's time (or memory) over ours: above 1, ours is better. `epoch` trains the same network on the same images:
 
     authors    a loop as in EasyFL's fedssl: PIL images in a DataLoader without workers, EMA tensor by tensor, a wait for the loss every
                step, deep copies around it
@@ -11,8 +11,10 @@ Every row's ways are timed in turns in this one run, each way of `epoch` and `me
     floor      the network's convolutions and matrix products alone, each shape by itself, forwards and backwards
     bf16       our step with --precision bf16
 
-`memory` is the peak of two rounds of the paper's setting, cut to two batches a client; `growth` the time of a round as one thing
-grows. The operations of the model are counted; MFU, with --peak-tflops, is the share of the device's peak that they make up.
+`memory` is the peak of two rounds of the paper's setting, cut to two batches a client. `growth` is the time of a round as one thing
+grows, `clients` its time and peak memory as the clients of whom it draws ten become many. `ranks` are the main job's rounds by a process
+of one thread for each core, against one process with all threads. The operations of the model are counted; MFU, with --peak-tflops, is
+the share of the device's peak that they make up.
 
     pip install -r requirements-dev.txt kornia lightly
     python bench.py
@@ -22,6 +24,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
+import json
 import multiprocessing
 import os
 import pickle
@@ -38,7 +42,7 @@ from pathlib import Path
 
 from cli import Parser, number, user_errors
 
-PARTS = ("views", "start", "server", "epoch", "memory", "growth")
+PARTS = ("views", "start", "server", "epoch", "memory", "growth", "clients", "ranks")
 RECIPES = {"tiny": (32, 1184), "small": (64, 1920), "resnet18": (128, 256)}  # batch size, images of the epoch timed on a CPU
 
 
@@ -48,8 +52,8 @@ def parse_options() -> dict:
     parser.add_argument("--encoder", action="append", choices=RECIPES, help="for epoch, may be repeated  [all]")
     parser.add_argument("--repeats", type=number(int, 3), help="of each way  [5]")
     parser.add_argument("--peak-tflops", type=number(float, 0, open_low=True), help="of this device, for the MFU of epoch  [not shown]")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw growth  [not drawn]")
-    given = {"parts": [], "encoder": list(RECIPES), "repeats": 5, "peak_tflops": None, "figure": None} | vars(parser.parse_args())
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw growth and clients there  [not drawn]")
+    given = {"parts": [], "encoder": list(RECIPES), "repeats": 5, "peak_tflops": None, "figures": None} | vars(parser.parse_args())
     for part in given["parts"]:
         if part not in PARTS:
             parser.error(f"got {part!r}, wants one of {', '.join(PARTS)}")
@@ -377,11 +381,13 @@ def simulation(images: Images, folder: Path | None = None, per_client: int | Non
     for client in federations[0].clients:
         client.indices = client.indices[:per_client]
     segments = fedu.divergence_segments(objective, "layer-mean")
+    rounds = itertools.count()
+    bank = fedu.Bank({name: objective.parts[name] for name in fedu.kept_parts(objective, options)}, folder and folder / "bank.bin")
 
     def run() -> None:
-        fedu.run_round(0, options, federations, objective, images.x_train, segments)
+        fedu.run_round(next(rounds), options, federations, objective, images.x_train, segments, bank)
         if folder:
-            fedu.save_checkpoint(folder, 1, federations, 0.0)
+            fedu.save_checkpoint(folder, 1, federations, bank, 0.0)
 
     return run
 
@@ -498,6 +504,59 @@ def draw_growth(seconds: dict[str, list[float]], path: Path) -> None:
     fedu.evaluation.save_figure(figure, path)
 
 
+def bench_clients(repeats: int, figure: Path | None) -> None:
+    """Rounds of the small encoder, with a checkpoint each, 20 steps a client, on images as many as CIFAR-10's."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        sizes = [(10, 10), (100, 10), (1_000, 10), (10_000, 10), (10_000, 50)]
+        for size in sizes:
+            Path(folder, "-".join(map(str, size))).mkdir()
+        ways = {size: Worker(rounds_of_many, *size, Path(folder, "-".join(map(str, size)))) for size in sizes}
+        seconds = timed(ways, repeats)
+        for worker in ways.values():
+            worker.stop()
+    peaks = {size: worker.peak_bytes / 2**20 for size, worker in ways.items()}
+    for (clients, per_round), median in seconds.items():
+        name = f"clients, small, {per_round} a round"
+        times, more = median / seconds[10, 10], peaks[clients, per_round] / peaks[10, 10]
+        print(f"{name:28} K = {clients:<6} {median * 1e3:12.2f} {times:8.2f} {peaks[clients, per_round]:9.0f} MB {more:8.2f}", flush=True)
+    if figure:
+        draw_clients([size for size in sizes if size[1] == 10], seconds, peaks, figure)
+
+
+def rounds_of_many(clients: int, per_round: int, folder: Path) -> Callable[[], object]:
+    fedu.keep_memory()
+    options = {"clients": clients, "clients_per_round": per_round, "encoder": "small", "partition": "iid"}
+    return simulation(as_large_as_cifar10(), folder, per_client=5, batch_size=5, local_epochs=20, **options)
+
+
+def draw_clients(sizes: list[tuple[int, int]], seconds: dict, peaks: dict, path: Path) -> None:
+    figure, axes = fedu.evaluation.pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for axis, values, label in zip(axes, (seconds, peaks), ("seconds a round", "peak resident memory (MB)")):
+        axis.plot([k for k, _ in sizes], [values[size] for size in sizes], color=fedu.evaluation.COLOURS[0], marker="o", linewidth=2)
+        axis.set(xlabel="clients K", ylabel=label, xscale="log", ylim=(0, 1.25 * max(values[size] for size in sizes)))
+        axis.grid(alpha=0.25)
+    figure.suptitle("Ten clients a round, drawn of K; small encoder, 20 steps each")
+    fedu.evaluation.save_figure(figure, path)
+
+
+def bench_ranks(repeats: int) -> None:
+    """A round by its own clock, the first left out, of processes that share this machine's cores."""
+    fedu_py, cores = str(Path(__file__).with_name("fedu.py")), os.cpu_count() or 1
+    for encoder, clients in itertools.product(("tiny", "small"), (5, 10)):
+        options = f"--encoder {encoder} --clients {clients} --classes-per-client 2 --rounds 2 --knn-every 0 --overwrite --out".split()
+        seconds: dict[str, list[float]] = {}
+        for _ in range(repeats):
+            for count in (1, cores):
+                out = Path("runs") / f"bench-ranks-{count}"
+                start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+                env = os.environ | {"OMP_NUM_THREADS": str(cores // count)}
+                subprocess.run([sys.executable, *start, fedu_py, *options, str(out)], env=env, check=True, capture_output=True)
+                row = json.loads((out / "metrics.jsonl").read_text().splitlines()[1])
+                seconds.setdefault(f"{count} x {cores // count}", []).append(row["seconds"])
+        medians = {way: float(np.median(times)) for way, times in reversed(seconds.items())}
+        report(f"ranks, {encoder}, K = {clients}", medians, 6000 * 2)
+
+
 # ------------------------------------------------------------------------------------------------------- start-up
 
 
@@ -517,7 +576,7 @@ def bench_start(repeats: int) -> None:
         report("start-up", timed({name: way}, repeats), 0)
 
 
-def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float | None, figure: Path | None) -> None:
+def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float | None, figures: Path | None) -> None:
     ops.load()
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {describe_cpu()}"
     print(f"torch {torch.__version__}, {DEVICE.type}: {where}; commit {fedu.describe_code()['commit']}; medians of {repeats}")
@@ -534,7 +593,11 @@ def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float 
     if "memory" in parts:
         bench_memory()
     if "growth" in parts:
-        bench_growth(repeats, figure)
+        bench_growth(repeats, figures and figures / "growth.png")
+    if "clients" in parts:
+        bench_clients(repeats, figures and figures / "clients.png")
+    if "ranks" in parts:
+        bench_ranks(repeats)
 
 
 def describe_cpu() -> str:

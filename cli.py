@@ -9,10 +9,13 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn
+
+RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
 
 
 class InputError(Exception):
@@ -31,7 +34,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        say(f"{self.prog}: error: {message}")
+        sys.exit(2)
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
@@ -57,10 +61,19 @@ def user_errors(prog: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        sys.exit(print(f"{prog}: error: {error}", file=sys.stderr) or 2)
+        say(f"{prog}: error: {error}")
+        sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        how = f"; {interrupt}" if interrupt.args else ""
-        sys.exit(print(f"\n{prog}: interrupted{how}", file=sys.stderr) or 130)
+        if RANK == 0:
+            print(f"\n{prog}: interrupted" + (f"; {interrupt}" if interrupt.args else ""), file=sys.stderr)
+        sys.exit(130)
+
+
+def say(error: str) -> None:
+    """Print a mistake. Of several processes the first one answers, and is ended with it; only what it does not see, others say."""
+    if RANK:
+        time.sleep(3)
+    print(f"rank {RANK}: {error}" if RANK else error, file=sys.stderr, flush=True)
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object], keep_as: Path | None = None) -> None:

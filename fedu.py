@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import InputError, Parser, first_line, number, user_errors, write_atomic
+from cli import RANK, InputError, Parser, first_line, number, user_errors, write_atomic
 
 
 class Method(NamedTuple):
@@ -68,7 +68,8 @@ PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 
 RECIPES = {"fashion": {"encoder": "tiny", "rounds": 12, "local_epochs": 2, "batch_size": 32, "lr": 0.032, "knn_every": 2}}
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 HOST_OPTIONS = ("data_root", "device")  # where a run computes, not what: these may change on --resume
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "encoder.pt", "divergence.png", "eval.jsonl")
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin", "encoder.pt")
+RUN_FILES += ("divergence.png", "eval.jsonl")
 
 
 def parse_options(argv: list[str] | None = None) -> dict:
@@ -135,6 +136,8 @@ from tqdm import tqdm  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import ops  # noqa: E402
+import ranks  # noqa: E402
+from bank import Bank, checksum  # noqa: E402
 from data import Images, keyed_generator, load_images, partition, two_views  # noqa: E402
 from models import OBJECTIVES, FedCA, Objective, Part, Segment, SimCLR, conv_segments  # noqa: E402
 
@@ -145,7 +148,9 @@ class Client:
 
     id: int
     indices: Tensor  # its images, as indices into the data set
-    state: dict[str, Part] = field(default_factory=dict)  # what it keeps of Objective.parts
+    state: dict[str, Part] = field(default_factory=dict)  # what it keeps of Objective.parts, during its turn
+    row: int | None = None  # where the bank has that between its turns, and with which checksum
+    digest: str | None = None
     divergence: float | None = None  # d_k of its last participation
     scale: float | None = None  # lambda_k of FedEMA
     last_round: int | None = None  # its last participation
@@ -155,7 +160,7 @@ class Client:
         return len(self.indices)
 
 
-CLIENT_FIELDS = ("divergence", "scale", "last_round")
+CLIENT_FIELDS = ("row", "digest", "divergence", "scale", "last_round")
 
 
 @dataclass
@@ -174,33 +179,45 @@ def main(given: dict) -> None:
     out, options = prepare(given)
     load_ops()
     keep_memory()
-    rounds = options["rounds"]
     device = evaluation.choose_device(options["device"])
-    images = load_images(options["dataset"], Path(options["data_root"]), options["image_size"]).to(device)
-    federations, objective = build(options, images, device)
-    clients = [client for federation in federations for client in federation.clients]
-    segments = divergence_segments(objective, options["divergence"])
-    with run_folder(out, make="resume" not in given):
-        config, start, metrics, seconds = (
-            resume(out, federations) if "resume" in given else open_run(out, options, device, "overwrite" in given)
-        )
-        begun = time.perf_counter() - seconds
-        print(f"{options['method']} on {options['dataset']}: {len(images.x_train)} images, {describe(clients, device)}")
-        print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (global, local, mixed)")
-        for round_ in range(start, rounds):
-            row = run_round(round_, options, federations, objective, images.x_train, segments)
-            if options["knn_every"] and ((round_ + 1) % options["knn_every"] == 0 or round_ + 1 == rounds):
-                row["knn"] = mean([evaluation.knn(backbone, images) for backbone in backbones(objective, federations)])
-            metrics.append(row)
-            write_metrics(out, metrics)
-            save_checkpoint(out, round_ + 1, federations, time.perf_counter() - begun)
-            print(round_line(row), flush=True)
+    with ranks.together(device):
+        images = load_images(options["dataset"], Path(options["data_root"]), options["image_size"]).to(device)
+        federations, objective = build(options, images, device)
+        if RANK == 0:
+            with run_folder(out, make="resume" not in given):
+                simulate(given, out, options, federations, objective, images)
+        else:
+            clients = {client.id: client for federation in federations for client in federation.clients}
+            ranks.serve(objective, lambda round_, k, fresh: train_client(round_, clients[k], fresh, options, objective, images.x_train))
 
-        save_encoder(out, options["encoder"], objective, federations)
-        write_config(out, config | {"seconds": round(time.perf_counter() - begun, 1)})
-        if any(row["clients"] for row in metrics):
-            evaluation.plot([out], out / "divergence.png")
-            print(dapu_notice(metrics, options["predictor"], options["mu"]), end="")
+
+def simulate(given: dict, out: Path, options: dict, federations: list[Federation], objective: Objective, images: Images) -> None:
+    """All rounds, from the first or from a checkpoint, with what the run folder holds afterwards."""
+    rounds, device = options["rounds"], images.x_train.device
+    segments = divergence_segments(objective, options["divergence"])
+    config = resume(out) if "resume" in given else open_run(out, options, device, "overwrite" in given)
+    bank = Bank({name: objective.parts[name] for name in kept_parts(objective, options)}, out / "bank.bin")
+    start, seconds = load_checkpoint(out, federations, bank)
+    metrics, begun = evaluation.read_metrics(out)[:start], time.perf_counter() - seconds
+    if "resume" in given:
+        print(f"{out}: continuing after {start} of {rounds} rounds")
+    clients = [client for federation in federations for client in federation.clients]
+    print(f"{options['method']} on {options['dataset']}: {len(images.x_train)} images, {describe(clients, device)}")
+    print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (global, local, mixed)")
+    for round_ in range(start, rounds):
+        row = run_round(round_, options, federations, objective, images.x_train, segments, bank)
+        if options["knn_every"] and ((round_ + 1) % options["knn_every"] == 0 or round_ + 1 == rounds):
+            row["knn"] = mean([evaluation.knn(backbone, images) for backbone in backbones(objective, federations)])
+        metrics.append(row)
+        write_metrics(out, metrics)
+        save_checkpoint(out, round_ + 1, federations, bank, time.perf_counter() - begun)
+        print(round_line(row), flush=True)
+
+    save_encoder(out, options["encoder"], objective, federations)
+    write_config(out, config | {"seconds": round(time.perf_counter() - begun, 1)})
+    if any(row["clients"] for row in metrics):
+        evaluation.plot([out], out / "divergence.png")
+        print(dapu_notice(metrics, options["predictor"], options["mu"]), end="")
     print(f"\n{out} holds the run. Next:\n  python eval.py {out}\n  python eval.py --plot {out}")
 
 
@@ -214,30 +231,22 @@ class Report(NamedTuple):
 
 
 def run_round(
-    round_: int, options: dict, federations: list[Federation], objective: Objective, images: Tensor, segments: Tensor
+    round_: int, options: dict, federations: list[Federation], objective: Objective, images: Tensor, segments: Tensor, bank: Bank
 ) -> dict:  # fmt: skip
     """The four stages for each client that reports; changes the federations and returns the round's metrics.
 
     Raises InputError if an upload is not finite and the options do not let it be left out, or if none is.
     """
     clock = time.perf_counter()
-    clients = [client for federation in federations for client in federation.clients]
-    selected = sample_clients(len(clients), options["clients_per_round"], options["seed"], round_)
+    selected = sample_clients(sum(len(f.clients) for f in federations), options["clients_per_round"], options["seed"], round_)
     dropped = {k for k in selected if drops_out(k, options["dropout"], options["seed"], round_)}
-    reporting = [client for client in clients if client.id in selected - dropped]
-    steps = sum(client.num_examples // options["batch_size"] for client in reporting) * options["local_epochs"]
+    means = [Mean(f, members) for f in federations if (members := [c for c in f.clients if c.id in selected - dropped])]
     sent = objective.parts["encoder"].nbytes + (objective.parts["predictor"].nbytes if options["predictor"] != "local" else 0)
-    reports, upload_bytes, download_bytes = [], 0, 0
-    with tqdm(total=steps, desc=f"round {round_}", unit="step", leave=False, disable=not sys.stderr.isatty()) as progress:
-        for federation in federations:
-            members = [client for client in federation.clients if client in reporting]
-            received = federation.shared
-            averaged = federated_round(round_, options, federation, members, objective, images, segments, progress)
-            reports += averaged
-            if len(federation.clients) > 1:  # a client alone has nobody to send anything to
-                upload_bytes += sum(sent + report.share.nbytes for report in averaged)
-                download_bytes += len(members) * (sent + received.nbytes)
-    nonfinite = sorted({client.id for client in reporting} - {report.client.id for report in reports})
+    # a client alone has nobody to exchange anything with
+    download_bytes = sum(len(m.members) * (sent + m.federation.shared.nbytes) for m in means if len(m.federation.clients) > 1)
+    train_in_waves(round_, options, means, objective, images, segments, bank)
+    reports = sorted((report for m in means for report in m.reports), key=lambda report: report.client.id)
+    nonfinite = sorted({client.id for m in means for client in m.members} - {report.client.id for report in reports})
     if nonfinite and (options["on_nonfinite"] == "error" or not reports):
         who = f"the upload of client {nonfinite[0]} is not" if reports else "no upload is"
         raise InputError(f"round {round_}: {who} finite; lower --lr, or check the images")
@@ -255,46 +264,96 @@ def run_round(
         "clients": [report.client.id for report in reports],
         "dropped": sorted(dropped),
         "nonfinite": nonfinite,
-        "upload_bytes": upload_bytes,
+        "upload_bytes": sum(sent + r.share.nbytes for m in means if len(m.federation.clients) > 1 for r in m.reports),
         "download_bytes": download_bytes,
         "knn": None,
         "seconds": round(time.perf_counter() - clock, 2),
     }
 
 
-def federated_round(
-    round_: int, options: dict, federation: Federation, members: list[Client], objective: Objective, images: Tensor, segments: Tensor,
-    progress: tqdm,
-) -> list[Report]:  # fmt: skip
-    """The four stages for one server and those of its clients that take part; returns the reports that went into the mean.
+class Mean:
+    """One server's round: the mean of its members' uploads, each folded in as it arrives, so that one is held at a time."""
 
-    A client whose upload is not finite keeps what it had. Without any report the server keeps its model.
+    def __init__(self, federation: Federation, members: list[Client]):
+        self.federation, self.members = federation, members
+        self.expected, self.waiting = sum(client.num_examples for client in members), len(members)
+        self.total: Part | None = None
+        self.reports: list[Report] = []
+
+    def add(self, report: Report, upload: Part, began: Part, segments: Tensor) -> Tensor:
+        """Take a client's upload in; returns its drift on the segments from what it began with, `[L]`."""
+        self.total = self.total or self.federation.server.zeros()
+        self.reports.append(report)
+        return aggregate(self.total, upload, report.client.num_examples / self.expected, began, segments)
+
+    def settle(self) -> None:
+        """After each member's turn; when all had theirs, the mean becomes the server's model, if anybody reported."""
+        self.waiting -= 1
+        if self.waiting or not self.reports:
+            return
+        averaged = sum(report.client.num_examples for report in self.reports)
+        if averaged < self.expected:
+            self.total.vector.mul_(self.expected / averaged)
+            self.total.buffers.mul_(self.expected / averaged)
+        self.federation.server, self.total = self.total, None
+        self.federation.shared = torch.cat([report.share for report in sorted(self.reports, key=lambda report: report.client.id)])
+
+
+def train_in_waves(
+    round_: int, options: dict, means: list[Mean], objective: Objective, images: Tensor, segments: Tensor, bank: Bank
+) -> None:  # fmt: skip
+    """The members' turns, those with the most images first: a client for each rank, then the next.
+
+    Uploads are folded in this order on any number of ranks, and neighbours in it have about as much to do. A client whose upload is not
+    finite keeps what it had.
     """
-    method, lr = METHODS[options["method"]], cosine(options["lr"], round_, options["rounds"])
-    total, expected, reports = federation.server.zeros(), sum(client.num_examples for client in members), []
-    objective.shared = federation.shared
-    for client in members:
-        ema_decay = 0.0 if options["first_target"] == "shared" and client.last_round is None else options["ema_decay"]
-        update = model_update(client, federation.server, objective, options, segments, round_)
-        began = federation.server if takes_whole(options) else uploadable(objective, options["aggregate"]).clone()
-        generator = keyed_generator(images.device, options["seed"], "training", round_, client.id)
-        batches = local_batches(client.indices, options["local_epochs"], options["batch_size"], generator)
-        loss = local_training(objective, images, batches, generator, lr, options["precision"], ema_decay, progress=progress).item()
-        share = objective.share(method.dictionary // len(members))
-        release_memory()
-        if not math.isfinite(loss) or not is_finite(uploadable(objective, options["aggregate"])):
-            continue
-        upload = model_upload(client, objective, options, round_)
-        drift = aggregate(total, upload, client.num_examples / expected, began, segments)
-        client.divergence = divergence(drift, options["divergence"])
-        reports.append(Report(client, update, loss, share))
-    if reports:
-        averaged = sum(report.client.num_examples for report in reports)
-        if averaged < expected:
-            total.vector.mul_(expected / averaged)
-            total.buffers.mul_(expected / averaged)
-        federation.server, federation.shared = total, torch.cat([report.share for report in reports])
-    return reports
+    turns = sorted(((mean, client) for mean in means for client in mean.members), key=lambda turn: (-turn[1].num_examples, turn[1].id))
+    dictionary, steps = METHODS[options["method"]].dictionary, [num_steps(client, options) for _, client in turns]
+    with tqdm(total=sum(steps), desc=f"round {round_}", unit="step", leave=False, disable=not sys.stderr.isatty()) as progress:
+        for first in range(0, len(turns), ranks.COUNT):
+            wave, begun = turns[first : first + ranks.COUNT], {}
+            for rank, (mean, client) in reversed(list(enumerate(wave))):  # this rank's own client last: the networks then are its
+                client.state = bank.read(client.row, client.digest) if client.row is not None else {}
+                update = model_update(client, mean.federation.server, objective, options, segments, round_)
+                client.state.clear()
+                began = mean.federation.server if takes_whole(options) else uploadable(objective, options["aggregate"]).clone()
+                begun[client.id] = update, began
+                objective.shared = mean.federation.shared
+                if rank:
+                    ranks.send_client(rank, round_, client.id, client.last_round is None, objective)
+            for rank, (mean, client) in enumerate(wave):
+                if rank:
+                    loss, share = ranks.receive_client(rank, objective)
+                    progress.update(num_steps(client, options))
+                else:
+                    loss, share = train_client(round_, client, client.last_round is None, options, objective, images, progress)
+                update, began = begun.pop(client.id)
+                if math.isfinite(loss) and is_finite(uploadable(objective, options["aggregate"])):
+                    upload = model_upload(client, objective, options, round_)
+                    report = Report(client, update, loss, share[: dictionary // len(mean.members)])
+                    client.divergence = divergence(mean.add(report, upload, began, segments), options["divergence"])
+                    if client.state:
+                        client.row, client.digest = bank.write(client.state)
+                        client.state.clear()
+                mean.settle()
+
+
+def num_steps(client: Client, options: dict) -> int:
+    return client.num_examples // options["batch_size"] * options["local_epochs"]
+
+
+def train_client(
+    round_: int, client: Client, fresh: bool, options: dict, objective: Objective, images: Tensor, progress: tqdm | None = None
+) -> tuple[float, Tensor]:  # fmt: skip
+    """A client's local training, the same on any rank; returns its loss and what it shares besides its networks."""
+    ema_decay = 0.0 if options["first_target"] == "shared" and fresh else options["ema_decay"]
+    generator = keyed_generator(images.device, options["seed"], "training", round_, client.id)
+    batches = local_batches(client.indices, options["local_epochs"], options["batch_size"], generator)
+    lr = cosine(options["lr"], round_, options["rounds"])
+    loss = local_training(objective, images, batches, generator, lr, options["precision"], ema_decay, progress=progress).item()
+    share = objective.share(METHODS[options["method"]].dictionary)
+    release_memory()
+    return loss, share
 
 
 @cache
@@ -645,8 +704,8 @@ def run_folder(out: Path, make: bool) -> Iterator[None]:
         os.close(folder)
 
 
-def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> tuple[dict, int, list[dict], float]:
-    """Begin a run in its folder; returns its config, 0 rounds done, no metrics and 0 seconds.
+def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> dict:
+    """Begin a run in its folder; returns its config.
 
     A folder in use is refused unless `overwrite`, which removes a former run's files and no others.
     """
@@ -669,17 +728,15 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) ->
         raise InputError(f"--out {out} cannot be used: {error.strerror}") from None
     write_config(out, config)
     write_metrics(out, [])
-    return config, 0, [], 0.0
+    return config
 
 
-def resume(out: Path, federations: list[Federation]) -> tuple[dict, int, list[dict], float]:
-    """Restore the federations in place; returns the run's config, the rounds done, their metrics, and the seconds they took."""
+def resume(out: Path) -> dict:
+    """The config of a run that was begun; says so if it was by other code."""
     config = evaluation.read_config(out)
-    start, seconds = load_checkpoint(out, federations)
-    print(f"{out}: continuing after {start} of {config['options']['rounds']} rounds")
     if config.get("source") != describe_code()["source"]:
         print(f"{out} was begun by other code, commit {config.get('commit')}: the rest may differ from what that gave", file=sys.stderr)
-    return config, start, evaluation.read_metrics(out)[:start], seconds
+    return config
 
 
 def describe_code() -> dict:
@@ -699,67 +756,56 @@ def write_metrics(out: Path, metrics: list[dict]) -> None:
     write_atomic(out / "metrics.jsonl", lambda file: file.write("".join(json.dumps(row) + "\n" for row in metrics).encode()))
 
 
-def checksum(tensors: list[Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(tensor.cpu().numpy())
-    return digest.hexdigest()
+def save_checkpoint(out: Path, rounds_done: int, federations: list[Federation], bank: Bank, seconds: float) -> None:
+    """checkpoint.pt: all that the next round depends on, but for the clients' networks, whose rows in the bank it names.
 
-
-def flatten(federations: list[Federation]) -> list[Tensor]:
-    """Every tensor of the simulation's state, in a fixed order."""
-    states = [[f.server, (f.shared,), *(p for c in f.clients for p in c.state.values())] for f in federations]
-    return [t for parts in states for part in parts for t in part]
-
-
-def save_checkpoint(out: Path, rounds_done: int, federations: list[Federation], seconds: float) -> None:
-    """checkpoint.pt: everything that the next round depends on. Random generators are keyed by (seed, round, client) and have no state."""
-    tree = [
-        {
-            "server": tuple(f.server),
-            "shared": f.shared,
-            "clients": [
-                {name: getattr(c, name) for name in CLIENT_FIELDS} | {"state": {name: tuple(p) for name, p in c.state.items()}}
-                for c in f.clients
-            ],
-        }
-        for f in federations
-    ]
-    content = {"round": rounds_done, "seconds": seconds, "federations": tree, "checksum": checksum(flatten(federations))}
+    Random generators are keyed by (seed, round, client) and have no state.
+    """
+    servers = [[*f.server, f.shared] for f in federations]
+    fields = {name: [getattr(c, name) for f in federations for c in f.clients] for name in CLIENT_FIELDS}
+    content = {"round": rounds_done, "seconds": seconds, "servers": servers, "clients": fields, "rows_before": sorted(bank.named)}
+    content["checksum"] = checksum(t for server in servers for t in server)
+    bank.flush()
     write_atomic(out / "checkpoint.pt", lambda file: torch.save(content, file), keep_as=out / "checkpoint-previous.pt")
+    bank.protect(row for row in fields["row"] if row is not None)
 
 
-def load_checkpoint(out: Path, federations: list[Federation]) -> tuple[int, float]:
-    """Restore the federations in place; returns the number of rounds done and the seconds that they took.
+def load_checkpoint(out: Path, federations: list[Federation], bank: Bank) -> tuple[int, float]:
+    """Restore the federations in place; returns the number of rounds done and the seconds that they took, 0 without a checkpoint.
 
     Falls back to the previous checkpoint if the last one is damaged or missing, and says so.
     """
     paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
     for path, other in zip(paths, [*paths[1:], None]):
         try:
-            return read_checkpoint(path, federations)
+            return read_checkpoint(path, federations, bank)
         except InputError as error:
             if other is None:
                 raise
             print(f"{error}; falling back to {other}", file=sys.stderr)
-    return 0, 0.0  # interrupted before the first round's end
+    return 0, 0.0  # not begun, or interrupted before the first round's end
 
 
-def read_checkpoint(path: Path, federations: list[Federation]) -> tuple[int, float]:
+def read_checkpoint(path: Path, federations: list[Federation], bank: Bank) -> tuple[int, float]:
+    clients = [client for federation in federations for client in federation.clients]
     try:
         content = torch.load(path, map_location=federations[0].server.vector.device, weights_only=True)
-        for federation, saved in zip(federations, content["federations"], strict=True):
-            federation.server, federation.shared = Part(*saved["server"]), saved["shared"]
-            for client, kept in zip(federation.clients, saved["clients"], strict=True):
-                client.state = {name: Part(*p) for name, p in kept["state"].items()}
-                for name in CLIENT_FIELDS:
-                    setattr(client, name, kept[name])
-        intact = content["checksum"] == checksum(flatten(federations))
-        rounds_done, seconds = content["round"], content["seconds"]
+        for federation, (*server, shared) in zip(federations, content["servers"], strict=True):
+            federation.server, federation.shared = Part(*server), shared
+        for name in CLIENT_FIELDS:
+            for client, value in zip(clients, content["clients"][name], strict=True):
+                setattr(client, name, value)
+        intact = content["checksum"] == checksum(t for server in content["servers"] for t in server)
+        rounds_done, seconds, rows_before = content["round"], content["seconds"], content["rows_before"]
     except Exception as error:  # whatever a damaged archive makes torch raise
         raise InputError(f"{path} is not a readable checkpoint ({first_line(error)})") from None
     if not intact:
         raise InputError(f"{path} is damaged: its tensors do not have the checksum that they were saved with")
+    rows = {client.row: client.digest for client in clients if client.row is not None}
+    for row, digest in rows.items():
+        bank.read(row, digest)
+    bank.protect(rows_before)
+    bank.protect(rows)
     return rounds_done, seconds
 
 

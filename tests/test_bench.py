@@ -66,6 +66,6 @@ def test_ops_are_timed_and_their_errors_shown(tmp_path):
 
 
 def test_bad_options_are_one_sentence(command, tmp_path):
-    assert refused(command("bench.py", "speed", cwd=tmp_path), "speed", "views, start, server, epoch, memory, growth")
+    assert refused(command("bench.py", "speed", cwd=tmp_path), "speed", "views, start, server, epoch, memory, growth, clients, ranks")
     assert refused(command("bench.py", "--peak-tflops", "0", cwd=tmp_path), "--peak-tflops", "above 0")
     assert refused(command("bench.py", "--repeats", "2", cwd=tmp_path), "--repeats", "at least 3")

@@ -20,7 +20,8 @@ def contents(run) -> tuple[list[dict], list[torch.Tensor], list[dict]]:
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     assert (run / "divergence.png").read_bytes().endswith(b"IEND\xaeB`\x82")
     tensors = [t for module in encoder.values() for t in module.values()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics], tensors, checkpoint["federations"]
+    clients = {k: v for k, v in checkpoint["clients"].items() if k != "row"}  # the checksums of their networks among them
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics], [*tensors, *checkpoint["servers"]], clients
 
 
 def equal(a, b) -> bool:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import fedu
 import ops
+from bank import Bank
 from data import draw_views, keyed_generator, load_npz
 from fedu import Client, aggregate, cosine, divergence, divergence_segments, local_batches, local_training, model_update, model_upload
 from models import BYOL, Encoder, Part, in_memory_order
@@ -625,7 +626,7 @@ def test_overwrite_replaces_a_run(tiny, command, tmp_path):
 def stopped(finished, tmp_path):
     """A copy of the finished run as it was before its encoder was written."""
     (tmp_path / "run").mkdir()
-    for name in ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt"):
+    for name in ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin"):
         (tmp_path / "run" / name).write_bytes((finished / "runs/run" / name).read_bytes())
     return tmp_path / "run"
 
@@ -648,6 +649,18 @@ def test_damaged_checkpoints_are_refused_and_the_previous_one_continues(finished
     assert "continuing after 2 of 3 rounds" in done.stdout
     straight, resumed = load(finished / "runs/run"), load(stopped)
     assert all(map(torch.equal, straight["encoders"], resumed["encoders"])) and len(resumed["metrics"]) == 3
+
+
+def test_a_damaged_row_of_the_bank_is_refused_and_the_previous_checkpoint_continues(finished, stopped, command):
+    """Two clients and three rounds: the last checkpoint names rows 4 and 5, the one before it rows 2 and 3."""
+    bank = stopped / "bank.bin"
+    row_bytes = bank.stat().st_size // 6
+    with bank.open("r+b") as file:
+        file.seek(5 * row_bytes + 1000)
+        file.write(b"\xff\xff")
+    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
+    assert done.returncode == 0 and "run/bank.bin is damaged: row 5" in done.stderr and "falling back" in done.stderr
+    assert all(map(torch.equal, load(finished / "runs/run")["encoders"], load(stopped)["encoders"]))
 
 
 def test_a_run_begun_before_an_option_existed_has_its_default(finished, stopped):
@@ -708,30 +721,32 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
     """Client 1 of 3 gets an infinite weight in round 1: as if it had dropped out, but that the others' shares are known only later."""
     images = load_npz(npz)
     options = fedu.prepare(fedu.parse_options([*tiny, "--clients", "3", "--method", "fedema"]))[1]
-    training = fedu.local_training
+    training = fedu.train_client
 
     def rounds(poisoned: bool):
         (federation,), net = fedu.build(options, images, CPU)
-        segments = divergence_segments(net, "layer-mean")
-        first = fedu.run_round(0, options, [federation], net, images.x_train, segments)
-        kept = {name: p.clone() for name, p in federation.clients[1].state.items()}
-        turn = iter(range(9))
+        bank = Bank({name: net.parts[name] for name in fedu.kept_parts(net, options)})
+        rest = images.x_train, divergence_segments(net, "layer-mean"), bank
+        first = fedu.run_round(0, options, [federation], net, *rest)
+        poisoned_client = federation.clients[1]
+        kept = bank.read(poisoned_client.row, poisoned_client.digest)
 
-        def poison(objective, *arguments, **keywords):
-            loss = training(objective, *arguments, **keywords)
-            if next(turn) == 1:
+        def poison(round_, client, fresh, options, objective, *more):
+            result = training(round_, client, fresh, options, objective, *more)
+            if client.id == 1:
                 objective.online.state.vector[-1] = float("inf")
-            return loss
+            return result
 
-        clients = federation.clients
         with monkeypatch.context() as patch:
             if poisoned:
-                patch.setattr(fedu, "local_training", poison)
+                patch.setattr(fedu, "train_client", poison)
             else:
                 patch.setattr(fedu, "drops_out", lambda k, *_: k == 1)
-            row = fedu.run_round(1, options, [federation], net, images.x_train, segments)
-        assert all(torch.equal(t, u) for name, p in kept.items() for t, u in zip(p, clients[1].state[name]))
-        assert clients[1].divergence == first["divergence"][1] and clients[1].last_round == 0
+            row = fedu.run_round(1, options, [federation], net, *rest)
+        now = bank.read(poisoned_client.row, poisoned_client.digest)
+        assert kept.keys() == {"encoder", "target", "predictor"}
+        assert all(torch.equal(t, u) for name, p in kept.items() for t, u in zip(p, now[name]))
+        assert poisoned_client.divergence == first["divergence"][1] and poisoned_client.last_round == 0
         return row, federation
 
     row, federation = rounds(poisoned=True)
@@ -750,11 +765,13 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_fragment(tiny, command, tmp_path):
-    """A file-size limit below the checkpoint's 10 MB stands for the full disk: both make write() fail in the middle."""
+    """A file-size limit below the bank's 14 MB stands for the full disk: both make write() fail in the middle."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
     done = command("fedu.py", *tiny, "--out", "run", cwd=tmp_path, preexec_fn=limit)
-    assert refused(done, "cannot write run/checkpoint.pt")
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl"]
+    assert refused(done, "cannot write run/bank.bin")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["bank.bin", "config.json", "metrics.jsonl"]
+    again = command("fedu.py", "--resume", "run", cwd=tmp_path)
+    assert again.returncode == 0 and "continuing after 0 of 3 rounds" in again.stdout

@@ -1,0 +1,83 @@
+"""What clients keep between their rounds, in one file: ten thousand of them need no more memory than ten.
+
+A row holds one client's networks; a client that never took part has none. A round writes to rows that no checkpoint names, so that the
+last two checkpoints stay whole whatever interrupts it. Rows are read and written, not mapped: the system keeps them in memory while it
+has room, a full disk is an error and not a signal, and what was read does not stay with the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cli import InputError
+from models import Part
+
+
+class Bank:
+    """Rows of the form of `like`: a client's parts by their names.
+
+    path: the file, made if it does not exist; without one a temporary file. Raises InputError if it cannot be read or written.
+    """
+
+    def __init__(self, like: Mapping[str, Part], path: Path | None = None):
+        self.like, self.path = like, path
+        self.row_bytes = sum(part.nbytes for part in like.values())
+        try:
+            named = path and like  # nothing to keep, no file
+            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") if named else tempfile.TemporaryFile()  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"cannot open {path}: {error.strerror}") from None
+        self.count = 0  # of rows that were ever used
+        self.free: list[int] = []
+        self.named: set[int] = set()  # by the last checkpoint
+
+    def write(self, state: Mapping[str, Part]) -> tuple[int, str]:
+        """Put a client's state into a row that no checkpoint names; returns the row and its checksum."""
+        row = self.free.pop() if self.free else self.count
+        self.count = max(self.count, row + 1)
+        host = [tensor.cpu() for name in self.like for tensor in state[name]]
+        try:
+            self.file.seek(row * self.row_bytes)
+            for tensor in host:
+                self.file.write(tensor.numpy())
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+        return row, checksum(host)
+
+    def read(self, row: int, digest: str) -> dict[str, Part]:
+        """The state in a row, on the device of `like`. Raises InputError if it is not what was written."""
+        state = {name: Part(*(torch.empty_like(t, device="cpu") for t in part)) for name, part in self.like.items()}
+        host = [tensor for part in state.values() for tensor in part]
+        self.file.seek(row * self.row_bytes)
+        if sum(self.file.readinto(tensor.numpy()) for tensor in host) != self.row_bytes or checksum(host) != digest:
+            raise InputError(f"{self.path} is damaged: row {row} does not have the checksum that it was written with")
+        return {name: Part(*(t.to(like.device) for t, like in zip(part, self.like[name]))) for name, part in state.items()}
+
+    def flush(self) -> None:
+        """Bring what was written to the disk, before a checkpoint names it."""
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def protect(self, rows: Iterable[int]) -> None:
+        """A checkpoint names these rows now: others may be used again, but for those that the checkpoint before it names."""
+        before, self.named = self.named, set(rows)
+        self.count = max([self.count, *(row + 1 for row in self.named)])
+        self.free = sorted(set(range(self.count)) - self.named - before, reverse=True)
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Of the tensors' bytes, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy())
+    return digest.hexdigest()
