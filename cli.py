@@ -94,7 +94,9 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object], keep_as: Path 
             except BaseException:
                 os.unlink(file.name)
                 raise
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError of its archive writer
-        if isinstance(error.__context__, KeyboardInterrupt):  # which also keeps that writer from ending its archive
+    except (OSError, RuntimeError) as error:
+        # torch.save makes a RuntimeError of its archive writer of what kept it from writing
+        cause = error.__context__ if isinstance(error.__context__, OSError | KeyboardInterrupt) else error
+        if isinstance(cause, KeyboardInterrupt):
             raise KeyboardInterrupt from None
-        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
+        raise InputError(f"cannot write {path}: {getattr(cause, 'strerror', None) or first_line(cause)}") from error

@@ -635,7 +635,7 @@ def prepare(given: dict) -> tuple[Path, dict]:
     run, out = given.pop("resume", None), given.pop("out", None)
     given.pop("overwrite", None)
     if run is not None:
-        stored = evaluation.read_config(run)["options"]
+        stored = parse_options(as_arguments(evaluation.read_config(run)["options"]))
         stored = defaults(stored["method"]) | stored  # an older run knows fewer options
         changed = [k for k in given if given[k] != stored[k] and k not in HOST_OPTIONS]
         if changed:
@@ -653,6 +653,12 @@ def prepare(given: dict) -> tuple[Path, dict]:
         options["rounds"] = 0
     name = f"{Path(options['dataset']).stem}-{options['method']}-{options['clients']}clients-s{options['seed']}"
     return out or Path("runs") / name, options
+
+
+def as_arguments(options: dict) -> list[str]:
+    """A run's options as its command line would have them, whose parser then checks what a config.json says."""
+    names = {name: f"--{str(name).replace('_', '-')}" for name in options}
+    return [names[k] if v is True else f"{names[k]}={v}" for k, v in options.items() if v is not None and v is not False]
 
 
 def defaults(method: str) -> dict:

@@ -775,3 +775,19 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_fragment(tiny, command, tmp_p
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["bank.bin", "config.json", "metrics.jsonl"]
     again = command("fedu.py", "--resume", "run", cwd=tmp_path)
     assert again.returncode == 0 and "continuing after 0 of 3 rounds" in again.stdout
+
+
+def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(finished, tiny, tmp_path):
+    """A tmpfs of 16 MB holds the first round and not the second; what it holds is then continued elsewhere."""
+    script = (
+        f"mount -t tmpfs -o size=16m none full && {sys.executable} {ROOT / 'fedu.py'} {' '.join(tiny)} --out full/run; cp -r full/run run"
+    )
+    (tmp_path / "full").mkdir()
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    if "full" in done.stderr and "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    assert re.fullmatch(r"fedu.py: error: cannot write full/run/\S+: No space left on device\n", done.stderr), done
+    assert len(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["clients"]["row"]) == 2
+    fedu.main({"resume": tmp_path / "run"})
+    assert all(map(torch.equal, load(finished / "runs/run")["encoders"], load(tmp_path / "run")["encoders"]))

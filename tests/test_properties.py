@@ -1,0 +1,106 @@
+"""For every input either a result that holds what it must, or one sentence."""
+
+import numpy as np
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as some
+
+import fedu
+import ops
+from bank import Bank
+from cli import InputError
+from data import balanced_subset, partition
+from models import Part
+
+settings.register_profile("here", deadline=None, max_examples=100)
+settings.load_profile("here")
+
+
+@given(
+    labels=some.lists(some.integers(0, 6), min_size=1, max_size=80),
+    clients=some.integers(1, 30),
+    kind=some.sampled_from(["iid", "classes", "dirichlet"]),
+    classes=some.none() | some.integers(1, 9),
+    alpha=some.floats(1e-3, 1e3),
+    at_least=some.integers(1, 5),
+)
+def test_a_partition_is_disjoint_and_complete(labels, clients, kind, classes, alpha, at_least):
+    labels = np.array(labels)
+    try:
+        parts = partition(labels, clients, kind, 0, classes, alpha, at_least)
+    except InputError as error:
+        assert "\n" not in str(error)
+        return
+    assert len(parts) == clients and min(map(len, parts)) >= at_least
+    assert sorted(np.concatenate(parts)) == list(range(len(labels)))
+
+
+@given(labels=some.lists(some.integers(0, 4), min_size=1, max_size=60), fraction=some.floats(1e-3, 1))
+def test_a_balanced_subset_has_every_class(labels, fraction):
+    labels = torch.tensor(labels)
+    chosen = balanced_subset(labels, fraction, 0)
+    assert len(set(chosen.tolist())) == len(chosen) and set(labels[chosen].tolist()) == set(labels.tolist())
+
+
+numbers = some.floats(-1e6, 1e6, width=32)
+
+
+@given(data=some.data(), clients=some.integers(1, 6), size=some.integers(1, 40))
+def test_the_mean_lies_within_the_clients_range_and_norms_are_those_of_the_segments(data, clients, size):
+    rows = torch.tensor(data.draw(some.lists(some.lists(numbers, min_size=size, max_size=size), min_size=clients, max_size=clients)))
+    examples = torch.tensor(data.draw(some.lists(some.integers(1, 10_000), min_size=clients, max_size=clients)), dtype=torch.float64)
+    weights = (examples / examples.sum()).float()
+    cuts = sorted(data.draw(some.lists(some.integers(0, size), max_size=6)))
+    segments = torch.tensor([[a, b] for a, b in zip(cuts[::2], cuts[1::2])], dtype=torch.int64).reshape(-1, 2)
+    assert abs(weights.sum().item() - 1) < 1e-6
+    mean, drift, spread = ops.aggregate(rows, weights, rows[0].clone(), segments)
+    slack = 1e-6 * rows.abs().max(0).values
+    assert (mean >= rows.min(0).values - slack).all() and (mean <= rows.max(0).values + slack).all()
+    assert drift.shape == spread.shape == (clients, len(segments)) and not drift[0].any()
+    total = Part(torch.zeros(size), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    uploads = [Part(row, total.buffers, total.counters) for row in rows]
+    for upload, weight in zip(uploads, weights):  # folded in, as a round does
+        fedu.aggregate(total, upload, weight.item(), uploads[0], segments)
+    assert torch.equal(total.vector, mean)
+
+
+@given(turns=some.lists(some.sets(some.integers(0, 7), max_size=5), max_size=12))
+def test_a_bank_keeps_what_the_last_two_checkpoints_name(turns):
+    def state(value: int) -> dict[str, Part]:
+        return {"target": Part(torch.full((3,), float(value)), torch.zeros(0), torch.tensor([value]))}
+
+    bank, rows, before, value = Bank(state(0)), {}, {}, 0
+    for members in turns:
+        now = dict(rows)
+        for client in members:
+            value += 1
+            now[client] = (*bank.write(state(value)), value)
+            for row, digest, expected in [*rows.values(), *before.values(), *now.values()]:
+                assert bank.read(row, digest)["target"].counters.item() == expected
+        bank.protect(row for row, *_ in now.values())
+        before, rows = rows, now
+    assert bank.count <= 8 + 2 * 5
+
+
+words = some.sampled_from(
+    ["--clients", "--mu", "--method", "--rounds", "--lr", "--alpha", "--seed", "--resume", "--out", "--dropout", "-x"]
+)
+values = some.sampled_from(["0", "-1", "1", "5", "nan", "inf", "1e400", "fedu", "", "none", "é", "--", "0x10", "1_0"]) | some.text(
+    max_size=4
+)
+
+
+@given(some.lists(some.tuples(words, values), max_size=5))
+def test_any_command_line_is_options_or_one_sentence(pairs):
+    try:
+        given_ = fedu.parse_options([word for pair in pairs for word in pair])
+    except SystemExit as end:
+        assert end.code == 2
+        return
+    assume("resume" not in given_)
+    try:
+        options = fedu.prepare(given_)[1]
+    except InputError as error:
+        assert "\n" not in str(error)
+        return
+    assert options["clients"] >= 1 and options["lr"] > 0 and 0 <= options["dropout"] <= 1
