@@ -791,3 +791,24 @@ def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(finished, tiny, t
     assert len(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["clients"]["row"]) == 2
     fedu.main({"resume": tmp_path / "run"})
     assert all(map(torch.equal, load(finished / "runs/run")["encoders"], load(tmp_path / "run")["encoders"]))
+
+
+@pytest.mark.parametrize("cause, expected", [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left"), fedu.InputError)])
+def test_what_keeps_torch_save_from_writing_is_what_is_reported(tmp_path, cause, expected):
+    """Its archive writer makes a RuntimeError of either."""
+
+    class Hindered:
+        def __init__(self, file):
+            self.file, self.turns = file, itertools.count()
+
+        def write(self, piece) -> int:
+            if next(self.turns) == 2:
+                raise cause
+            return self.file.write(piece)
+
+        def flush(self) -> None:
+            pass
+
+    with pytest.raises(expected, match="No space left" if expected is fedu.InputError else None):
+        fedu.write_atomic(tmp_path / "x.pt", lambda file: torch.save(torch.zeros(10_000), Hindered(file)))
+    assert not list(tmp_path.iterdir())
