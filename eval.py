@@ -450,9 +450,13 @@ def table(runs: list[Path]) -> str:
 
 def by_setting(runs: list[Path]) -> list[tuple[dict, list[Path]]]:
     """The runs grouped by their options, but for the seed, the host, and how often kNN was measured."""
+    from fedu import defaults  # here, since that module imports this one
+
     groups: dict[str, list[Path]] = {}
     for run in runs:
-        setting = {k: v for k, v in read_config(run)["options"].items() if k not in ("seed", "device", "data_root", "knn_every")}
+        options = read_config(run)["options"]
+        options = defaults(options["method"]) | options  # an older run knows fewer
+        setting = {k: v for k, v in options.items() if k not in ("seed", "device", "data_root", "knn_every")}
         groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
     return [(json.loads(setting), members) for setting, members in groups.items()]
 

@@ -101,6 +101,8 @@ def runs(finished, tmp_path):
         shutil.copytree(finished / "runs/run", tmp_path / "runs" / name)
         config = json.loads((tmp_path / "runs" / name / "config.json").read_text())
         config["options"] |= {"seed": seed, "method": method}
+        if seed:
+            del config["options"]["dropout"]  # as a run has it from before the option existed
         (tmp_path / "runs" / name / "config.json").write_text(json.dumps(config))
     saved = torch.load(tmp_path / "runs/single/encoder.pt", weights_only=True)
     saved["encoders"] *= 2
