@@ -240,13 +240,14 @@ def run_round(
     clock = time.perf_counter()
     selected = sample_clients(sum(len(f.clients) for f in federations), options["clients_per_round"], options["seed"], round_)
     dropped = {k for k in selected if drops_out(k, options["dropout"], options["seed"], round_)}
-    means = [Mean(f, members) for f in federations if (members := [c for c in f.clients if c.id in selected - dropped])]
+    reporting = selected - dropped
+    means = [Mean(f, members) for f in federations if (members := [c for c in f.clients if c.id in reporting])]
     sent = objective.parts["encoder"].nbytes + (objective.parts["predictor"].nbytes if options["predictor"] != "local" else 0)
     # a client alone has nobody to exchange anything with
     download_bytes = sum(len(m.members) * (sent + m.federation.shared.nbytes) for m in means if len(m.federation.clients) > 1)
     train_in_waves(round_, options, means, objective, images, segments, bank)
     reports = sorted((report for m in means for report in m.reports), key=lambda report: report.client.id)
-    nonfinite = sorted({client.id for m in means for client in m.members} - {report.client.id for report in reports})
+    nonfinite = sorted(reporting - {report.client.id for report in reports})
     if nonfinite and (options["on_nonfinite"] == "error" or not reports):
         who = f"the upload of client {nonfinite[0]} is not" if reports else "no upload is"
         raise InputError(f"round {round_}: {who} finite; lower --lr, or check the images")
@@ -307,21 +308,23 @@ def train_in_waves(
     Uploads are folded in this order on any number of ranks, and neighbours in it have about as much to do. A client whose upload is not
     finite keeps what it had.
     """
-    turns = sorted(((mean, client) for mean in means for client in mean.members), key=lambda turn: (-turn[1].num_examples, turn[1].id))
+    turns = sorted(
+        ((running, client) for running in means for client in running.members), key=lambda turn: (-turn[1].num_examples, turn[1].id)
+    )
     dictionary, steps = METHODS[options["method"]].dictionary, [num_steps(client, options) for _, client in turns]
     with tqdm(total=sum(steps), desc=f"round {round_}", unit="step", leave=False, disable=not sys.stderr.isatty()) as progress:
         for first in range(0, len(turns), ranks.COUNT):
             wave, begun = turns[first : first + ranks.COUNT], {}
-            for rank, (mean, client) in reversed(list(enumerate(wave))):  # this rank's own client last: the networks then are its
+            for rank, (running, client) in reversed(list(enumerate(wave))):  # this rank's own client last: the networks then are its
                 client.state = bank.read(client.row, client.digest) if client.row is not None else {}
-                update = model_update(client, mean.federation.server, objective, options, segments, round_)
+                update = model_update(client, running.federation.server, objective, options, segments, round_)
                 client.state.clear()
-                began = mean.federation.server if takes_whole(options) else uploadable(objective, options["aggregate"]).clone()
+                began = running.federation.server if takes_whole(options) else uploadable(objective, options["aggregate"]).clone()
                 begun[client.id] = update, began
-                objective.shared = mean.federation.shared
+                objective.shared = running.federation.shared
                 if rank:
                     ranks.send_client(rank, round_, client.id, client.last_round is None, objective)
-            for rank, (mean, client) in enumerate(wave):
+            for rank, (running, client) in enumerate(wave):
                 if rank:
                     loss, share = ranks.receive_client(rank, objective)
                     progress.update(num_steps(client, options))
@@ -330,12 +333,12 @@ def train_in_waves(
                 update, began = begun.pop(client.id)
                 if math.isfinite(loss) and is_finite(uploadable(objective, options["aggregate"])):
                     upload = model_upload(client, objective, options, round_)
-                    report = Report(client, update, loss, share[: dictionary // len(mean.members)])
-                    client.divergence = divergence(mean.add(report, upload, began, segments), options["divergence"])
+                    report = Report(client, update, loss, share[: dictionary // len(running.members)])
+                    client.divergence = divergence(running.add(report, upload, began, segments), options["divergence"])
                     if client.state:
                         client.row, client.digest = bank.write(client.state)
                         client.state.clear()
-                mean.settle()
+                running.settle()
 
 
 def num_steps(client: Client, options: dict) -> int:

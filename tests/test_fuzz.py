@@ -107,3 +107,23 @@ def test_mutated_files_are_read_or_refused(readers, capsys):
     assert sum(counts["refused"] for counts in outcomes.values()) > COUNT / 4
     for name, (_, _, read) in readers.items():  # which are whole again
         read(), name
+
+
+class Harmful:
+    """What runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("name", ["npz", "checkpoint", "encoder"])
+def test_no_pickle_is_ever_run(readers, tmp_path, monkeypatch, name):
+    path, _, read = readers[name]
+    monkeypatch.chdir(tmp_path)
+    if name == "npz":
+        np.savez(path, **dict.fromkeys(("x_train", "y_train", "x_test", "y_test"), np.array([Harmful()], dtype=object)))
+    else:
+        torch.save({"servers": [Harmful()], "encoders": [Harmful()]}, path)
+    with pytest.raises(InputError):
+        read()
+    assert not (tmp_path / "harm").exists()
