@@ -77,7 +77,7 @@ class Bank:
 
 def checksum(tensors: Iterable[Tensor]) -> str:
     """Of the tensors' bytes, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()  # which processors have instructions for
     for tensor in tensors:
         digest.update(tensor.cpu().numpy())
     return digest.hexdigest()

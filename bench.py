@@ -578,6 +578,8 @@ def bench_start(repeats: int) -> None:
 
 def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float | None, figures: Path | None) -> None:
     ops.load()
+    if figures:
+        figures.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {describe_cpu()}"
     print(f"torch {torch.__version__}, {DEVICE.type}: {where}; commit {fedu.describe_code()['commit']}; medians of {repeats}")
     print(f"{'what':28} {'way':10} {'ms':>12} {'x':>8} {'images/s':>12}")
