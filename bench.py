@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -126,7 +127,15 @@ def serve(pipe: multiprocessing.connection.Connection, way: Callable[..., Callab
             torch.cuda.synchronize()
             pipe.send(torch.cuda.max_memory_allocated())
         else:
-            pipe.send(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            pipe.send(peak_resident_bytes())
+
+
+def peak_resident_bytes() -> int:
+    """Of this process alone: what getrusage tells begins with what the process that started it had."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def report(what: str, seconds: dict[str, float], images: int, notes: dict[str, str] | None = None) -> None:
