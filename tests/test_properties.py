@@ -12,7 +12,7 @@ from cli import InputError
 from data import balanced_subset, partition
 from models import Part
 
-settings.register_profile("here", deadline=None, max_examples=100)
+settings.register_profile("here", deadline=None, max_examples=100, derandomize=True)  # the same on every run; remove it to look further
 settings.load_profile("here")
 
 
@@ -54,7 +54,7 @@ def test_the_mean_lies_within_the_clients_range_and_norms_are_those_of_the_segme
     segments = torch.tensor([[a, b] for a, b in zip(cuts[::2], cuts[1::2])], dtype=torch.int64).reshape(-1, 2)
     assert abs(weights.sum().item() - 1) < 1e-6
     mean, drift, spread = ops.aggregate(rows, weights, rows[0].clone(), segments)
-    slack = 1e-6 * rows.abs().max(0).values
+    slack = 1e-6 * rows.abs().max(0).values + 1e-38  # the smallest floats have no digits to spare
     assert (mean >= rows.min(0).values - slack).all() and (mean <= rows.max(0).values + slack).all()
     assert drift.shape == spread.shape == (clients, len(segments)) and not drift[0].any()
     total = Part(torch.zeros(size), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
