@@ -70,6 +70,7 @@ EXPERIMENTS |= {
     "no-stop-gradient": (f"{SHORT} 2 --no-stop-gradient", 1),
     "no-predictor": (f"{SHORT} 2 --no-predictor", 1),
     "first-target-shared": (f"{SHORT} 2 --first-target shared", 1),
+    "squared-inf": (f"{SHORT} 2 --divergence squared --mu inf", 1),
 }
 
 
