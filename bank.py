@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import InputError
+from cli import InputError, os_errors
 from models import Part
 
 
@@ -29,11 +29,9 @@ class Bank:
     def __init__(self, like: Mapping[str, Part], path: Path | None = None):
         self.like, self.path = like, path
         self.row_bytes = sum(part.nbytes for part in like.values())
-        try:
+        with os_errors(f"cannot open {path}"):
             named = path and like  # nothing to keep, no file
             self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") if named else tempfile.TemporaryFile()  # noqa: SIM115
-        except OSError as error:
-            raise InputError(f"cannot open {path}: {error.strerror}") from None
         self.count = 0  # of rows that were ever used
         self.free: list[int] = []
         self.named: set[int] = set()  # by the last checkpoint
@@ -43,30 +41,31 @@ class Bank:
         row = self.free.pop() if self.free else self.count
         self.count = max(self.count, row + 1)
         host = [tensor.cpu() for name in self.like for tensor in state[name]]
-        try:
+        with os_errors(f"cannot write {self.path}"):
             self.file.seek(row * self.row_bytes)
             for tensor in host:
                 self.file.write(tensor.numpy())
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
         return row, checksum(host)
 
     def read(self, row: int, digest: str) -> dict[str, Part]:
         """The state in a row, on the device of `like`. Raises InputError if it is not what was written."""
+        state = self.verify(row, digest)
+        return {name: Part(*(t.to(like.device) for t, like in zip(part, self.like[name]))) for name, part in state.items()}
+
+    def verify(self, row: int, digest: str) -> dict[str, Part]:
+        """The same in the host's memory, for one who asks only whether it is what was written."""
         state = {name: Part(*(torch.empty_like(t, device="cpu") for t in part)) for name, part in self.like.items()}
         host = [tensor for part in state.values() for tensor in part]
         self.file.seek(row * self.row_bytes)
         if sum(self.file.readinto(tensor.numpy()) for tensor in host) != self.row_bytes or checksum(host) != digest:
             raise InputError(f"{self.path} is damaged: row {row} does not have the checksum that it was written with")
-        return {name: Part(*(t.to(like.device) for t, like in zip(part, self.like[name]))) for name, part in state.items()}
+        return state
 
     def flush(self) -> None:
         """Bring what was written to the disk, before a checkpoint names it."""
-        try:
+        with os_errors(f"cannot write {self.path}"):
             self.file.flush()
             os.fsync(self.file.fileno())
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
 
     def protect(self, rows: Iterable[int]) -> None:
         """A checkpoint names these rows now: others may be used again, but for those that the checkpoint before it names."""

@@ -31,7 +31,6 @@ import os
 import pickle
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -132,10 +131,7 @@ def serve(pipe: multiprocessing.connection.Connection, way: Callable[..., Callab
 
 def peak_resident_bytes() -> int:
     """Of this process alone: what getrusage tells begins with what the process that started it had."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def report(what: str, seconds: dict[str, float], images: int, notes: dict[str, str] | None = None) -> None:
@@ -391,7 +387,7 @@ def simulation(images: Images, folder: Path | None = None, per_client: int | Non
         client.indices = client.indices[:per_client]
     segments = fedu.divergence_segments(objective, "layer-mean")
     rounds = itertools.count()
-    bank = fedu.Bank({name: objective.parts[name] for name in fedu.kept_parts(objective, options)}, folder and folder / "bank.bin")
+    bank = fedu.Bank(fedu.kept_parts(objective, options), folder and folder / "bank.bin")
 
     def run() -> None:
         fedu.run_round(next(rounds), options, federations, objective, images.x_train, segments, bank)

@@ -56,6 +56,15 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 
 
 @contextmanager
+def os_errors(failure: str) -> Iterator[None]:
+    """Turn what the system refuses into an InputError: `failure`, and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{failure}: {error.strerror}") from None
+
+
+@contextmanager
 def user_errors(prog: str) -> Iterator[None]:
     """Turn an InputError, or an interrupt from the keyboard, into one line on stderr and an exit status of 2 or 130."""
     try:

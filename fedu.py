@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import RANK, InputError, Parser, first_line, number, user_errors, write_atomic
+from cli import RANK, InputError, Parser, first_line, number, os_errors, user_errors, write_atomic
 
 
 class Method(NamedTuple):
@@ -196,7 +196,7 @@ def simulate(given: dict, out: Path, options: dict, federations: list[Federation
     rounds, device = options["rounds"], images.x_train.device
     segments = divergence_segments(objective, options["divergence"])
     config = resume(out) if "resume" in given else open_run(out, options, device, "overwrite" in given)
-    bank = Bank({name: objective.parts[name] for name in kept_parts(objective, options)}, out / "bank.bin")
+    bank = Bank(kept_parts(objective, options), out / "bank.bin")
     start, seconds = load_checkpoint(out, federations, bank)
     metrics, begun = evaluation.read_metrics(out)[:start], time.perf_counter() - seconds
     if "resume" in given:
@@ -529,18 +529,18 @@ def uploadable(objective: Objective, aggregate: str) -> Part:
 
 def model_upload(client: Client, objective: Objective, options: dict, round_: int) -> Part:
     """Stage 2: encoder and predictor, for the server to take in before the next client trains; what the client will need stays with it."""
-    client.state = {name: objective.parts[name].clone() for name in kept_parts(objective, options)}
+    client.state = {name: part.clone() for name, part in kept_parts(objective, options).items()}
     client.last_round = round_
     return uploadable(objective, options["aggregate"])
 
 
-def kept_parts(objective: Objective, options: dict) -> list[str]:
+def kept_parts(objective: Objective, options: dict) -> dict[str, Part]:
     """The parts that a client keeps from round to round: those that `model_update` does not replace by the server's, or mixes in."""
     kept = {name: True for name in objective.own}
     kept["target"] = "target" in kept and options["update"] in ("online", "ema")
     kept["encoder"] = options["update"] in ("target", "ema") or options["divergence_from"] == "global"
     kept["predictor"] = options["predictor"] != "global"
-    return [name for name, needed in kept.items() if needed]
+    return {name: objective.parts[name] for name, needed in kept.items() if needed}
 
 
 def aggregate(total: Part, upload: Part, weight: float, received: Part, segments: Tensor) -> Tensor:
@@ -690,12 +690,10 @@ def check_ablation(method: Method, given: dict, options: dict) -> None:
 @contextmanager
 def run_folder(out: Path, make: bool) -> Iterator[None]:
     """Hold the run folder for this process alone, and end on SIGTERM as on Ctrl-C: with the command that continues the run."""
-    try:
+    with os_errors(f"--out {out} cannot be made"):
         if make:
             out.mkdir(parents=True, exist_ok=True)
         folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be made: {error.strerror}") from None
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -726,15 +724,13 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) ->
         **describe_code(),
         "seconds": 0.0,
     }
-    try:
+    with os_errors(f"--out {out} cannot be used"):
         if any(out.iterdir()):
             if not overwrite:
                 raise InputError(f"{out} is not empty: choose another --out, or --resume {out}, or --overwrite it")
             evaluation.read_config(out)  # not a run folder? then nothing in it is ours to remove
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be used: {error.strerror}") from None
     write_config(out, config)
     write_metrics(out, [])
     return config
@@ -812,7 +808,7 @@ def read_checkpoint(path: Path, federations: list[Federation], bank: Bank) -> tu
         raise InputError(f"{path} is damaged: its tensors do not have the checksum that they were saved with")
     rows = {client.row: client.digest for client in clients if client.row is not None}
     for row, digest in rows.items():
-        bank.read(row, digest)
+        bank.verify(row, digest)
     bank.protect(rows_before)
     bank.protect(rows)
     return rounds_done, seconds

@@ -725,7 +725,7 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
 
     def rounds(poisoned: bool):
         (federation,), net = fedu.build(options, images, CPU)
-        bank = Bank({name: net.parts[name] for name in fedu.kept_parts(net, options)})
+        bank = Bank(fedu.kept_parts(net, options))
         rest = images.x_train, divergence_segments(net, "layer-mean"), bank
         first = fedu.run_round(0, options, [federation], net, *rest)
         poisoned_client = federation.clients[1]

@@ -65,7 +65,7 @@ def readers(npz, finished, tmp_path):
     def resume() -> None:
         options = fedu.prepare({"resume": run})[1]
         federations, objective = fedu.build(options, load_npz(npz), torch.device("cpu"))
-        bank = fedu.Bank({name: objective.parts[name] for name in fedu.kept_parts(objective, options)}, run / "bank.bin")
+        bank = fedu.Bank(fedu.kept_parts(objective, options), run / "bank.bin")
         fedu.read_checkpoint(run / "checkpoint.pt", federations, bank)
 
     places = {
