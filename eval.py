@@ -398,7 +398,7 @@ def describe_partition(options: dict) -> str:
 
 
 # Linear evaluation, top-1 %, of ResNet-18 after 100 rounds of 5 local epochs on CIFAR-10: non-IID (2 classes each of 5 clients), IID.
-# FedEMA's paper (Zhuang et al. 2022), table 1 and appendix
+# FedEMA's paper (Zhuang et al. 2022), table 1 and appendix; with another encoder FedU's (Zhuang et al. 2021)
 PUBLISHED = {
     "single": ("74.95", "82.42"),
     "fedsimclr": ("78.09", "-"),
@@ -408,28 +408,37 @@ PUBLISHED = {
     "fedbyol": ("79.44", "84.29"),
     "fedu": ("80.52", "83.96"),
     "fedema": ("83.34", "86.26"),
+    "fedca": ("68.01 (ResNet-50)", "71.25 (ResNet-50)"),
+    "fedavg-supervised": ("67.74 (ResNet-50)", "91.51 (ResNet-50)"),
     "central": ("90.46", "90.46"),
 }
+# FedU's paper: the averaged encoder, what it becomes at the clients, and the averaged or the client's own predictor
+PUBLISHED_ABLATION = {
+    "online online global": "84.07", "online online local": "82.18",
+    "online both global": "81.24", "online both local": "18.23",
+    "online target global": "9.99", "online target local": "19.22",
+    "target online global": "82.10", "target online local": "78.06",
+    "target target global": "9.99", "target target local": "25.02",
+    "target both global": "82.32", "target both local": "29.03",
+}  # fmt: skip
+COLUMNS = ("aggregate", "update", "predictor")  # of a method's row, that the ablation changes
 
 
 def table(runs: list[Path]) -> str:
-    """Markdown: one row a setting, with the options in which the settings differ.
+    """Markdown: one row a setting, with the options in which the settings differ, and a last row for raw pixels if a run has them.
 
     Each evaluation is the mean and, over several seeds, the sample deviation, in % of the test images. Upload: a round's bytes.
     """
+    from fedu import defaults
+
     groups = by_setting(runs)
     settings = [setting for setting, _ in groups]
-    by_method = {"method", "aggregate", "update", "predictor", "rounds"}  # the last: an untrained encoder has none
-    differ = [k for k in settings[0] if len({json.dumps(s.get(k)) for s in settings}) > 1 and k not in by_method]
-    methods = {s["method"] for s in settings}  # which set these three, so they are shown where they differ within one
-    for k in ("aggregate", "update", "predictor"):
-        differ += [k] * any(len({s.get(k) for s in settings if s["method"] == method}) > 1 for method in methods)
+    trained = [s for s in settings if s["rounds"]] or settings  # an untrained encoder has no rounds
+    differ = [k for k in settings[0] if len({json.dumps(s.get(k)) for s in trained}) > 1 and k not in ("method", *COLUMNS)]
+    differ += [k for k in COLUMNS if any(s[k] != defaults(s["method"])[k] for s in settings)]
     found = {run: read_evaluations(run) for run in runs}
-    columns = sorted({name for evaluations in found.values() for name in evaluations}, key=lambda n: ("linear" not in n, n))
-    published = all(Path(s["dataset"]).stem == "cifar10" and s["clients"] == 5 for s in settings) and not set(differ) - {"partition"}
-    lines = [
-        ["method", *differ, "seeds", "upload, MB a round", *columns] + ["linear, published: ResNet-18, 100 rounds of 5 epochs"] * published
-    ]
+    columns = sorted({name for evaluations in found.values() for name in evaluations} - {PIXELS}, key=lambda n: ("linear" not in n, n))
+    lines = [["method", *differ, "seeds", "upload, MB a round", *columns, *published(settings[0], differ)]]
     for setting, members in groups:
         rounds = read_metrics(members[0])
         cells = [
@@ -441,11 +450,24 @@ def table(runs: list[Path]) -> str:
         for column in columns:
             values = [100 * found[run][column] for run in members if column in found[run]]
             cells.append("-" if not values else f"{mean(values):.2f}" + (f" ± {deviation(values):.2f}" if len(values) > 1 else ""))
-        if published:
-            cells.append(PUBLISHED.get(setting["method"], ("-", "-"))[setting["partition"] == "iid"])
-        lines.append(cells)
+        lines.append([*cells, *published(setting, differ).values()])
+    for accuracy in {evaluations[PIXELS] for evaluations in found.values() if PIXELS in evaluations}:
+        row = {"method": "raw pixels", "linear": f"{100 * accuracy:.2f}"}
+        lines.append([row.get(column, "-") for column in lines[0]])
     lines.insert(1, ["---"] * len(lines[0]))
     return scale(settings) + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def published(setting: dict, differ: list[str]) -> dict[str, str]:
+    """The papers' accuracy under its title; nothing if runs that differ in these options differ from the papers' in more than scale."""
+    if Path(setting["dataset"]).stem == "cifar10" and setting["clients"] == 5:
+        if set(differ) <= {"partition"}:
+            accuracy = PUBLISHED.get(setting["method"], ("-", "-"))[setting["partition"] == "iid"]
+            return {"linear, published: ResNet-18, 100 rounds of 5 epochs": accuracy}
+        if set(differ) <= set(COLUMNS):
+            accuracy = PUBLISHED_ABLATION.get(" ".join(setting[k] for k in COLUMNS), "-")
+            return {"linear, published: at a scale that the paper does not state": accuracy}
+    return {}
 
 
 def by_setting(runs: list[Path]) -> list[tuple[dict, list[Path]]]:
@@ -480,6 +502,9 @@ def linear_accuracy(run: Path) -> float:
         return read_evaluations(run)["linear"]
     except KeyError:
         raise InputError(f"{run} has no linear accuracy: measure it with `python eval.py --linear {run}`") from None
+
+
+PIXELS = "linear, pixels"  # an evaluation without any encoder
 
 
 def read_evaluations(run: Path) -> dict[str, float]:

@@ -100,7 +100,7 @@ def runs(finished, tmp_path):
     for name, seed, method in (("s0", 0, "fedu"), ("s1", 1, "fedu"), ("single", 0, "single")):
         shutil.copytree(finished / "runs/run", tmp_path / "runs" / name)
         config = json.loads((tmp_path / "runs" / name / "config.json").read_text())
-        config["options"] |= {"seed": seed, "method": method}
+        config["options"] |= {"seed": seed, "method": method, "predictor": "dapu" if method == "fedu" else "global"}
         if seed:
             del config["options"]["dropout"]  # as a run has it from before the option existed
         (tmp_path / "runs" / name / "config.json").write_text(json.dumps(config))
@@ -141,6 +141,7 @@ def test_single_reports_the_mean_over_its_clients(runs, command):
 def test_table_has_a_row_a_setting_with_mean_and_deviation(runs, command):
     for run, accuracies in (("s0", (0.1, 0.5)), ("s1", (0.6,)), ("single", (0.4,))):
         lines = [json.dumps({"evaluation": "linear", "features": "backbone", "dataset": "x", "accuracy": a}) for a in accuracies]
+        lines += [json.dumps({"evaluation": "linear", "features": "pixels", "dataset": "x", "accuracy": 0.3})] * (run == "s0")
         (runs / "runs" / run / "eval.jsonl").write_text("\n".join(lines) + "\n")
         config = json.loads((runs / "runs" / run / "config.json").read_text())
         config["options"]["dataset"] = "x"
@@ -155,6 +156,7 @@ def test_table_has_a_row_a_setting_with_mean_and_deviation(runs, command):
         "| --- | --- | --- | --- |",
         f"| fedu | 2 | {sent:.1f} | 55.00 ± 7.07 |",  # the latest linear result counts
         f"| single | 1 | {sent:.1f} | 40.00 |",
+        "| raw pixels | - | - | 30.00 |",
     ]
 
 
@@ -169,10 +171,13 @@ def test_table_shows_the_options_that_differ(runs, command):
     assert header.startswith("| method | partition | seeds |") and "linear, published" in header
     assert iid.startswith("| fedu | iid | 1 |") and iid.endswith("| 83.96 |")
     assert classes.startswith("| fedu | 1/K of the classes each | 1 |") and classes.endswith("| 80.52 |")
-    config["options"]["update"] = "both"
-    (runs / "runs/s1/config.json").write_text(json.dumps(config))
+    for run, changes in (("s0", {"update": "both"}), ("s1", {"update": "target", "predictor": "local"})):
+        config["options"] |= {"method": "fedbyol", "aggregate": "online", "predictor": "global", **changes}
+        (runs / "runs" / run / "config.json").write_text(json.dumps(config))
     done = command("eval.py", "--table", "runs/s0", "runs/s1", cwd=runs)
-    assert done.stdout.splitlines()[2].startswith("| method | partition | update | seeds |")
+    header, _, both, target = done.stdout.splitlines()[2:]
+    assert header.startswith("| method | update | predictor | seeds |")
+    assert both.startswith("| fedbyol | both | global | 1 |") and both.endswith("| 81.24 |") and target.endswith("| 19.22 |")
 
 
 def test_plots(runs, command):
