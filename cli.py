@@ -66,9 +66,13 @@ def os_errors(failure: str) -> Iterator[None]:
 
 @contextmanager
 def user_errors(prog: str) -> Iterator[None]:
-    """Turn an InputError, or an interrupt from the keyboard, into one line on stderr and an exit status of 2 or 130."""
+    """Turn an InputError, or an interrupt from the keyboard, into one line on stderr and an exit status of 2 or 130.
+
+    Where nobody reads the output any more, as after `| head`, end silently as a shell's tools do, with 141.
+    """
     try:
         yield
+        sys.stdout.flush()
     except InputError as error:
         say(f"{prog}: error: {error}")
         sys.exit(2)
@@ -76,6 +80,9 @@ def user_errors(prog: str) -> Iterator[None]:
         if RANK == 0:
             print(f"\n{prog}: interrupted" + (f"; {interrupt}" if interrupt.args else ""), file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter, on its way out, would complain
+        sys.exit(141)
 
 
 def say(error: str) -> None:

@@ -2,11 +2,13 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import ROOT, refused
 from torch import nn
 
 import eval as evaluation
@@ -158,6 +160,15 @@ def test_table_has_a_row_a_setting_with_mean_and_deviation(runs, command):
         f"| single | 1 | {sent:.1f} | 40.00 |",
         "| raw pixels | - | - | 30.00 |",
     ]
+
+
+def test_output_that_nobody_reads_ends_silently(finished):
+    read, write = os.pipe()
+    os.close(read)
+    line = [sys.executable, str(ROOT / "eval.py"), "--table", "runs/run"]
+    done = subprocess.run(line, cwd=finished, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == 141 and not done.stderr
 
 
 def test_table_shows_the_options_that_differ(runs, command):
