@@ -427,7 +427,7 @@ COLUMNS = ("aggregate", "update", "predictor")  # of a method's row, that the ab
 def table(runs: list[Path]) -> str:
     """Markdown: one row a setting, with the options in which the settings differ, and a last row for raw pixels if a run has them.
 
-    Each evaluation is the mean and, over several seeds, the sample deviation, in % of the test images. Upload: a round's bytes.
+    Each evaluation is the mean and, over several seeds, the sample deviation, in % of the test images. Up and down: of all clients.
     """
     from fedu import defaults
 
@@ -438,7 +438,7 @@ def table(runs: list[Path]) -> str:
     differ += [k for k in COLUMNS if any(s[k] != defaults(s["method"])[k] for s in settings)]
     found = {run: read_evaluations(run) for run in runs}
     columns = sorted({name for evaluations in found.values() for name in evaluations} - {PIXELS}, key=lambda n: ("linear" not in n, n))
-    lines = [["method", *differ, "seeds", "upload, MB a round", *columns, *published(settings[0], differ)]]
+    lines = [["method", *differ, "seeds", "up and down, MB a round", *columns, *published(settings[0], differ)]]
     for setting, members in groups:
         rounds = read_metrics(members[0])
         cells = [
@@ -446,7 +446,8 @@ def table(runs: list[Path]) -> str:
             *(describe_partition(setting) if k == "partition" else str(setting.get(k)) for k in differ),
             str(len(members)),
         ]
-        cells.append(f"{mean(row['upload_bytes'] for row in rounds) / 1e6:.1f}" if rounds else "-")
+        megabytes = (f"{mean(row[way] for row in rounds) / 1e6:.1f}" for way in ("upload_bytes", "download_bytes") if rounds)
+        cells.append(" + ".join(megabytes) or "-")
         for column in columns:
             values = [100 * found[run][column] for run in members if column in found[run]]
             cells.append("-" if not values else f"{mean(values):.2f}" + (f" ± {deviation(values):.2f}" if len(values) > 1 else ""))

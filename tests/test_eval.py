@@ -152,12 +152,13 @@ def test_table_has_a_row_a_setting_with_mean_and_deviation(runs, command):
     assert done.returncode == 0, done.stderr
     caption, _, *lines = done.stdout.splitlines()
     assert caption.startswith("On x: small, 3 rounds of 1 local epoch, B = 8, lr 0.05, 2 clients, 1/K of the classes each")
-    sent = json.loads((runs / "runs/s0/metrics.jsonl").read_text().splitlines()[0])["upload_bytes"] / 1e6
+    row = json.loads((runs / "runs/s0/metrics.jsonl").read_text().splitlines()[0])
+    sent = f"{row['upload_bytes'] / 1e6:.1f} + {row['download_bytes'] / 1e6:.1f}"
     assert lines == [
-        "| method | seeds | upload, MB a round | linear |",
+        "| method | seeds | up and down, MB a round | linear |",
         "| --- | --- | --- | --- |",
-        f"| fedu | 2 | {sent:.1f} | 55.00 ± 7.07 |",  # the latest linear result counts
-        f"| single | 1 | {sent:.1f} | 40.00 |",
+        f"| fedu | 2 | {sent} | 55.00 ± 7.07 |",  # the latest linear result counts
+        f"| single | 1 | {sent} | 40.00 |",
         "| raw pixels | - | - | 30.00 |",
     ]
 
