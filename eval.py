@@ -326,7 +326,8 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
     """Draw accuracies with their deviation over seeds.
 
     option: `round` draws the kNN accuracy of each setting against rounds, `ablation` bars of linear accuracy by aggregate, update and
-    predictor, any option of fedu.py the linear accuracy against its values, a line a method. Raises InputError if runs lack the option.
+    predictor, any option of fedu.py the linear accuracy against its values, a line a method; in the last two an untrained encoder is a
+    dashed line. Raises InputError if runs lack the option.
     """
     plt = pyplot()
     groups = by_setting(runs)
@@ -334,12 +335,18 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
         raise InputError(f"--against got {option!r}, wants round, ablation or an option of fedu.py as it is in config.json")
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-        axis.set_title(scale([setting for setting, _ in groups]).split(", unless")[0], fontsize=9)
+        axis.set_title(scale([setting for setting, _ in groups]), fontsize=9)
         if option == "round":
             draw_knn(axis, groups)
         else:
-            accuracies = [[100 * linear_accuracy(run) for run in members] for _, members in groups]
-            (draw_bars if option == "ablation" else partial(draw_sweep, option=option))(axis, groups, accuracies)
+            accuracies = [(setting, [100 * linear_accuracy(run) for run in members]) for setting, members in groups]
+            floor = [mean(a) for s, a in accuracies if s["method"] == "untrained"]
+            trained = [(s, a) for s, a in accuracies if s["method"] != "untrained"]
+            (draw_bars if option == "ablation" else partial(draw_sweep, option=option))(axis, trained)
+            for level in floor:
+                line = axis.axvline if option == "ablation" else axis.axhline
+                line(level, color=COLOURS[-1], linestyle="--", linewidth=1.2, label="untrained encoder")
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
         save_figure(figure, out)
 
 
@@ -353,12 +360,11 @@ def draw_knn(axis, groups: list[tuple[dict, list[Path]]]) -> None:
         axis.fill_between(rounds, centre - spread, centre + spread, color=colour, alpha=0.2, linewidth=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="rounds", ylabel="kNN accuracy of the averaged backbone (%)")
-    axis.legend(frameon=False)
 
 
-def draw_bars(axis, groups: list[tuple[dict, list[Path]]], accuracies: list[list[float]]) -> None:
-    names = [f"{s['aggregate']} to {s['update']}, {s['predictor']}" for s, _ in groups]
-    bars = axis.barh(names, [mean(a) for a in accuracies], xerr=[deviation(a) for a in accuracies], color=COLOURS[0])
+def draw_bars(axis, accuracies: list[tuple[dict, list[float]]]) -> None:
+    names = [f"{s['aggregate']} to {s['update']}, {s['predictor']}" for s, _ in accuracies]
+    bars = axis.barh(names, [mean(a) for _, a in accuracies], xerr=[deviation(a) for _, a in accuracies], color=COLOURS[0], label="trained")
     axis.bar_label(bars, fmt="%.1f", padding=4)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
@@ -366,16 +372,15 @@ def draw_bars(axis, groups: list[tuple[dict, list[Path]]], accuracies: list[list
     axis.set(xlabel="linear accuracy (%)", ylabel="aggregated encoder to updated encoder, predictor")
 
 
-def draw_sweep(axis, groups: list[tuple[dict, list[Path]]], accuracies: list[list[float]], option: str) -> None:
+def draw_sweep(axis, accuracies: list[tuple[dict, list[float]]], option: str) -> None:
     """A place for each value that occurs, at equal distances, so that 0 and infinity have theirs."""
-    values = sorted({s[option] for s, _ in groups}, key=lambda v: (v is not None, v))
-    for colour, method in zip(COLOURS * len(groups), dict.fromkeys(s["method"] for s, _ in groups)):
-        points = sorted((values.index(s[option]), mean(a), deviation(a)) for (s, _), a in zip(groups, accuracies) if s["method"] == method)
+    values = sorted({s[option] for s, _ in accuracies}, key=lambda v: (v is not None, v))
+    for colour, method in zip(COLOURS * len(accuracies), dict.fromkeys(s["method"] for s, _ in accuracies)):
+        points = sorted((values.index(s[option]), mean(a), deviation(a)) for s, a in accuracies if s["method"] == method)
         x, y, error = zip(*points)
         axis.errorbar(x, y, error, color=colour, marker="o", capsize=4, label=method)
     axis.set_xticks(range(len(values)), ["all" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values])
     axis.set(xlabel=option.replace("_", " "), ylabel="linear accuracy (%)")
-    axis.legend(frameon=False)
 
 
 def draw_clients(axis, rows: list[dict], key: str, colour: str, label: str | None = None) -> None:
@@ -456,7 +461,7 @@ def table(runs: list[Path]) -> str:
         row = {"method": "raw pixels", "linear": f"{100 * accuracy:.2f}"}
         lines.append([row.get(column, "-") for column in lines[0]])
     lines.insert(1, ["---"] * len(lines[0]))
-    return scale(settings) + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return scale(settings) + "; accuracies in % of the test images.\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def published(setting: dict, differ: list[str]) -> dict[str, str]:
@@ -466,7 +471,8 @@ def published(setting: dict, differ: list[str]) -> dict[str, str]:
             accuracy = PUBLISHED.get(setting["method"], ("-", "-"))[setting["partition"] == "iid"]
             return {"linear, published: ResNet-18, 100 rounds of 5 epochs": accuracy}
         if set(differ) <= set(COLUMNS):
-            accuracy = PUBLISHED_ABLATION.get(" ".join(setting[k] for k in COLUMNS), "-")
+            columns = " ".join(setting[k] for k in COLUMNS)
+            accuracy = PUBLISHED_ABLATION.get(columns, "-") if setting["method"] == "fedbyol" else "-"
             return {"linear, published: at a scale that the paper does not state": accuracy}
     return {}
 
@@ -485,17 +491,25 @@ def by_setting(runs: list[Path]) -> list[tuple[dict, list[Path]]]:
 
 
 def deviation(values: list[float]) -> float:
-    """The sample deviation, 0 of one value."""
-    return stdev(values) if len(values) > 1 else 0.0
+    """The sample deviation; of one value not a number, which is not drawn."""
+    return stdev(values) if len(values) > 1 else float("nan")
 
 
 def scale(settings: list[dict]) -> str:
     """What runs of these settings have in common, in words."""
-    common = max(settings, key=lambda s: s["rounds"])  # an untrained encoder has no rounds
-    epochs = f"{common['local_epochs']} local epoch" + "s" * (common["local_epochs"] > 1)
-    words = f"On {Path(common['dataset']).stem}: {common['encoder']}, {common['rounds']} rounds of {epochs}, B = {common['batch_size']}"
-    words += f", lr {common['lr']:g}, {common['clients']} clients, {describe_partition(common)}"
-    return words + ", unless the table says otherwise; accuracies in % of the test images."
+    trained = [s for s in settings if s["rounds"]] or settings  # an untrained encoder has no rounds
+    first = trained[0]
+    words = {
+        ("dataset",): f"on {Path(first['dataset']).stem}",
+        ("encoder",): first["encoder"],
+        ("rounds", "local_epochs"): f"{first['rounds']} rounds of {first['local_epochs']} local epoch" + "s" * (first["local_epochs"] > 1),
+        ("batch_size",): f"B = {first['batch_size']}",
+        ("lr",): f"lr {first['lr']:g}",
+        ("clients",): f"{first['clients']} clients",
+        ("partition", "classes_per_client", "alpha"): describe_partition(first),
+    }
+    common = ", ".join(text for names, text in words.items() if all(s[k] == first[k] for s in trained for k in names))
+    return common[:1].upper() + common[1:]
 
 
 def linear_accuracy(run: Path) -> float:

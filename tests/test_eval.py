@@ -151,7 +151,7 @@ def test_table_has_a_row_a_setting_with_mean_and_deviation(runs, command):
     done = command("eval.py", "--table", cwd=runs)
     assert done.returncode == 0, done.stderr
     caption, _, *lines = done.stdout.splitlines()
-    assert caption.startswith("On x: small, 3 rounds of 1 local epoch, B = 8, lr 0.05, 2 clients, 1/K of the classes each")
+    assert caption.startswith("On x, small, 3 rounds of 1 local epoch, B = 8, lr 0.05, 2 clients, 1/K of the classes each")
     row = json.loads((runs / "runs/s0/metrics.jsonl").read_text().splitlines()[0])
     sent = f"{row['upload_bytes'] / 1e6:.1f} + {row['download_bytes'] / 1e6:.1f}"
     assert lines == [
@@ -201,13 +201,14 @@ def test_plots(runs, command):
 
 
 def test_accuracies_against_rounds_options_and_the_ablation(runs, command):
-    for run, mu in (("s0", 0.4), ("s1", float("inf")), ("single", 0.4)):
+    shutil.copytree(runs / "runs/single", runs / "runs/untrained")
+    for run, mu, method in (("s0", 0.4, "fedu"), ("s1", float("inf"), "fedu"), ("single", 0.4, "single"), ("untrained", 0.4, "untrained")):
         (runs / "runs" / run / "eval.jsonl").write_text(json.dumps({"evaluation": "linear", "accuracy": 0.5}) + "\n")
         config = json.loads((runs / "runs" / run / "config.json").read_text())
-        config["options"]["mu"] = mu
+        config["options"] |= {"mu": mu, "method": method}
         (runs / "runs" / run / "config.json").write_text(json.dumps(config))
     for option in ("round", "mu", "clients_per_round", "ablation"):
-        done = command("eval.py", "--against", option, "runs/s0", "runs/s1", "runs/single", cwd=runs)
+        done = command("eval.py", "--against", option, "runs/s0", "runs/s1", "runs/single", "runs/untrained", cwd=runs)
         assert done.returncode == 0, done.stderr
         assert (runs / f"{option}.png").read_bytes().startswith(b"\x89PNG")
     assert refused(command("eval.py", "--against", "beta", "runs/s0", cwd=runs), "--against got 'beta'")
