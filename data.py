@@ -90,9 +90,9 @@ def load_npz(path: Path) -> Images:
             raise InputError(f"{path}: x_{split} is {x.dtype} {list(x.shape)}, it wants uint8 [N, S, S, 3] or [N, S, S]")
         if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1] or y.min() < 0:
             raise InputError(f"{path}: y_{split} is {y.dtype} {list(y.shape)}, it wants one class 0, 1, ... for each of {len(x)} images")
-    if arrays[0].shape[1:3] != arrays[2].shape[1:3] or arrays[2].max() < 0:
+    if arrays[0].shape[1:3] != arrays[2].shape[1:3]:
         raise InputError(f"{path}: x_train is {arrays[0].shape[1]} pixels wide and x_test {arrays[2].shape[1]}, they want the same")
-    if set(np.unique(arrays[1])) != set(range(arrays[1].max() + 1)) or arrays[3].max() > arrays[1].max():
+    if set(np.unique(arrays[1])) != set(range(int(arrays[1].max()) + 1)) or arrays[3].max() > arrays[1].max():
         raise InputError(f"{path}: y_train must hold every class 0..C-1 and y_test no other")
     return to_images(*arrays)
 
@@ -153,11 +153,11 @@ def partition(
     up), every class shared equally among its holders. `dirichlet`: each class in proportions drawn from Dir(alpha), redrawn until
     every client has `at_least` images (Hsu et al. 2019). Raises InputError if a client cannot have `at_least` images.
     """
+    if clients * at_least > len(labels) or not len(labels):
+        raise InputError(f"{clients} clients want {at_least} images each, there are {len(labels)}: lower --clients or --batch-size")
     rng = np.random.default_rng([seed, *b"partition"])
     num_classes = int(labels.max()) + 1
     members = [rng.permutation(np.flatnonzero(labels == c)) for c in range(num_classes)]
-    if clients * at_least > len(labels):
-        raise InputError(f"{clients} clients want {at_least} images each, there are {len(labels)}: lower --clients or --batch-size")
 
     def deal(shares: Callable[[int], np.ndarray]) -> list[np.ndarray]:
         """Cut each class at the cumulative `shares(class)` of the K clients."""
@@ -199,7 +199,7 @@ def balanced_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def two_views(images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Two independent random views of each image, by the recipe of METHOD section 3 (SimCLR's, without blur).
+    """Two independent random views of each image, by the recipe of the authors' code (SimCLR's, without blur).
 
     images: uint8 `[B, 3, H, W]`. Returns two float32 `[B, 3, H, W]` in [0, 1] on the same device. `generator` lives there too.
     """

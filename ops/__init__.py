@@ -32,7 +32,7 @@ VIEW += ("first", "second", "third", "fourth", "greyscale")
 
 
 def weighted_mean(clients: Tensor, weights: Tensor) -> Tensor:
-    """Mean of the clients' vectors, `sum_k w_k x_k`, summed in the order k = 0..K-1 (FedAvg; METHOD step 3).
+    """Mean of the clients' vectors, `sum_k w_k x_k`, summed in the order k = 0..K-1 (FedAvg).
 
     clients: `[K, P]`, K >= 1. weights: `[K]`, of the same type, summing to 1 by the caller's care. Returns `[P]`.
     """
@@ -45,7 +45,7 @@ def aggregate(clients: Tensor, weights: Tensor, received: Tensor, segments: Tens
     clients: `[K, P]`. weights: `[K]`, summing to 1. received: `[P]`, or `[K, P]` where clients started from different vectors.
     Returns mean `[P]` like `weighted_mean`, drift `[K, L]` = `norm2(x_k - received_k)` and spread `[K, L]` = `norm2(x_k - mean)`,
     both given in float64 and right to 6e-7. The authors' divergence is the mean of a client's drift over the conv layers, the paper's the
-    sum of its squares (METHOD section 1); FedEMA's paper measures the spread.
+    sum of its squares; FedEMA's paper measures the spread.
     """
     return _implementation(clients).aggregate(clients, weights, received, segments)
 
@@ -65,7 +65,7 @@ def ema_(target: Tensor, online: Tensor, decay: float) -> Tensor:
 
 
 def augment(images: Tensor, draws: Tensor) -> Tensor:
-    """One view of an image for each row of draws: crop and resize, flip, colour jitter, greyscale (METHOD section 3).
+    """One view of an image for each row of draws: crop and resize, flip, colour jitter, greyscale (SimCLR's, without blur).
 
     images: uint8 `[B, 3, H, W]`. draws: float32 `[N, 14]`, the columns of VIEW, N a multiple of B: view n is of image n mod B.
     Returns float32 `[N, 3, H, W]` in [0, 1]; the kernels agree with each other to the bit and with the reference on the CPU to 1e-5.

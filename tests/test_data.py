@@ -116,6 +116,12 @@ def test_labelled_subset_is_balanced():
 # ---------------------------------------------------------------------------------------------------- image sets
 
 
+def test_as_many_classes_as_a_byte_can_name(tmp_path):
+    x, y = np.zeros((256, 4, 4), np.uint8), np.arange(256, dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    assert data.load_npz(tmp_path / "x.npz").num_classes == 256
+
+
 def test_fashion_is_balanced_and_padded():
     images = data.load_images("fashion")
     assert images.x_train.shape == (6000, 3, 32, 32) and images.x_train.dtype == torch.uint8
