@@ -1,4 +1,4 @@
-"""Read a finished encoder: kNN, linear, semi-supervised and transfer evaluation (METHOD section 4), figures and tables.
+"""Read a finished encoder: kNN, linear, semi-supervised and transfer evaluation (README: options of `eval.py`), figures and tables.
 
     python eval.py [RUN]              linear evaluation of the newest run under runs/, or of RUN
     python eval.py --semi 0.1         fine-tune backbone and a new head on a tenth of the labels, class-balanced
@@ -47,7 +47,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--features", choices=("backbone", "projector", "pixels"), help="what represents an image  [backbone]")
     add("--head", choices=("linear", "mlp"), help="for --semi: Linear, or Linear-BN-ReLU-Linear of hidden width 4096  [linear]")
     add("--epochs", type=number(int, 1), help="of --linear or --semi  [200, 100]")
-    add("--seed", type=number(int, 0), help="of the head's initialisation, the batches and the labelled subset  [0]")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="of the head's initialisation, the batches and the labelled subset  [0]")
     add("--data-root", help="where CIFAR lies or is downloaded to  [the run's]")
     add("--device", choices=("auto", "cpu", "cuda"), help="[auto]")
     add("--out", type=Path, help="the figure  [RUN/divergence.png; comparison.png for several runs; OPTION.png]")
@@ -56,6 +56,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     for name, owners in GOES_WITH.items():
         if name in options and chosen not in owners:
             parser.error(f"--{name} goes with {' or '.join(f'--{owner}' for owner in owners)}, not with --{chosen}")
+    if chosen == "export" and len(options.runs) > 1:
+        parser.error(f"--export got {len(options.runs)} runs, wants one for its file")
     return options
 
 
@@ -240,6 +242,14 @@ def read_config(run: Path) -> dict:
         raise InputError(f"{run}/config.json is not readable ({first_line(error)})") from None
 
 
+def read_options(run: Path) -> dict:
+    """A run's options; those that it is too old to know have their default."""
+    from fedu import defaults  # here, since that module imports this one
+
+    options = read_config(run)["options"]
+    return defaults(options["method"]) | options
+
+
 def read_metrics(run: Path) -> list[dict]:
     """The rounds of a run, one dict each; see the README for their keys."""
     try:
@@ -283,7 +293,10 @@ def pyplot():
 
 
 def save_figure(figure, out: Path) -> None:
-    write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=out.suffix[1:] or "png"))
+    kind, known = out.suffix[1:] or "png", figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise InputError(f"--out got {out}, wants a name that ends in one of .{', .'.join(known)}")
+    write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=kind))
     pyplot().close(figure)
 
 
@@ -295,7 +308,7 @@ def plot(runs: list[Path], out: Path) -> None:
     with plt.rc_context(STYLE):
         figure, (top, loss, knn_) = plt.subplots(3, 1, figsize=(9, 9.5), height_ratios=(2, 1, 1), sharex=True, layout="constrained")
         for colour, run in zip(COLOURS * len(runs), runs):
-            options, rows = read_config(run)["options"], [row for row in read_metrics(run) if row["clients"]]
+            options, rows = read_options(run), [row for row in read_metrics(run) if row["clients"]]
             if not rows:
                 raise InputError(f"{run} has no rounds to draw")
             label = run.name if len(runs) > 1 else f"{options['method']}: mean of the clients"
@@ -308,9 +321,9 @@ def plot(runs: list[Path], out: Path) -> None:
                 top.scatter(
                     *zip(*local), s=42, facecolors="none", edgecolors=colour, label="a client that began the round with its own predictor"
                 )
-            if options.get("predictor", "dapu" if options["method"] == "fedu" else None) == "dapu":
+            if options["predictor"] == "dapu":
                 top.axhline(options["mu"], color=colour, linestyle="--", linewidth=1.2, label=f"$\\mu$ = {options['mu']:g}")
-        kind = {o["divergence"] for o in (read_config(run)["options"] for run in runs)}
+        kind = {read_options(run)["divergence"] for run in runs}
         unit = {"layer-mean": "mean L2 norm per convolution", "squared": "squared L2 norm of the encoder"}
         top.set(ylabel="divergence in a round\n(" + " / ".join(unit[k] for k in sorted(kind)) + ")", ylim=(0, None))
         loss.set(ylabel="loss")
@@ -351,21 +364,26 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
 
 
 def draw_knn(axis, groups: list[tuple[dict, list[Path]]]) -> None:
-    for colour, (setting, members) in zip(COLOURS * len(groups), groups):
+    trained = [(setting, members) for setting, members in groups if setting["method"] != "untrained"]
+    differ = differing([setting for setting, _ in groups])
+    for colour, (setting, members) in zip(COLOURS * len(groups), trained):
         curves = [{r["round"] + 1: 100 * r["knn"] for r in read_metrics(run) if r["knn"] is not None} for run in members]
         rounds = sorted(set.intersection(*map(set, curves)))
         centre = np.array([mean(curve[r] for curve in curves) for r in rounds])
         spread = np.array([deviation([curve[r] for curve in curves]) for r in rounds])
-        axis.plot(rounds, centre, color=colour, marker="o", markersize=3.5, label=setting["method"])
+        axis.plot(rounds, centre, color=colour, marker="o", markersize=3.5, label=name_setting(setting, differ))
         axis.fill_between(rounds, centre - spread, centre + spread, color=colour, alpha=0.2, linewidth=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set(xlabel="rounds", ylabel="kNN accuracy of the averaged backbone (%)")
+    axis.set(xlabel="rounds", ylabel="kNN accuracy of the backbone (%)")
 
 
 def draw_bars(axis, accuracies: list[tuple[dict, list[float]]]) -> None:
-    names = [f"{s['aggregate']} to {s['update']}, {s['predictor']}" for s, _ in accuracies]
-    bars = axis.barh(names, [mean(a) for _, a in accuracies], xerr=[deviation(a) for _, a in accuracies], color=COLOURS[0], label="trained")
+    differ = [k for k in differing([s for s, _ in accuracies]) if k not in COLUMNS]
+    names = [f"{name_setting(s, differ)}: {s['aggregate']} to {s['update']}, {s['predictor']}" for s, _ in accuracies]
+    places, spread = range(len(names)), [deviation(a) for _, a in accuracies]
+    bars = axis.barh(places, [mean(a) for _, a in accuracies], xerr=spread, color=COLOURS[0], label="trained")
     axis.bar_label(bars, fmt="%.1f", padding=4)
+    axis.set_yticks(places, names)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.1)
@@ -379,7 +397,7 @@ def draw_sweep(axis, accuracies: list[tuple[dict, list[float]]], option: str) ->
         points = sorted((values.index(s[option]), mean(a), deviation(a)) for s, a in accuracies if s["method"] == method)
         x, y, error = zip(*points)
         axis.errorbar(x, y, error, color=colour, marker="o", capsize=4, label=method)
-    axis.set_xticks(range(len(values)), ["all" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values])
+    axis.set_xticks(range(len(values)), [describe_option({option: v}, option) for v in values])
     axis.set(xlabel=option.replace("_", " "), ylabel="linear accuracy (%)")
 
 
@@ -434,21 +452,17 @@ def table(runs: list[Path]) -> str:
 
     Each evaluation is the mean and, over several seeds, the sample deviation, in % of the test images. Up and down: of all clients.
     """
-    from fedu import defaults
-
     groups = by_setting(runs)
     settings = [setting for setting, _ in groups]
-    trained = [s for s in settings if s["rounds"]] or settings  # an untrained encoder has no rounds
-    differ = [k for k in settings[0] if len({json.dumps(s.get(k)) for s in trained}) > 1 and k not in ("method", *COLUMNS)]
-    differ += [k for k in COLUMNS if any(s[k] != defaults(s["method"])[k] for s in settings)]
+    differ = differing(settings)
     found = {run: read_evaluations(run) for run in runs}
     columns = sorted({name for evaluations in found.values() for name in evaluations} - {PIXELS}, key=lambda n: ("linear" not in n, n))
-    lines = [["method", *differ, "seeds", "up and down, MB a round", *columns, *published(settings[0], differ)]]
+    lines = [["method", *differ, "seeds", "up and down, MB a round", *columns]]
     for setting, members in groups:
         rounds = read_metrics(members[0])
         cells = [
             setting["method"],
-            *(describe_partition(setting) if k == "partition" else str(setting.get(k)) for k in differ),
+            *(describe_option(setting, k) for k in differ),
             str(len(members)),
         ]
         megabytes = (f"{mean(row[way] for row in rounds) / 1e6:.1f}" for way in ("upload_bytes", "download_bytes") if rounds)
@@ -456,7 +470,9 @@ def table(runs: list[Path]) -> str:
         for column in columns:
             values = [100 * found[run][column] for run in members if column in found[run]]
             cells.append("-" if not values else f"{mean(values):.2f}" + (f" ± {deviation(values):.2f}" if len(values) > 1 else ""))
-        lines.append([*cells, *published(setting, differ).values()])
+        lines.append(cells)
+    for line, cell in zip(lines, published(settings)):
+        line.append(cell)
     for accuracy in {evaluations[PIXELS] for evaluations in found.values() if PIXELS in evaluations}:
         row = {"method": "raw pixels", "linear": f"{100 * accuracy:.2f}"}
         lines.append([row.get(column, "-") for column in lines[0]])
@@ -464,28 +480,56 @@ def table(runs: list[Path]) -> str:
     return scale(settings) + "; accuracies in % of the test images.\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def published(setting: dict, differ: list[str]) -> dict[str, str]:
-    """The papers' accuracy under its title; nothing if runs that differ in these options differ from the papers' in more than scale."""
-    if Path(setting["dataset"]).stem == "cifar10" and setting["clients"] == 5:
-        if set(differ) <= {"partition"}:
-            accuracy = PUBLISHED.get(setting["method"], ("-", "-"))[setting["partition"] == "iid"]
-            return {"linear, published: ResNet-18, 100 rounds of 5 epochs": accuracy}
-        if set(differ) <= set(COLUMNS):
-            columns = " ".join(setting[k] for k in COLUMNS)
-            accuracy = PUBLISHED_ABLATION.get(columns, "-") if setting["method"] == "fedbyol" else "-"
-            return {"linear, published: at a scale that the paper does not state": accuracy}
-    return {}
+def published(settings: list[dict]) -> list[str]:
+    """The papers' column: a title and a cell a setting, `-` where their run differs in more than its scale; nothing if all do."""
+    from fedu import defaults
+
+    ablation = any(k in COLUMNS for k in differing(settings))
+
+    def cell(setting: dict) -> str:
+        changed = {k for k, usual in defaults(setting["method"]).items() if setting.get(k, usual) != usual}
+        changed -= {"method", "dataset", "partition", "classes_per_client", *(COLUMNS if ablation else ())}
+        column = {("classes", None): 0, ("classes", 2): 0, ("iid", None): 1}.get((setting["partition"], setting["classes_per_client"]))
+        if Path(setting["dataset"]).stem != "cifar10" or column is None or changed:
+            return "-"
+        if not ablation:
+            return PUBLISHED.get(setting["method"], ("-", "-"))[column]
+        return PUBLISHED_ABLATION.get(" ".join(setting[k] for k in COLUMNS), "-") if setting["method"] == "fedbyol" and not column else "-"
+
+    cells = [cell(setting) for setting in settings]
+    title = "linear, published: " + ("at a scale that the paper does not state" if ablation else "ResNet-18, 100 rounds of 5 epochs")
+    return [title, *cells] if set(cells) != {"-"} else []
+
+
+def differing(settings: list[dict]) -> list[str]:
+    """The options in which settings differ, but for what their methods differ in, and for an untrained encoder's, which change nothing."""
+    from fedu import defaults
+
+    trained = [s for s in settings if s["method"] != "untrained"] or settings
+    names = [k for k in trained[0] if len({json.dumps(s.get(k)) for s in trained}) > 1 and k not in ("method", *COLUMNS)]
+    return names + [k for k in COLUMNS if any(s[k] != defaults(s["method"])[k] for s in trained)]
+
+
+def name_setting(setting: dict, differ: list[str]) -> str:
+    """Its method, and the options in which it may differ from others."""
+    options = (describe_option(setting, k) if k == "partition" else f"{k.replace('_', ' ')} {describe_option(setting, k)}" for k in differ)
+    return ", ".join([setting["method"], *options])
+
+
+def describe_option(setting: dict, name: str) -> str:
+    value = setting.get(name)
+    if name == "partition":
+        return describe_partition(setting)
+    if value is None:
+        return {"clients_per_round": "all", "classes_per_client": "1/K"}.get(name, "-")
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def by_setting(runs: list[Path]) -> list[tuple[dict, list[Path]]]:
     """The runs grouped by their options, but for the seed, the host, and how often kNN was measured."""
-    from fedu import defaults  # here, since that module imports this one
-
     groups: dict[str, list[Path]] = {}
     for run in runs:
-        options = read_config(run)["options"]
-        options = defaults(options["method"]) | options  # an older run knows fewer
-        setting = {k: v for k, v in options.items() if k not in ("seed", "device", "data_root", "knn_every")}
+        setting = {k: v for k, v in read_options(run).items() if k not in ("seed", "device", "data_root", "knn_every")}
         groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
     return [(json.loads(setting), members) for setting, members in groups.items()]
 
@@ -497,7 +541,7 @@ def deviation(values: list[float]) -> float:
 
 def scale(settings: list[dict]) -> str:
     """What runs of these settings have in common, in words."""
-    trained = [s for s in settings if s["rounds"]] or settings  # an untrained encoder has no rounds
+    trained = [s for s in settings if s["method"] != "untrained"] or settings
     first = trained[0]
     words = {
         ("dataset",): f"on {Path(first['dataset']).stem}",
@@ -528,10 +572,14 @@ def read_evaluations(run: Path) -> dict[str, float]:
     trained_on = read_config(run)["options"]["dataset"]
     results = {}
     for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
-        usual = {"features": "backbone", "head": "linear", "dataset": trained_on}
-        unusual = [row[k] for k in usual if row.get(k, usual[k]) != usual[k]]
-        results[", ".join([row["evaluation"], *unusual])] = row["accuracy"]
+        try:
+            row = json.loads(line)
+            usual = {"features": "backbone", "head": "linear", "dataset": trained_on, "seed": 0}
+            usual["epochs"] = 200 if row["evaluation"] == "linear" else 100
+            unusual = [row[k] if isinstance(row[k], str) else f"{k} {row[k]}" for k in usual if row.get(k, usual[k]) != usual[k]]
+            results[", ".join([row["evaluation"], *unusual])] = row["accuracy"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is not readable ({first_line(error)})") from None
     return results
 
 

@@ -144,6 +144,7 @@ def test_table_has_a_row_a_setting_with_mean_and_deviation(runs, command):
     for run, accuracies in (("s0", (0.1, 0.5)), ("s1", (0.6,)), ("single", (0.4,))):
         lines = [json.dumps({"evaluation": "linear", "features": "backbone", "dataset": "x", "accuracy": a}) for a in accuracies]
         lines += [json.dumps({"evaluation": "linear", "features": "pixels", "dataset": "x", "accuracy": 0.3})] * (run == "s0")
+        lines += [json.dumps({"evaluation": "linear", "epochs": 1, "dataset": "x", "accuracy": 0.2})] * (run == "single")
         (runs / "runs" / run / "eval.jsonl").write_text("\n".join(lines) + "\n")
         config = json.loads((runs / "runs" / run / "config.json").read_text())
         config["options"]["dataset"] = "x"
@@ -155,11 +156,11 @@ def test_table_has_a_row_a_setting_with_mean_and_deviation(runs, command):
     row = json.loads((runs / "runs/s0/metrics.jsonl").read_text().splitlines()[0])
     sent = f"{row['upload_bytes'] / 1e6:.1f} + {row['download_bytes'] / 1e6:.1f}"
     assert lines == [
-        "| method | seeds | up and down, MB a round | linear |",
-        "| --- | --- | --- | --- |",
-        f"| fedu | 2 | {sent} | 55.00 ± 7.07 |",  # the latest linear result counts
-        f"| single | 1 | {sent} | 40.00 |",
-        "| raw pixels | - | - | 30.00 |",
+        "| method | seeds | up and down, MB a round | linear | linear, epochs 1 |",
+        "| --- | --- | --- | --- | --- |",
+        f"| fedu | 2 | {sent} | 55.00 ± 7.07 | - |",  # the latest linear result counts
+        f"| single | 1 | {sent} | 40.00 | 20.00 |",
+        "| raw pixels | - | - | 30.00 | - |",
     ]
 
 
@@ -183,6 +184,9 @@ def test_table_shows_the_options_that_differ(runs, command):
     assert header.startswith("| method | partition | seeds |") and "linear, published" in header
     assert iid.startswith("| fedu | iid | 1 |") and iid.endswith("| 83.96 |")
     assert classes.startswith("| fedu | 1/K of the classes each | 1 |") and classes.endswith("| 80.52 |")
+    for run, changes in (("s0", {"ema_decay": 1}), ("s1", {"classes_per_client": 4})):  # which the papers' runs do not have
+        (runs / "runs" / run / "config.json").write_text(json.dumps(config | {"options": config["options"] | changes}))
+        assert "published" not in command("eval.py", "--table", f"runs/{run}", cwd=runs).stdout
     for run, changes in (("s0", {"update": "both"}), ("s1", {"update": "target", "predictor": "local"})):
         config["options"] |= {"method": "fedbyol", "aggregate": "online", "predictor": "global", **changes}
         (runs / "runs" / run / "config.json").write_text(json.dumps(config))
@@ -240,6 +244,9 @@ def test_representations_are_exported(runs, npz, command):
         (["--transfer", "mnist"], ["'mnist'"]),
         (["--plot", "--transfer", "fashion"], ["--transfer"]),
         (["--plot", "--out", "none/x.png"], ["cannot write none/x.png"]),
+        (["--plot", "--out", "x.xyz"], ["--out got x.xyz", ".png"]),
+        (["--export", "x.npz", "runs/run", "runs/run"], ["--export got 2 runs"]),
+        (["--seed", "18446744073709551616"], ["--seed", "at most"]),
     ],
 )
 def test_bad_options_are_one_sentence(finished, command, options, words):
@@ -255,6 +262,8 @@ def test_no_run_and_damaged_runs_are_one_sentence(finished, command, tmp_path):
     assert refused(command("eval.py", "run", cwd=tmp_path), "run/encoder.pt is not a readable encoder")
     (run / "encoder.pt").unlink()
     assert refused(command("eval.py", "run", cwd=tmp_path), "not finished", "--resume run")
+    (run / "eval.jsonl").write_text('{"evaluation": "lin')
+    assert refused(command("eval.py", "--table", "run", cwd=tmp_path), "eval.jsonl is not readable")
     (run / "metrics.jsonl").write_text('{"round": 0, "lo')
     assert refused(command("eval.py", "--plot", "run", cwd=tmp_path), "metrics.jsonl is not readable")
     (run / "config.json").write_text("{}")
