@@ -26,7 +26,8 @@ from cli import InputError, Parser, number, user_errors  # noqa: E402
 # What all runs of a table have in common. Beside the paper's recipe: a smaller encoder, batches of 32, fewer rounds of one epoch.
 SCALE = "--dataset cifar10 --encoder small --local-epochs 1 --batch-size 32"
 LONG, SHORT = f"{SCALE} --rounds 20 --knn-every 2", f"{SCALE} --rounds 8 --knn-every 2 --classes-per-client"
-EVALUATIONS = ("--linear", "--knn", "--semi 0.01", "--semi 0.1")
+# as eval.jsonl names them, with their options; ablations and sweeps have the first two
+EVALUATIONS = {"linear": "--linear", "knn": "--knn", "semi 0.01": "--semi 0.01", "semi 0.1": "--semi 0.1"}
 KEPT = ("config.json", "metrics.jsonl", "eval.jsonl")
 
 # name: options, number of seeds
@@ -111,13 +112,16 @@ def training(name: str, seed: int) -> list[str]:
 
 def experiment(name: str, seed: int) -> bool:
     """Train and evaluate one run, as far as that is not done; returns whether all of it ended well."""
+    from eval import read_evaluations  # here, since it loads torch
+
     run, results = folder(name, seed), ROOT / "results/cifar10" / f"{name}-s{seed}"
     run.parent.mkdir(parents=True, exist_ok=True)
     steps = []
     if not (run / "encoder.pt").exists():
         steps.append(["fedu.py", "--resume", str(run)] if (run / "config.json").exists() else training(name, seed))
-    evaluated = (run / "eval.jsonl").read_text().count("\n") if (run / "eval.jsonl").exists() else 0
-    steps += [["eval.py", *how.split(), str(run)] for how in EVALUATIONS[evaluated:]]
+    wanted = [what for what in EVALUATIONS if not (what.startswith("semi") and EXPERIMENTS[name][0].startswith(SHORT))]
+    done = read_evaluations(run) if (run / "eval.jsonl").exists() else {}
+    steps += [["eval.py", *EVALUATIONS[what].split(), str(run)] for what in wanted if what not in done]
     results.mkdir(parents=True, exist_ok=True)
     for step in steps:
         print(shlex.join(["python", *step]), flush=True)

@@ -29,7 +29,7 @@ def test_a_run_is_made_once_and_then_continued(tiny, tmp_path, monkeypatch):
         (tmp_path / script).symlink_to(ROOT / script)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    monkeypatch.setattr(experiments, "EVALUATIONS", ("--knn", "--linear --epochs 1"))
+    monkeypatch.setattr(experiments, "EVALUATIONS", {"knn": "--knn", "linear, epochs 1": "--linear --epochs 1"})
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"a": (" ".join(tiny), 2), "bad": (" ".join([*tiny, "--lr", "1e30"]), 1)})
     experiments.main(["a"], [1], 1, False)
     results = tmp_path / "results/cifar10/a-s1"
