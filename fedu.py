@@ -4,7 +4,7 @@ Clients hold unlabelled images that never leave them. In each round every select
 its online encoder and predictor, and the server averages them; a client then takes the averaged encoder, and the averaged
 predictor only if its last divergence lay below mu (DAPU). The whole federation is simulated in this one process.
 
-    python fedu.py                                    five clients on the embedded images, about three minutes on a laptop
+    python fedu.py                                    five clients on the embedded images, one to three minutes on two cores
     python fedu.py --dataset cifar100 --clients 5     the paper's run
 """
 
@@ -98,14 +98,14 @@ def parse_options(argv: list[str] | None = None) -> dict:
     add("--on-nonfinite", choices=("skip", "error"), help="a client whose upload has a number that is not finite  [skip]")
     add("--partition", choices=("classes", "iid", "dirichlet"), help="how images are dealt to the clients  [classes]")
     add("--classes-per-client", type=count, help="for --partition classes  [1/K of the classes]")
-    add("--alpha", type=positive, help="concentration, for --partition dirichlet  [0.5]")
+    add("--alpha", type=number(float, 1e-3, 1e6), help="concentration, for --partition dirichlet  [0.5]")
     add("--encoder", choices=("tiny", "small", "resnet18", "resnet50"), help="backbone  [by data set]")
     add("--rounds", type=count, help="R  [by data set]")
     add("--local-epochs", type=count, help="E  [by data set]")
     add("--batch-size", type=number(int, 2), help="B  [by data set]")
     add("--lr", type=positive, help="learning rate of round 0, cosine over rounds  [by data set]")
     add("--knn-every", type=number(int, 0), help="rounds between kNN measurements, 0 for none  [by data set]")
-    add("--seed", type=number(int, 0), help="one seed, one answer  [0]")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="one seed, one answer  [0]")
     add("--device", choices=("auto", "cpu", "cuda"), help="[auto]")
     add("--precision", choices=("fp32", "bf16"), help="of the networks' arithmetic  [fp32]")
     add("--out", type=Path, help="run folder  [runs/DATASET-METHOD-Kclients-sSEED]")
@@ -193,7 +193,7 @@ def main(given: dict) -> None:
 
 def simulate(given: dict, out: Path, options: dict, federations: list[Federation], objective: Objective, images: Images) -> None:
     """All rounds, from the first or from a checkpoint, with what the run folder holds afterwards."""
-    rounds, device = options["rounds"], images.x_train.device
+    rounds, device = options["rounds"] if METHODS[options["method"]].trains else 0, images.x_train.device
     segments = divergence_segments(objective, options["divergence"])
     config = resume(out) if "resume" in given else open_run(out, options, device, "overwrite" in given)
     bank = Bank(kept_parts(objective, options), out / "bank.bin")
@@ -203,7 +203,7 @@ def simulate(given: dict, out: Path, options: dict, federations: list[Federation
         print(f"{out}: continuing after {start} of {rounds} rounds")
     clients = [client for federation in federations for client in federation.clients]
     print(f"{options['method']} on {options['dataset']}: {len(images.x_train)} images, {describe(clients, device)}")
-    print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (global, local, mixed)")
+    print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (global, local, mixed, -)")
     for round_ in range(start, rounds):
         row = run_round(round_, options, federations, objective, images.x_train, segments, bank)
         if options["knn_every"] and ((round_ + 1) % options["knn_every"] == 0 or round_ + 1 == rounds):
@@ -397,13 +397,12 @@ def build(options: dict, images: Images, device: torch.device) -> tuple[list[Fed
     order = np.random.default_rng([options["seed"], *b"public"]).permutation(len(images.y_train))
     count = max(options["batch_size"], round(method.public * len(order))) if method.public else 0
     public, private = np.sort(order[:count]), np.sort(order[count:])
+    dealt = (1, "iid") if method.federation == "pooled" else (options["clients"], options["partition"])
     parts = partition(
-        images.y_train.cpu().numpy()[private], options["clients"], options["partition"], options["seed"],
+        images.y_train.cpu().numpy()[private], *dealt, options["seed"],
         options["classes_per_client"], options["alpha"], at_least=options["batch_size"],
     )  # fmt: skip
     indices = [torch.from_numpy(private[part]).to(device) for part in parts]
-    if method.federation == "pooled":
-        indices = [torch.cat(indices)]
     torch.manual_seed(options["seed"])
     ablation = {name: False for name in ABLATIONS if options[f"no_{name}"]}
     objective = OBJECTIVES[method.objective](options["encoder"], device, images.y_train, **ablation)
@@ -558,7 +557,7 @@ def aggregate(total: Part, upload: Part, weight: float, received: Part, segments
 
 
 class Update(NamedTuple):
-    """What a client took: whose predictor (global, local or mixed), its own one's share in it, and the divergence that decided."""
+    """What a client took: whose predictor (global, local, mixed; - without any), its own one's share, and the divergence that decided."""
 
     predictor: str
     own_share: float
@@ -577,8 +576,9 @@ def model_update(client: Client, server: Part, objective: Objective, options: di
     objective.online.state.copy_(server)
     for name, start in objective.own.items():
         objective.parts[name].copy_(start if fresh else client.state.get(name, start))
+    kind = {0.0: "global", 1.0: "local"} if objective.parts["predictor"].nbytes else dict.fromkeys((0.0, 1.0), "-")
     if fresh:
-        return Update("global", 0.0, None)
+        return Update(kind[0.0], 0.0, None)
     d = client.divergence
     if options["divergence_from"] == "global":
         norms = ops.layer_norms(client.state["encoder"].vector, objective.parts["encoder"].vector, segments)
@@ -591,7 +591,7 @@ def model_update(client: Client, server: Part, objective: Objective, options: di
     mix(objective.parts["encoder"], client.state.get("encoder"), {"target": 1.0, "ema": mixed}.get(options["update"], 0.0))
     own_share = {"global": 0.0, "local": 1.0, "dapu": float(d >= options["mu"]), "ema": mixed}[options["predictor"]]
     mix(objective.parts["predictor"], client.state.get("predictor"), own_share)
-    return Update({0.0: "global", 1.0: "local"}.get(own_share, "mixed"), own_share, d)
+    return Update(kind.get(own_share, "mixed"), own_share, d)
 
 
 def mix(received: Part, own: Part | None, own_share: float) -> None:
@@ -647,13 +647,13 @@ def prepare(given: dict) -> tuple[Path, dict]:
         return run, stored | given
     method = METHODS[given.get("method", DEFAULTS["method"])]
     options = defaults(given.get("method", DEFAULTS["method"])) | RECIPES.get(given.get("dataset", DEFAULTS["dataset"]), PAPER) | given
+    if "no_predictor" in given and "predictor" not in given:
+        options["predictor"] = "global"
     check_ablation(method, given, options)
-    if options["divergence"] == "squared" and "mu" not in given:
+    if options["divergence"] == "squared" and options["predictor"] == "dapu" and "mu" not in given:
         raise InputError("--divergence squared wants a --mu of its own, since 0.4 belongs to layer-mean")
     if (options["clients_per_round"] or 1) > options["clients"]:
         raise InputError(f"--clients-per-round got {options['clients_per_round']}, there are {options['clients']} clients")
-    if not method.trains:
-        options["rounds"] = 0
     name = f"{Path(options['dataset']).stem}-{options['method']}-{options['clients']}clients-s{options['seed']}"
     return out or Path("runs") / name, options
 
@@ -673,13 +673,20 @@ def check_ablation(method: Method, given: dict, options: dict) -> None:
     """Refuse an option that would change nothing: raises InputError."""
     has_predictor, has_target = method.objective in ("byol", "simsiam"), method.objective in ("byol", "moco-v1", "moco-v2")
     senseless = {
-        "predictor": not has_predictor,
+        "predictor": not has_predictor or options["no_predictor"],
         "no_predictor": not has_predictor,
         "no_stop_gradient": not has_predictor,
         "aggregate": options["aggregate"] == "target" and not has_target,
         "update": options["update"] in ("target", "both") and not has_target,
         "mu": options["predictor"] != "dapu",
         "tau": "ema" not in (options["update"], options["predictor"]),
+        "divergence_from": not {"dapu", "ema"} & {options["update"], options["predictor"]},
+        "ema_decay": not has_target,
+        "first_target": not has_target,
+        "classes_per_client": options["partition"] != "classes",
+        "alpha": options["partition"] != "dirichlet",
+        "clients_per_round": method.federation == "pooled",
+        "image_size": options["dataset"] in ("fashion", "cifar10", "cifar100") or options["dataset"].endswith(".npz"),
     }
     for name, changes_nothing in senseless.items():
         if name in given and changes_nothing:
@@ -783,11 +790,15 @@ def load_checkpoint(out: Path, federations: list[Federation], bank: Bank) -> tup
     paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
     for path, other in zip(paths, [*paths[1:], None]):
         try:
-            return read_checkpoint(path, federations, bank)
+            done = read_checkpoint(path, federations, bank)
         except InputError as error:
             if other is None:
                 raise
             print(f"{error}; falling back to {other}", file=sys.stderr)
+        else:
+            with os_errors(f"cannot replace {out}/checkpoint.pt"):
+                os.replace(path, out / "checkpoint.pt")  # else the next one would put the damaged one in the place of this
+            return done
     return 0, 0.0  # not begun, or interrupted before the first round's end
 
 
@@ -853,7 +864,7 @@ def round_line(row: dict) -> str:
     knn = "" if row["knn"] is None else f"{100 * row['knn']:.2f}"
     return (
         f"{row['round']:>7}{row['lr']:>10.5f}{mean(row['loss']):>9.4f}{mean(row['divergence']):>12.4f}{knn:>8}{row['seconds']:>9.1f}  "
-        + (taken if len(row["clients"]) <= 20 else ", ".join(f"{taken.count(p)} {p}" for p in "glm" if p in taken))
+        + (taken if len(row["clients"]) <= 20 else ", ".join(f"{taken.count(p)} {p}" for p in "glm-" if p in taken))
     )
 
 

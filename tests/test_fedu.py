@@ -464,6 +464,24 @@ def test_methods_differ_where_they_should(tiny, tmp_path):
     torch.manual_seed(0)
     fresh = torch.cat([t.flatten().double() for t in BYOL(Encoder("small"), CPU).online.module.encoder.state_dict().values()])
     assert torch.equal(untrained["encoders"][0], fresh) and untrained["metrics"] == []
+    fedu.main({"resume": tmp_path / "untrained"})  # as if it had been interrupted
+    assert torch.equal(load(tmp_path / "untrained")["encoders"][0], fresh)
+
+
+def test_without_a_predictor_none_is_taken(tiny, tmp_path, capsys):
+    rows = run(tmp_path / "run", *tiny, "--no-predictor")["metrics"]
+    assert [row["predictor"] for row in rows] == [["-", "-"]] * 3
+    assert "mu" not in capsys.readouterr().out
+
+
+def test_fedema_takes_the_papers_divergence_which_has_no_mu_there(tiny, tmp_path):
+    shares = [row["own_share"] for row in run(tmp_path / "run", *tiny, "--method", "fedema", "--divergence", "squared")["metrics"]]
+    assert shares[0] == [0, 0] and all(0 < share <= 1 for share in shares[2])
+
+
+def test_one_who_has_all_images_does_not_care_how_they_would_be_dealt(tiny, tmp_path):
+    rows = run(tmp_path / "run", *tiny, "--method", "central", "--partition", "dirichlet", "--alpha", "0.001")["metrics"]
+    assert rows[0]["num_examples"] == [64]
 
 
 @pytest.mark.parametrize("method", fedu.METHODS)
@@ -576,13 +594,24 @@ def test_paper_recipe():
         (["--dropout", "1.5"], ["--dropout", "at most 1"]),
         (["--ema-decay", "1.5"], ["--ema-decay", "at most 1"]),
         (["--rounds", "1.5"], ["--rounds", "whole number"]),
-        (["--partition", "dirichlet", "--alpha", "0"], ["--alpha", "above 0"]),
+        (["--partition", "dirichlet", "--alpha", "0"], ["--alpha", "at least 0.001"]),
+        (["--partition", "dirichlet", "--alpha", "inf"], ["--alpha", "at most 1e+06"]),
+        (["--seed", "18446744073709551616"], ["--seed", "at most"]),
+        (["--method", "fedca", "--batch-size", "64"], ["2 clients want 64 images each, there are 0"]),
         (["--divergence", "squared"], ["--divergence squared wants a --mu"]),
         (["--method", "fedsimclr", "--predictor", "local"], ["--predictor local changes nothing in --method fedsimclr"]),
         (["--method", "fedsimsiam", "--update", "both"], ["--update both changes nothing"]),
         (["--method", "fedmoco-v1", "--no-predictor"], ["--no-predictor changes nothing"]),
         (["--method", "fedbyol", "--mu", "1"], ["--mu 1.0 changes nothing"]),
         (["--tau", "0.5"], ["--tau 0.5 changes nothing in --method fedu"]),
+        (["--no-predictor", "--mu", "1"], ["--mu 1.0 changes nothing"]),
+        (["--no-predictor", "--predictor", "local"], ["--predictor local changes nothing"]),
+        (["--alpha", "0.1"], ["--alpha 0.1 changes nothing"]),
+        (["--partition", "iid", "--classes-per-client", "2"], ["--classes-per-client 2 changes nothing"]),
+        (["--method", "fedsimclr", "--ema-decay", "1"], ["--ema-decay 1.0 changes nothing"]),
+        (["--method", "fedbyol", "--divergence-from", "global"], ["--divergence-from global changes nothing"]),
+        (["--method", "central", "--clients-per-round", "1"], ["--clients-per-round 1 changes nothing"]),
+        (["--image-size", "64"], ["--image-size 64 changes nothing"]),
         (["--method", "fedsgd"], ["--method", "fedsgd"]),
         (["--resume", "runs/none"], ["runs/none", "no config.json"]),
         (["--resume", "x", "--out", "y"], ["--resume", "--out"]),
@@ -649,6 +678,8 @@ def test_damaged_checkpoints_are_refused_and_the_previous_one_continues(finished
     assert "continuing after 2 of 3 rounds" in done.stdout
     straight, resumed = load(finished / "runs/run"), load(stopped)
     assert all(map(torch.equal, straight["encoders"], resumed["encoders"])) and len(resumed["metrics"]) == 3
+    # the whole one is kept beside the new one, not the damaged one
+    assert torch.load(stopped / "checkpoint-previous.pt", weights_only=True)["round"] == 2
 
 
 def test_a_damaged_row_of_the_bank_is_refused_and_the_previous_checkpoint_continues(finished, stopped, command):
