@@ -31,6 +31,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -453,7 +454,7 @@ def bench_memory() -> None:
             worker.stop()
             peaks[name] = worker.peak_bytes
     for name, peak in peaks.items():
-        print(f"{'memory, resnet18, K = 5':28} {name:10} {peak / 2**20:9.0f} MB {peak / peaks['ours']:8.2f}", flush=True)
+        print(f"{'memory, resnet18, K = 5':28} {name:10} {peak / 2**20:9.0f} MiB {peak / peaks['ours']:8.2f}", flush=True)
 
 
 def bench_server(repeats: int) -> None:
@@ -523,7 +524,7 @@ def bench_clients(repeats: int, figure: Path | None) -> None:
     for (clients, per_round), median in seconds.items():
         name = f"clients, small, {per_round} a round"
         times, more = median / seconds[10, 10], peaks[clients, per_round] / peaks[10, 10]
-        print(f"{name:28} K = {clients:<6} {median * 1e3:12.2f} {times:8.2f} {peaks[clients, per_round]:9.0f} MB {more:8.2f}", flush=True)
+        print(f"{name:28} K = {clients:<6} {median * 1e3:12.2f} {times:8.2f} {peaks[clients, per_round]:9.0f} MiB {more:8.2f}", flush=True)
     if figure:
         draw_clients([size for size in sizes if size[1] == 10], seconds, peaks, figure)
 
@@ -536,7 +537,7 @@ def rounds_of_many(clients: int, per_round: int, folder: Path) -> Callable[[], o
 
 def draw_clients(sizes: list[tuple[int, int]], seconds: dict, peaks: dict, path: Path) -> None:
     figure, axes = fedu.evaluation.pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for axis, values, label in zip(axes, (seconds, peaks), ("seconds a round", "peak resident memory (MB)")):
+    for axis, values, label in zip(axes, (seconds, peaks), ("seconds a round", "peak resident memory (MiB)")):
         axis.plot([k for k, _ in sizes], [values[size] for size in sizes], color=fedu.evaluation.COLOURS[0], marker="o", linewidth=2)
         axis.set(xlabel="clients K", ylabel=label, xscale="log", ylim=(0, 1.25 * max(values[size] for size in sizes)))
         axis.grid(alpha=0.25)
@@ -586,6 +587,7 @@ def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float 
     if figures:
         figures.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {describe_cpu()}"
+    print("$", shlex.join(["python", "bench.py", *sys.argv[1:]]))
     print(f"torch {torch.__version__}, {DEVICE.type}: {where}; commit {fedu.describe_code()['commit']}; medians of {repeats}")
     print(f"{'what':28} {'way':10} {'ms':>12} {'x':>8} {'images/s':>12}")
     warnings.filterwarnings("ignore", module="lightly|torch.utils.data")

@@ -187,6 +187,7 @@ def main() -> int:
     if not ops.load():
         print("ops: there is no library to time: without FEDU_OPS=reference, the warning says why", file=sys.stderr)
         return 2
+    print("$ python -m ops.bench", *sys.argv[1:])
     on_cpu = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     print(f"torch {torch.__version__}, {options.device}: {torch.cuda.get_device_name() if options.device == 'cuda' else on_cpu}")
     print(f"{'network':9} {'K':>3} {'op':14} {'way':12} {'ms':>10} {'x':>7} {'GB/s':>6} {'copy':>5}  error")

@@ -1,9 +1,14 @@
-"""Is FedU's averaged encoder held back by averaged BatchNorm statistics? kNN with the statistics re-estimated, against as averaged."""
+"""Is FedU's averaged encoder held back by averaged BatchNorm statistics? kNN with the statistics re-estimated, against as averaged.
+
+python results/cifar10/batchnorm.py runs/fedu runs/fedbyol    (gave batchnorm.txt)
+"""
 
 import sys
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import eval as evaluation
 from data import load_images
