@@ -63,6 +63,8 @@ for epochs, rounds in ((5, 4), (10, 2)):
     EXPERIMENTS[f"epochs-{epochs}"] = (f"{LONG} --local-epochs {epochs} --rounds {rounds}", 1)
 for method in ("fedu", "single", "fedbyol"):
     EXPERIMENTS[f"longer-{method}"] = (f"{LONG} --rounds 60 --method {method}", 1)
+# does updating the target alone collapse, as in the paper, with more rounds than the ablation's?
+EXPERIMENTS["longer-online-target-global"] = (f"{LONG} --method fedbyol --update target", 1)
 # 0.42, 0.76 and 1.29 are the quartiles of the divergences that decided in short-2
 for mu in ("0", "0.42", "0.76", "1.29", "inf"):
     EXPERIMENTS[f"mu-{mu}"] = (f"{SHORT} 2 --mu {mu}", 1)
