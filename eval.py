@@ -301,18 +301,22 @@ def save_figure(figure, out: Path) -> None:
 
 
 def plot(runs: list[Path], out: Path) -> None:
-    """Draw divergence, loss and kNN accuracy against rounds: a thin line a client, a thick one their mean, one colour a run."""
+    """Draw divergence, the own predictors' share, loss and kNN accuracy against rounds: one colour a run, thin a client, thick the mean."""
     from matplotlib.ticker import MaxNLocator
 
     plt = pyplot()
     with plt.rc_context(STYLE):
-        figure, (top, loss, knn_) = plt.subplots(3, 1, figsize=(9, 9.5), height_ratios=(2, 1, 1), sharex=True, layout="constrained")
+        figure, axes = plt.subplots(4, 1, figsize=(9, 11), height_ratios=(2, 0.8, 1, 1), sharex=True, layout="constrained")
+        top, own, loss, knn_ = axes
         for colour, run in zip(COLOURS * len(runs), runs):
             options, rows = read_options(run), [row for row in read_metrics(run) if row["clients"]]
             if not rows:
                 raise InputError(f"{run} has no rounds to draw")
             label = run.name if len(runs) > 1 else f"{options['method']}: mean of the clients"
             draw_clients(top, rows, "divergence", colour, label)
+            own.plot(
+                [row["round"] for row in rows], [100 * mean(row["own_share"]) for row in rows], color=colour, marker="o", markersize=3.5
+            )
             draw_clients(loss, rows, "loss", colour)
             measured = [(r["round"], 100 * r["knn"]) for r in rows if r["knn"] is not None]
             knn_.plot(*zip(*measured), color=colour, marker="o", markersize=4) if measured else None
@@ -326,6 +330,7 @@ def plot(runs: list[Path], out: Path) -> None:
         kind = {read_options(run)["divergence"] for run in runs}
         unit = {"layer-mean": "mean L2 norm per convolution", "squared": "squared L2 norm of the encoder"}
         top.set(ylabel="divergence in a round\n(" + " / ".join(unit[k] for k in sorted(kind)) + ")", ylim=(0, None))
+        own.set(ylabel="predictor: the\nclient's own (%)", ylim=(-6, 106))
         loss.set(ylabel="loss")
         knn_.set(ylabel="kNN accuracy (%)", xlabel="round")
         knn_.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -348,7 +353,7 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
         raise InputError(f"--against got {option!r}, wants round, ablation or an option of fedu.py as it is in config.json")
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-        axis.set_title(scale([setting for setting, _ in groups]), fontsize=9)
+        figure.suptitle(scale([setting for setting, _ in groups]), fontsize=9)
         if option == "round":
             draw_knn(axis, groups)
         else:
@@ -379,7 +384,8 @@ def draw_knn(axis, groups: list[tuple[dict, list[Path]]]) -> None:
 
 def draw_bars(axis, accuracies: list[tuple[dict, list[float]]]) -> None:
     differ = [k for k in differing([s for s, _ in accuracies]) if k not in COLUMNS]
-    names = [f"{name_setting(s, differ)}: {s['aggregate']} to {s['update']}, {s['predictor']}" for s, _ in accuracies]
+    more = differ or len({s["method"] for s, _ in accuracies}) > 1
+    names = [f"{name_setting(s, differ)}: " * bool(more) + f"{s['aggregate']} to {s['update']}, {s['predictor']}" for s, _ in accuracies]
     places, spread = range(len(names)), [deviation(a) for _, a in accuracies]
     bars = axis.barh(places, [mean(a) for _, a in accuracies], xerr=spread, color=COLOURS[0], label="trained")
     axis.bar_label(bars, fmt="%.1f", padding=4)
