@@ -314,9 +314,9 @@ def plot(runs: list[Path], out: Path) -> None:
                 raise InputError(f"{run} has no rounds to draw")
             label = run.name if len(runs) > 1 else f"{options['method']}: mean of the clients"
             draw_clients(top, rows, "divergence", colour, label)
-            own.plot(
-                [row["round"] for row in rows], [100 * mean(row["own_share"]) for row in rows], color=colour, marker="o", markersize=3.5
-            )
+            # an older run tells only whose predictor it was
+            shares = [(r["round"], 100 * mean(r.get("own_share", [p == "local" for p in r["predictor"]]))) for r in rows]
+            own.plot(*zip(*shares), color=colour, marker="o", markersize=3.5)
             draw_clients(loss, rows, "loss", colour)
             measured = [(r["round"], 100 * r["knn"]) for r in rows if r["knn"] is not None]
             knn_.plot(*zip(*measured), color=colour, marker="o", markersize=4) if measured else None
@@ -351,6 +351,8 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
     groups = by_setting(runs)
     if option not in ("round", "ablation") and any(option not in setting for setting, _ in groups):
         raise InputError(f"--against got {option!r}, wants round, ablation or an option of fedu.py as it is in config.json")
+    if all(setting["method"] == "untrained" for setting, _ in groups):
+        raise InputError(f"{runs[0]} has no rounds to draw")
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
         figure.suptitle(scale([setting for setting, _ in groups]), fontsize=9)

@@ -197,6 +197,10 @@ def test_table_shows_the_options_that_differ(runs, command):
 
 
 def test_plots(runs, command):
+    rows = [json.loads(line) for line in (runs / "runs/single/metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["own_share"]  # as a run has it from before it was told
+    (runs / "runs/single/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for arguments, out in ((["runs/s0"], "runs/s0/divergence.png"), (["runs/s0", "runs/single"], "comparison.png")):
         (runs / out).unlink(missing_ok=True)
         done = command("eval.py", "--plot", *arguments, cwd=runs)
@@ -216,6 +220,7 @@ def test_accuracies_against_rounds_options_and_the_ablation(runs, command):
         assert done.returncode == 0, done.stderr
         assert (runs / f"{option}.png").read_bytes().startswith(b"\x89PNG")
     assert refused(command("eval.py", "--against", "beta", "runs/s0", cwd=runs), "--against got 'beta'")
+    assert refused(command("eval.py", "--against", "ablation", "runs/untrained", cwd=runs), "runs/untrained has no rounds to draw")
     (runs / "runs/s0/eval.jsonl").unlink()
     assert refused(command("eval.py", "--against", "mu", "runs/s0", cwd=runs), "runs/s0", "--linear")
 
