@@ -153,7 +153,7 @@ def partition(
     up), every class shared equally among its holders. `dirichlet`: each class in proportions drawn from Dir(alpha), redrawn until
     every client has `at_least` images (Hsu et al. 2019). Raises InputError if a client cannot have `at_least` images.
     """
-    if clients * at_least > len(labels) or not len(labels):
+    if clients * at_least > len(labels):
         raise InputError(f"{clients} clients want {at_least} images each, there are {len(labels)}: lower --clients or --batch-size")
     rng = np.random.default_rng([seed, *b"partition"])
     num_classes = int(labels.max()) + 1

@@ -22,6 +22,7 @@ from statistics import mean, stdev
 
 from cli import InputError, Parser, first_line, number, user_errors, write_atomic
 
+EPOCHS = {"linear": 200, "semi": 100}
 GOES_WITH = {
     "features": ("linear", "knn", "export"),
     "head": ("semi",),
@@ -106,12 +107,12 @@ def evaluate(run: Path, options: argparse.Namespace) -> None:
         result |= {"evaluation": "knn", "features": features, "labels": len(images.y_train)}
         accuracies = [knn(module, images) for module in modules]
     elif "semi" in options:
-        head, epochs = getattr(options, "head", "linear"), getattr(options, "epochs", 100)
+        head, epochs = getattr(options, "head", "linear"), getattr(options, "epochs", EPOCHS["semi"])
         labelled = balanced_subset(images.y_train, options.semi, seed).to(device)
         result |= {"evaluation": f"semi {options.semi:g}", "head": head, "epochs": epochs, "labels": len(labelled)}
         accuracies = [fine_tune(e.backbone, images, labelled, head, epochs, seed) for e in encoders]
     else:
-        epochs = getattr(options, "epochs", 200)
+        epochs = getattr(options, "epochs", EPOCHS["linear"])
         result |= {"evaluation": "linear", "features": features, "epochs": epochs, "labels": len(images.y_train)}
         accuracies = [linear(module, images, epochs, seed) for module in modules]
     result |= {"accuracy": mean(accuracies), "accuracies": accuracies}
@@ -151,7 +152,7 @@ def knn(module: nn.Module, images: Images, k: int = 200, temperature: float = 0.
     return int(correct) / len(images.y_test)
 
 
-def linear(module: nn.Module, images: Images, epochs: int = 200, seed: int = 0) -> float:
+def linear(module: nn.Module, images: Images, epochs: int = EPOCHS["linear"], seed: int = 0) -> float:
     """Linear evaluation: one Linear on a frozen module's features, Adam 3e-3, batch 512, shuffled.
 
     Features are standardised by the training set's mean and deviation, an affine map that the layer could express itself: without
@@ -168,7 +169,7 @@ def linear(module: nn.Module, images: Images, epochs: int = 200, seed: int = 0) 
         return (head(test).argmax(1) == images.y_test).float().mean().item()
 
 
-def fine_tune(backbone: nn.Module, images: Images, labelled: Tensor, head: str, epochs: int = 100, seed: int = 0) -> float:
+def fine_tune(backbone: nn.Module, images: Images, labelled: Tensor, head: str, epochs: int = EPOCHS["semi"], seed: int = 0) -> float:
     """Semi-supervised evaluation: backbone and a new head trained on the `labelled` images, Adam 1e-3, batch 128.
 
     The accuracy is that after the last epoch, never the best on the test set.
@@ -308,8 +309,9 @@ def plot(runs: list[Path], out: Path) -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(4, 1, figsize=(9, 11), height_ratios=(2, 0.8, 1, 1), sharex=True, layout="constrained")
         top, own, loss, knn_ = axes
-        for colour, run in zip(COLOURS * len(runs), runs):
-            options, rows = read_options(run), [row for row in read_metrics(run) if row["clients"]]
+        settings = [read_options(run) for run in runs]
+        for colour, run, options in zip(COLOURS * len(runs), runs, settings):
+            rows = [row for row in read_metrics(run) if row["clients"]]
             if not rows:
                 raise InputError(f"{run} has no rounds to draw")
             label = run.name if len(runs) > 1 else f"{options['method']}: mean of the clients"
@@ -327,7 +329,7 @@ def plot(runs: list[Path], out: Path) -> None:
                 )
             if options["predictor"] == "dapu":
                 top.axhline(options["mu"], color=colour, linestyle="--", linewidth=1.2, label=f"$\\mu$ = {options['mu']:g}")
-        kind = {read_options(run)["divergence"] for run in runs}
+        kind = {options["divergence"] for options in settings}
         unit = {"layer-mean": "mean L2 norm per convolution", "squared": "squared L2 norm of the encoder"}
         top.set(ylabel="divergence in a round\n(" + " / ".join(unit[k] for k in sorted(kind)) + ")", ylim=(0, None))
         own.set(ylabel="predictor: the\nclient's own (%)", ylim=(-6, 106))
@@ -351,29 +353,28 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
     groups = by_setting(runs)
     if option not in ("round", "ablation") and any(option not in setting for setting, _ in groups):
         raise InputError(f"--against got {option!r}, wants round, ablation or an option of fedu.py as it is in config.json")
-    if all(setting["method"] == "untrained" for setting, _ in groups):
+    trained = [group for group in groups if is_trained(group[0])]
+    if not trained:
         raise InputError(f"{runs[0]} has no rounds to draw")
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
         figure.suptitle(scale([setting for setting, _ in groups]), fontsize=9)
         if option == "round":
-            draw_knn(axis, groups)
+            draw_knn(axis, trained)
         else:
-            accuracies = [(setting, [100 * linear_accuracy(run) for run in members]) for setting, members in groups]
-            floor = [mean(a) for s, a in accuracies if s["method"] == "untrained"]
-            trained = [(s, a) for s, a in accuracies if s["method"] != "untrained"]
-            (draw_bars if option == "ablation" else partial(draw_sweep, option=option))(axis, trained)
-            for level in floor:
+            accuracies = [[100 * linear_accuracy(run) for run in members] for _, members in trained]
+            (draw_bars if option == "ablation" else partial(draw_sweep, option=option))(axis, trained, accuracies)
+            for _, members in (group for group in groups if not is_trained(group[0])):
                 line = axis.axvline if option == "ablation" else axis.axhline
+                level = 100 * mean(linear_accuracy(run) for run in members)
                 line(level, color=COLOURS[-1], linestyle="--", linewidth=1.2, label="untrained encoder")
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
         save_figure(figure, out)
 
 
 def draw_knn(axis, groups: list[tuple[dict, list[Path]]]) -> None:
-    trained = [(setting, members) for setting, members in groups if setting["method"] != "untrained"]
     differ = differing([setting for setting, _ in groups])
-    for colour, (setting, members) in zip(COLOURS * len(groups), trained):
+    for colour, (setting, members) in zip(COLOURS * len(groups), groups):
         curves = [{r["round"] + 1: 100 * r["knn"] for r in read_metrics(run) if r["knn"] is not None} for run in members]
         rounds = sorted(set.intersection(*map(set, curves)))
         centre = np.array([mean(curve[r] for curve in curves) for r in rounds])
@@ -384,12 +385,13 @@ def draw_knn(axis, groups: list[tuple[dict, list[Path]]]) -> None:
     axis.set(xlabel="rounds", ylabel="kNN accuracy of the backbone (%)")
 
 
-def draw_bars(axis, accuracies: list[tuple[dict, list[float]]]) -> None:
-    differ = [k for k in differing([s for s, _ in accuracies]) if k not in COLUMNS]
-    more = differ or len({s["method"] for s, _ in accuracies}) > 1
-    names = [f"{name_setting(s, differ)}: " * bool(more) + f"{s['aggregate']} to {s['update']}, {s['predictor']}" for s, _ in accuracies]
-    places, spread = range(len(names)), [deviation(a) for _, a in accuracies]
-    bars = axis.barh(places, [mean(a) for _, a in accuracies], xerr=spread, color=COLOURS[0], label="trained")
+def draw_bars(axis, groups: list[tuple[dict, list[Path]]], accuracies: list[list[float]]) -> None:
+    settings = [setting for setting, _ in groups]
+    differ = [k for k in differing(settings) if k not in COLUMNS]
+    more = differ or len({s["method"] for s in settings}) > 1
+    names = [f"{name_setting(s, differ)}: " * bool(more) + f"{s['aggregate']} to {s['update']}, {s['predictor']}" for s in settings]
+    places, spread = range(len(names)), [deviation(a) for a in accuracies]
+    bars = axis.barh(places, [mean(a) for a in accuracies], xerr=spread, color=COLOURS[0], label="trained")
     axis.bar_label(bars, fmt="%.1f", padding=4)
     axis.set_yticks(places, names)
     axis.invert_yaxis()
@@ -398,11 +400,11 @@ def draw_bars(axis, accuracies: list[tuple[dict, list[float]]]) -> None:
     axis.set(xlabel="linear accuracy (%)", ylabel="aggregated encoder to updated encoder, predictor")
 
 
-def draw_sweep(axis, accuracies: list[tuple[dict, list[float]]], option: str) -> None:
+def draw_sweep(axis, groups: list[tuple[dict, list[Path]]], accuracies: list[list[float]], option: str) -> None:
     """A place for each value that occurs, at equal distances, so that 0 and infinity have theirs."""
-    values = sorted({s[option] for s, _ in accuracies}, key=lambda v: (v is not None, v))
-    for colour, method in zip(COLOURS * len(accuracies), dict.fromkeys(s["method"] for s, _ in accuracies)):
-        points = sorted((values.index(s[option]), mean(a), deviation(a)) for s, a in accuracies if s["method"] == method)
+    values = sorted({s[option] for s, _ in groups}, key=lambda v: (v is not None, v))
+    for colour, method in zip(COLOURS * len(groups), dict.fromkeys(s["method"] for s, _ in groups)):
+        points = sorted((values.index(s[option]), mean(a), deviation(a)) for (s, _), a in zip(groups, accuracies) if s["method"] == method)
         x, y, error = zip(*points)
         axis.errorbar(x, y, error, color=colour, marker="o", capsize=4, label=method)
     axis.set_xticks(range(len(values)), [describe_option({option: v}, option) for v in values])
@@ -422,10 +424,8 @@ def run_title(runs: list[Path]) -> str:
 
 
 def describe_partition(options: dict) -> str:
-    detail = {"classes": options["classes_per_client"] or "1/K", "dirichlet": options["alpha"]}.get(options["partition"])
-    return {"classes": f"{detail} of the classes each" if detail == "1/K" else f"{detail} classes each", "iid": "iid"}.get(
-        options["partition"], f"dirichlet {detail}"
-    )
+    classes = "1/K of the" if options["classes_per_client"] is None else options["classes_per_client"]
+    return {"classes": f"{classes} classes each", "iid": "iid"}.get(options["partition"], f"dirichlet {options['alpha']}")
 
 
 # Linear evaluation, top-1 %, of ResNet-18 after 100 rounds of 5 local epochs on CIFAR-10: non-IID (2 classes each of 5 clients), IID.
@@ -468,18 +468,14 @@ def table(runs: list[Path]) -> str:
     lines = [["method", *differ, "seeds", "up and down, MB a round", *columns]]
     for setting, members in groups:
         rounds = read_metrics(members[0])
-        cells = [
-            setting["method"],
-            *(describe_option(setting, k) for k in differ),
-            str(len(members)),
-        ]
+        cells = [setting["method"], *(describe_option(setting, k) for k in differ), str(len(members))]
         megabytes = (f"{mean(row[way] for row in rounds) / 1e6:.1f}" for way in ("upload_bytes", "download_bytes") if rounds)
         cells.append(" + ".join(megabytes) or "-")
         for column in columns:
             values = [100 * found[run][column] for run in members if column in found[run]]
             cells.append("-" if not values else f"{mean(values):.2f}" + (f" ± {deviation(values):.2f}" if len(values) > 1 else ""))
         lines.append(cells)
-    for line, cell in zip(lines, published(settings)):
+    for line, cell in zip(lines, published(settings, differ)):
         line.append(cell)
     for accuracy in {evaluations[PIXELS] for evaluations in found.values() if PIXELS in evaluations}:
         row = {"method": "raw pixels", "linear": f"{100 * accuracy:.2f}"}
@@ -488,11 +484,11 @@ def table(runs: list[Path]) -> str:
     return scale(settings) + "; accuracies in % of the test images.\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def published(settings: list[dict]) -> list[str]:
+def published(settings: list[dict], differ: list[str]) -> list[str]:
     """The papers' column: a title and a cell a setting, `-` where their run differs in more than its scale; nothing if all do."""
     from fedu import defaults
 
-    ablation = any(k in COLUMNS for k in differing(settings))
+    ablation = any(k in COLUMNS for k in differ)
 
     def cell(setting: dict) -> str:
         changed = {k for k, usual in defaults(setting["method"]).items() if setting.get(k, usual) != usual}
@@ -513,9 +509,13 @@ def differing(settings: list[dict]) -> list[str]:
     """The options in which settings differ, but for what their methods differ in, and for an untrained encoder's, which change nothing."""
     from fedu import defaults
 
-    trained = [s for s in settings if s["method"] != "untrained"] or settings
+    trained = list(filter(is_trained, settings)) or settings
     names = [k for k in trained[0] if len({json.dumps(s.get(k)) for s in trained}) > 1 and k not in ("method", *COLUMNS)]
     return names + [k for k in COLUMNS if any(s[k] != defaults(s["method"])[k] for s in trained)]
+
+
+def is_trained(setting: dict) -> bool:
+    return setting["method"] != "untrained"
 
 
 def name_setting(setting: dict, differ: list[str]) -> str:
@@ -549,7 +549,7 @@ def deviation(values: list[float]) -> float:
 
 def scale(settings: list[dict]) -> str:
     """What runs of these settings have in common, in words."""
-    trained = [s for s in settings if s["method"] != "untrained"] or settings
+    trained = list(filter(is_trained, settings)) or settings
     first = trained[0]
     words = {
         ("dataset",): f"on {Path(first['dataset']).stem}",
@@ -582,11 +582,11 @@ def read_evaluations(run: Path) -> dict[str, float]:
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-            usual = {"features": "backbone", "head": "linear", "dataset": trained_on, "seed": 0}
-            usual["epochs"] = 200 if row["evaluation"] == "linear" else 100
+            epochs = EPOCHS.get(row["evaluation"].split()[0])
+            usual = {"features": "backbone", "head": "linear", "dataset": trained_on, "seed": 0, "epochs": epochs}
             unusual = [row[k] if isinstance(row[k], str) else f"{k} {row[k]}" for k in usual if row.get(k, usual[k]) != usual[k]]
             results[", ".join([row["evaluation"], *unusual])] = row["accuracy"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not readable ({first_line(error)})") from None
     return results
 

@@ -138,7 +138,7 @@ import eval as evaluation  # noqa: E402
 import ops  # noqa: E402
 import ranks  # noqa: E402
 from bank import Bank, checksum  # noqa: E402
-from data import Images, keyed_generator, load_images, partition, two_views  # noqa: E402
+from data import CIFAR_CLASSES, Images, keyed_generator, load_images, partition, two_views  # noqa: E402
 from models import OBJECTIVES, FedCA, Objective, Part, Segment, SimCLR, conv_segments  # noqa: E402
 
 
@@ -193,7 +193,8 @@ def main(given: dict) -> None:
 
 def simulate(given: dict, out: Path, options: dict, federations: list[Federation], objective: Objective, images: Images) -> None:
     """All rounds, from the first or from a checkpoint, with what the run folder holds afterwards."""
-    rounds, device = options["rounds"] if METHODS[options["method"]].trains else 0, images.x_train.device
+    device = images.x_train.device
+    rounds = options["rounds"] if METHODS[options["method"]].trains else 0
     segments = divergence_segments(objective, options["divergence"])
     config = resume(out) if "resume" in given else open_run(out, options, device, "overwrite" in given)
     bank = Bank(kept_parts(objective, options), out / "bank.bin")
@@ -576,9 +577,9 @@ def model_update(client: Client, server: Part, objective: Objective, options: di
     objective.online.state.copy_(server)
     for name, start in objective.own.items():
         objective.parts[name].copy_(start if fresh else client.state.get(name, start))
-    kind = {0.0: "global", 1.0: "local"} if objective.parts["predictor"].nbytes else dict.fromkeys((0.0, 1.0), "-")
+    servers = "global" if objective.parts["predictor"].nbytes else "-"
     if fresh:
-        return Update(kind[0.0], 0.0, None)
+        return Update(servers, 0.0, None)
     d = client.divergence
     if options["divergence_from"] == "global":
         norms = ops.layer_norms(client.state["encoder"].vector, objective.parts["encoder"].vector, segments)
@@ -591,7 +592,7 @@ def model_update(client: Client, server: Part, objective: Objective, options: di
     mix(objective.parts["encoder"], client.state.get("encoder"), {"target": 1.0, "ema": mixed}.get(options["update"], 0.0))
     own_share = {"global": 0.0, "local": 1.0, "dapu": float(d >= options["mu"]), "ema": mixed}[options["predictor"]]
     mix(objective.parts["predictor"], client.state.get("predictor"), own_share)
-    return Update(kind.get(own_share, "mixed"), own_share, d)
+    return Update({0.0: servers, 1.0: "local"}.get(own_share, "mixed"), own_share, d)
 
 
 def mix(received: Part, own: Part | None, own_share: float) -> None:
@@ -649,7 +650,7 @@ def prepare(given: dict) -> tuple[Path, dict]:
     options = defaults(given.get("method", DEFAULTS["method"])) | RECIPES.get(given.get("dataset", DEFAULTS["dataset"]), PAPER) | given
     if "no_predictor" in given and "predictor" not in given:
         options["predictor"] = "global"
-    check_ablation(method, given, options)
+    check_given(method, given, options)
     if options["divergence"] == "squared" and options["predictor"] == "dapu" and "mu" not in given:
         raise InputError("--divergence squared wants a --mu of its own, since 0.4 belongs to layer-mean")
     if (options["clients_per_round"] or 1) > options["clients"]:
@@ -666,10 +667,10 @@ def as_arguments(options: dict) -> list[str]:
 
 def defaults(method: str) -> dict:
     """The options of a method's row, and those that no recipe sets."""
-    return DEFAULTS | {name: getattr(METHODS[method], name) for name in ("aggregate", "update", "predictor")}
+    return DEFAULTS | {name: getattr(METHODS[method], name) for name in evaluation.COLUMNS}
 
 
-def check_ablation(method: Method, given: dict, options: dict) -> None:
+def check_given(method: Method, given: dict, options: dict) -> None:
     """Refuse an option that would change nothing: raises InputError."""
     has_predictor, has_target = method.objective in ("byol", "simsiam"), method.objective in ("byol", "moco-v1", "moco-v2")
     senseless = {
@@ -686,7 +687,7 @@ def check_ablation(method: Method, given: dict, options: dict) -> None:
         "classes_per_client": options["partition"] != "classes",
         "alpha": options["partition"] != "dirichlet",
         "clients_per_round": method.federation == "pooled",
-        "image_size": options["dataset"] in ("fashion", "cifar10", "cifar100") or options["dataset"].endswith(".npz"),
+        "image_size": options["dataset"] in ("fashion", *CIFAR_CLASSES) or options["dataset"].endswith(".npz"),
     }
     for name, changes_nothing in senseless.items():
         if name in given and changes_nothing:
