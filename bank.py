@@ -2,7 +2,8 @@
 
 A row holds one client's networks; a client that never took part has none. A round writes to rows that no checkpoint names, so that the
 last two checkpoints stay whole whatever interrupts it. Rows are read and written, not mapped: the system keeps them in memory while it
-has room, a full disk is an error and not a signal, and what was read does not stay with the process.
+has room, a full disk is an error and not a signal, and what was read does not stay with the process. As many as `memory` has room for
+stay there as well, and then need neither be read nor verified.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from models import Part
 class Bank:
     """Rows of the form of `like`: a client's parts by their names.
 
-    path: the file, made if it does not exist; without one a temporary file. Raises InputError if it cannot be read or written.
+    path: the file, made if it does not exist; without one a temporary file. memory: bytes for rows beside it. Raises InputError if the
+    file cannot be read or written.
     """
 
-    def __init__(self, like: Mapping[str, Part], path: Path | None = None):
+    def __init__(self, like: Mapping[str, Part], path: Path | None = None, memory: int = 0):
         self.like, self.path = like, path
         self.row_bytes = sum(part.nbytes for part in like.values())
         with os_errors(f"cannot open {path}"):
@@ -35,21 +37,26 @@ class Bank:
         self.count = 0  # of rows that were ever used
         self.free: list[int] = []
         self.named: set[int] = set()  # by the last checkpoint
+        self.room = memory // self.row_bytes if like else 0
+        self.held: dict[int, dict[str, Part]] = {}
 
     def write(self, state: Mapping[str, Part]) -> tuple[int, str]:
         """Put a client's state into a row that no checkpoint names; returns the row and its checksum."""
         row = self.free.pop() if self.free else self.count
         self.count = max(self.count, row + 1)
-        host = [tensor.cpu() for name in self.like for tensor in state[name]]
+        state = {name: Part(*(t.cpu() for t in state[name])) for name in self.like}
+        host = [tensor for part in state.values() for tensor in part]
         with os_errors(f"cannot write {self.path}"):
             self.file.seek(row * self.row_bytes)
             for tensor in host:
                 self.file.write(tensor.numpy())
+        if len(self.held) < self.room:
+            self.held[row] = state
         return row, checksum(host)
 
     def read(self, row: int, digest: str) -> dict[str, Part]:
         """The state in a row, on the device of `like`. Raises InputError if it is not what was written."""
-        state = self.verify(row, digest)
+        state = self.held.pop(row, None) or self.verify(row, digest)  # popped: whoever reads it will write another
         return {name: Part(*(t.to(like.device) for t, like in zip(part, self.like[name]))) for name, part in state.items()}
 
     def verify(self, row: int, digest: str) -> dict[str, Part]:

@@ -23,6 +23,7 @@ from statistics import mean, stdev
 from cli import InputError, Parser, first_line, number, user_errors, write_atomic
 
 EPOCHS = {"linear": 200, "semi": 100}
+HOST_OPTIONS = ("data_root", "device", "bank_memory")  # of fedu.py: where a run computes, not what; these may change on --resume
 GOES_WITH = {
     "features": ("linear", "knn", "export"),
     "head": ("semi",),
@@ -537,7 +538,7 @@ def by_setting(runs: list[Path]) -> list[tuple[dict, list[Path]]]:
     """The runs grouped by their options, but for the seed, the host, and how often kNN was measured."""
     groups: dict[str, list[Path]] = {}
     for run in runs:
-        setting = {k: v for k, v in read_options(run).items() if k not in ("seed", "device", "data_root", "knn_every")}
+        setting = {k: v for k, v in read_options(run).items() if k not in ("seed", "knn_every", *HOST_OPTIONS)}
         groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
     return [(json.loads(setting), members) for setting, members in groups.items()]
 

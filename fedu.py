@@ -62,12 +62,11 @@ DEFAULTS = {
     "first_target": "copy", "ema_decay": 0.99, "no_stop_gradient": False, "no_predictor": False,
     "clients": 5, "clients_per_round": None, "dropout": 0.0, "on_nonfinite": "skip",
     "partition": "classes", "classes_per_client": None, "alpha": 0.5,
-    "seed": 0, "device": "auto", "precision": "fp32",
+    "seed": 0, "device": "auto", "precision": "fp32", "bank_memory": 0,
 }  # fmt: skip
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
 RECIPES = {"fashion": {"encoder": "tiny", "rounds": 12, "local_epochs": 2, "batch_size": 32, "lr": 0.032, "knn_every": 2}}
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-HOST_OPTIONS = ("data_root", "device")  # where a run computes, not what: these may change on --resume
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin", "encoder.pt")
 RUN_FILES += ("divergence.png", "eval.jsonl")
 
@@ -108,6 +107,7 @@ def parse_options(argv: list[str] | None = None) -> dict:
     add("--seed", type=number(int, 0, 2**63 - 1), help="one seed, one answer  [0]")
     add("--device", choices=("auto", "cpu", "cuda"), help="[auto]")
     add("--precision", choices=("fp32", "bf16"), help="of the networks' arithmetic  [fp32]")
+    add("--bank-memory", type=number(int, 0), help="MiB in which what clients keep stays, beside its file  [0]")
     add("--out", type=Path, help="run folder  [runs/DATASET-METHOD-Kclients-sSEED]")
     add("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
     add("--overwrite", action="store_true", help="replace the run in an existing folder")
@@ -197,7 +197,7 @@ def simulate(given: dict, out: Path, options: dict, federations: list[Federation
     rounds = options["rounds"] if METHODS[options["method"]].trains else 0
     segments = divergence_segments(objective, options["divergence"])
     config = resume(out) if "resume" in given else open_run(out, options, device, "overwrite" in given)
-    bank = Bank(kept_parts(objective, options), out / "bank.bin")
+    bank = Bank(kept_parts(objective, options), out / "bank.bin", options["bank_memory"] << 20)
     start, seconds = load_checkpoint(out, federations, bank)
     metrics, begun = evaluation.read_metrics(out)[:start], time.perf_counter() - seconds
     if "resume" in given:
@@ -641,7 +641,7 @@ def prepare(given: dict) -> tuple[Path, dict]:
     if run is not None:
         stored = parse_options(as_arguments(evaluation.read_config(run)["options"]))
         stored = defaults(stored["method"]) | stored  # an older run knows fewer options
-        changed = [k for k in given if given[k] != stored[k] and k not in HOST_OPTIONS]
+        changed = [k for k in given if given[k] != stored[k] and k not in evaluation.HOST_OPTIONS]
         if changed:
             names = ", ".join(f"--{k.replace('_', '-')} {given[k]} (it was {stored[k]})" for k in changed)
             raise InputError(f"--resume {run} got other options than the run has: {names}")

@@ -54,6 +54,20 @@ def test_one_who_is_absent_keeps_his_row_and_adds_none():
     assert all(holds(bank, rows[k], k + 100 if k < 20 else k) for k in range(50)) and bank.count <= 52
 
 
+def test_memory_holds_what_it_has_room_for_and_the_file_holds_all(tmp_path):
+    path = tmp_path / "bank.bin"
+    bank = Bank(state(0), path, memory=2 * Bank(state(0)).row_bytes + 1)
+    rows = [bank.write(state(k)) for k in range(3)]
+    bank.flush()
+    assert all(holds(Bank(state(0), path), row, k) for k, row in enumerate(rows))
+    path.write_bytes(b"")
+    assert holds(bank, rows[1], 1) and holds(bank, bank.write(state(3)), 3)  # the second took the room of the first
+    for row in rows[1:]:
+        with pytest.raises(InputError, match="bank.bin is damaged"):
+            bank.read(*row)
+    assert holds(bank, rows[0], 0) and not bank.held
+
+
 def test_damage_and_absence_are_one_sentence(tmp_path):
     path = tmp_path / "bank.bin"
     bank = Bank(state(0), path)

@@ -64,12 +64,12 @@ def test_the_mean_lies_within_the_clients_range_and_norms_are_those_of_the_segme
     assert torch.equal(total.vector, mean)
 
 
-@given(turns=some.lists(some.sets(some.integers(0, 7), max_size=5), max_size=12))
-def test_a_bank_keeps_what_the_last_two_checkpoints_name(turns):
+@given(turns=some.lists(some.sets(some.integers(0, 7), max_size=5), max_size=12), memory=some.integers(0, 200))
+def test_a_bank_keeps_what_the_last_two_checkpoints_name(turns, memory):
     def state(value: int) -> dict[str, Part]:
         return {"target": Part(torch.full((3,), float(value)), torch.zeros(0), torch.tensor([value]))}
 
-    bank, rows, before, value = Bank(state(0)), {}, {}, 0
+    bank, rows, before, value = Bank(state(0), memory=memory), {}, {}, 0
     for members in turns:
         now = dict(rows)
         for client in members:
@@ -77,6 +77,7 @@ def test_a_bank_keeps_what_the_last_two_checkpoints_name(turns):
             now[client] = (*bank.write(state(value)), value)
             for row, digest, expected in [*rows.values(), *before.values(), *now.values()]:
                 assert bank.read(row, digest)["target"].counters.item() == expected
+            assert len(bank.held) * bank.row_bytes <= memory
         bank.protect(row for row, *_ in now.values())
         before, rows = rows, now
     assert bank.count <= 8 + 2 * 5
