@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ GOES_WITH = {
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, metavar="RUN", default=[], help="run folders  [the newest under runs/; for --table all of them]")
+    add("runs", nargs="*", type=Path, metavar="RUN", default=[], help="run folders, or folders of them  [the newest under runs/; for --table all of them]")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--linear", action="store_true", help="train one linear layer on the frozen backbone's features (the default)")
     what.add_argument("--knn", action="store_true", help="weighted vote of the 200 nearest training images")
@@ -76,7 +77,7 @@ from models import Encoder, build_head, feature_dim  # noqa: E402
 
 
 def main(options: argparse.Namespace) -> None:
-    runs = options.runs or find_runs()
+    runs = runs_among(options.runs) if options.runs else find_runs()
     if "table" in options:
         return print(table(runs))
     if "plot" in options:
@@ -231,6 +232,19 @@ def find_runs(root: Path = Path("runs")) -> list[Path]:
     if not runs:
         raise InputError(f"there is no finished run under {root}/: train one with `python fedu.py`, or name its folder")
     return runs
+
+
+def runs_among(paths: list[Path]) -> list[Path]:
+    """The run folders that are named, or lie in folders that are, each once. Passes over what else a shell's `*` names, and says so of
+    folders. Raises InputError if a path does not exist, or none holds a run.
+    """
+    found = {path: sorted(config.parent for config in path.rglob("config.json")) for path in paths}
+    for path in paths:
+        if not found[path] and (not path.exists() or not any(found.values())):
+            raise InputError(f"{path} is not a run folder: it has no config.json")
+        if not found[path] and path.is_dir():
+            print(f"{path} holds no run and was passed over", file=sys.stderr)
+    return list(dict.fromkeys(run for path in paths for run in found[path]))
 
 
 def read_config(run: Path) -> dict:

@@ -258,6 +258,17 @@ def test_bad_options_are_one_sentence(finished, command, options, words):
     assert refused(command("eval.py", *options, cwd=finished), *words)
 
 
+def test_runs_are_named_by_themselves_or_by_a_folder_of_them(runs, command):
+    (runs / "figures").mkdir()
+    (runs / "notes.txt").write_text("")
+    whole = command("eval.py", "--table", "runs", cwd=runs)
+    some = command("eval.py", "--table", "runs/s1", "figures", "notes.txt", "runs", cwd=runs)
+    assert whole.returncode == some.returncode == 0 and whole.stdout.splitlines() == some.stdout.splitlines()
+    assert some.stderr == "figures holds no run and was passed over\n"
+    assert refused(command("eval.py", "--table", "runs", "absent", cwd=runs), "absent is not a run folder")
+    assert refused(command("eval.py", "--table", "figures", cwd=runs), "figures is not a run folder")
+
+
 def test_no_run_and_damaged_runs_are_one_sentence(finished, command, tmp_path):
     assert refused(command("eval.py", cwd=tmp_path), "no finished run under runs/")
     run = tmp_path / "run"
