@@ -159,6 +159,11 @@ class Client:
     def num_examples(self) -> int:
         return len(self.indices)
 
+    def fix_scale(self, divergence: float, tau: float) -> None:
+        """`lambda_k = tau / d_k` by the first divergence that was measured; later ones change nothing."""
+        if self.scale is None and divergence:
+            self.scale = tau / divergence
+
 
 CLIENT_FIELDS = ("row", "digest", "divergence", "scale", "last_round")
 
@@ -320,7 +325,7 @@ def train_in_waves(
                 client.state = bank.read(client.row, client.digest) if client.row is not None else {}
                 update = model_update(client, running.federation.server, objective, options, segments, round_)
                 client.state.clear()
-                began = running.federation.server if takes_whole(options) else uploadable(objective, options["aggregate"]).clone()
+                began = running.federation.server if options["update"] in ("online", "both") else objective.online.state.clone()
                 begun[client.id] = update, began
                 objective.shared = running.federation.shared
                 if rank:
@@ -335,7 +340,12 @@ def train_in_waves(
                 if math.isfinite(loss) and is_finite(uploadable(objective, options["aggregate"])):
                     upload = model_upload(client, objective, options, round_)
                     report = Report(client, update, loss, share[: dictionary // len(running.members)])
-                    client.divergence = divergence(running.add(report, upload, began, segments), options["divergence"])
+                    drift = running.add(report, upload, began, segments)
+                    if options["aggregate"] == "target":  # the divergence is the online encoder's, whichever is uploaded
+                        drift = ops.layer_norms(objective.online.state.vector, began.vector, segments)
+                    client.divergence = divergence(drift, options["divergence"])
+                    if options["divergence_from"] == "received":
+                        client.fix_scale(client.divergence, options["tau"])
                     if client.state:
                         client.row, client.digest = bank.write(client.state)
                         client.state.clear()
@@ -584,28 +594,25 @@ def model_update(client: Client, server: Part, objective: Objective, options: di
     if options["divergence_from"] == "global":
         norms = ops.layer_norms(client.state["encoder"].vector, objective.parts["encoder"].vector, segments)
         d = divergence(norms, options["divergence"])
-    if client.scale is None:
-        client.scale = options["tau"] / d if d else 0.0
-    mixed = min(1.0, client.scale * d)
+    client.fix_scale(d, options["tau"])
+    mixed = min(1.0, client.scale * d) if client.scale else 0.0
     if options["update"] in ("target", "both"):
         objective.parts["target"].copy_(objective.parts["encoder"])
-    mix(objective.parts["encoder"], client.state.get("encoder"), {"target": 1.0, "ema": mixed}.get(options["update"], 0.0))
+    if options["update"] == "target":
+        objective.parts["encoder"].copy_(client.state["encoder"])
+    if options["update"] == "ema":
+        mix(objective.parts["encoder"], client.state["encoder"], mixed)
     own_share = {"global": 0.0, "local": 1.0, "dapu": float(d >= options["mu"]), "ema": mixed}[options["predictor"]]
-    mix(objective.parts["predictor"], client.state.get("predictor"), own_share)
+    if options["predictor"] == "ema":
+        mix(objective.parts["predictor"], client.state["predictor"], mixed)
+    elif own_share:
+        objective.parts["predictor"].copy_(client.state["predictor"])
     return Update({0.0: servers, 1.0: "local"}.get(own_share, "mixed"), own_share, d)
 
 
-def mix(received: Part, own: Part | None, own_share: float) -> None:
-    """`received <- own_share own + (1 - own_share) received`, over parameters; BatchNorm's statistics follow only a share of 1."""
-    if own_share == 1:
-        received.copy_(own)
-    elif own_share > 0:
-        ops.ema_(received.vector, own.vector, 1 - own_share)
-
-
-def takes_whole(options: dict) -> bool:
-    """Whether the network that a client uploads begins each round as the server's."""
-    return options["update"] in (("online", "both") if options["aggregate"] == "online" else ("target", "both"))
+def mix(received: Part, own: Part, own_share: float) -> None:
+    """`received <- own_share own + (1 - own_share) received`, over parameters: BatchNorm's statistics stay those received."""
+    ops.ema_(received.vector, own.vector, 1 - own_share)
 
 
 def divergence_segments(objective: Objective, kind: str) -> Tensor:

@@ -198,14 +198,34 @@ def test_fedema_mixes_by_its_divergence():
     """lambda_k = tau / d_k at the first measurement, and stays; mu_k = min(1, lambda_k d_k) of the client's own model."""
     net, options = objective(), columns(update="ema", predictor="ema")
     client, server = returning(net, options, encoder=3, predictor=5, target=6)
+    server.buffers.fill_(8)  # BatchNorm's statistics, which are not mixed
     for round_, d, own_share in ((1, 0.3, 0.7), (2, 0.15, 0.35), (3, 0.6, 1.0)):
         client.divergence, client.last_round = d, round_ - 1
         update = model_update(client, server, net, options, NOTHING, round_)
         assert update == ("local" if own_share == 1 else "mixed", pytest.approx(own_share), d)
         assert constants(net) == pytest.approx({"encoder": 1 + 2 * own_share, "predictor": 1 + 4 * own_share, "target": 6})
+        assert net.online.state.buffers.eq(8).all()
     client.last_round = 1  # not in round 3
     assert model_update(client, server, net, options, NOTHING, 4).predictor == "global"
     assert constants(net) == {"encoder": 1, "predictor": 1, "target": 1} and client.scale == pytest.approx(0.7 / 0.3)
+
+
+def test_fedema_is_scaled_by_the_first_divergence_that_was_measured(tiny, tmp_path):
+    """Also of a client that was absent then, whose next model is the server's whatever it was."""
+    run(tmp_path / "run", *tiny, "--method", "fedema", "--clients", "3", "--clients-per-round", "1", "--rounds", "6", "--seed", "2")
+    metrics = load(tmp_path / "run")["metrics"]
+    rounds = {k: [row for row in metrics if row["clients"] == [k]] for k in range(3)}
+    assert any(b["round"] - a["round"] > 1 for taken in rounds.values() for a, b in zip(taken, taken[1:2]))
+    stored = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["clients"]["scale"]
+    assert stored == [pytest.approx(0.7 / rounds[k][0]["divergence"][0]) if rounds[k] else None for k in range(3)]
+
+
+def test_divergence_is_the_online_encoders_whichever_is_averaged(tiny, tmp_path):
+    online, target = (
+        run(tmp_path / aggregate, *tiny, "--method", "fedu", "--aggregate", aggregate, "--ema-decay", "1")["metrics"][0]
+        for aggregate in ("online", "target")
+    )
+    assert min(target["divergence"]) > 0 and target["divergence"] == pytest.approx(online["divergence"], rel=1e-5)
 
 
 def test_divergence_from_the_next_average():
