@@ -22,9 +22,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from cli import InputError, Parser, first_line, number, user_errors, write_atomic
+from methods import COLUMNS, HOST_OPTIONS, defaults
 
 EPOCHS = {"linear": 200, "semi": 100}
-HOST_OPTIONS = ("data_root", "device", "bank_memory")  # of fedu.py: where a run computes, not what; these may change on --resume
 GOES_WITH = {
     "features": ("linear", "knn", "export"),
     "head": ("semi",),
@@ -37,7 +37,14 @@ GOES_WITH = {
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, metavar="RUN", default=[], help="run folders, or folders of them  [the newest under runs/; for --table all of them]")
+    add(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        default=[],
+        help="run folders, or folders of them  [the newest under runs/; for --table all of them]",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--linear", action="store_true", help="train one linear layer on the frozen backbone's features (the default)")
     what.add_argument("--knn", action="store_true", help="weighted vote of the 200 nearest training images")
@@ -260,8 +267,6 @@ def read_config(run: Path) -> dict:
 
 def read_options(run: Path) -> dict:
     """A run's options; those that it is too old to know have their default."""
-    from fedu import defaults  # here, since that module imports this one
-
     options = read_config(run)["options"]
     return defaults(options["method"]) | options
 
@@ -467,7 +472,6 @@ PUBLISHED_ABLATION = {
     "target target global": "9.99", "target target local": "25.02",
     "target both global": "82.32", "target both local": "29.03",
 }  # fmt: skip
-COLUMNS = ("aggregate", "update", "predictor")  # of a method's row, that the ablation changes
 
 
 def table(runs: list[Path]) -> str:
@@ -501,8 +505,6 @@ def table(runs: list[Path]) -> str:
 
 def published(settings: list[dict], differ: list[str]) -> list[str]:
     """The papers' column: a title and a cell a setting, `-` where their run differs in more than its scale; nothing if all do."""
-    from fedu import defaults
-
     ablation = any(k in COLUMNS for k in differ)
 
     def cell(setting: dict) -> str:
@@ -522,8 +524,6 @@ def published(settings: list[dict], differ: list[str]) -> list[str]:
 
 def differing(settings: list[dict]) -> list[str]:
     """The options in which settings differ, but for what their methods differ in, and for an untrained encoder's, which change nothing."""
-    from fedu import defaults
-
     trained = list(filter(is_trained, settings)) or settings
     names = [k for k in trained[0] if len({json.dumps(s.get(k)) for s in trained}) > 1 and k not in ("method", *COLUMNS)]
     return names + [k for k in COLUMNS if any(s[k] != defaults(s["method"])[k] for s in trained)]
