@@ -63,8 +63,10 @@ class Bank:
         """The same in the host's memory, for one who asks only whether it is what was written."""
         state = {name: Part(*(torch.empty_like(t, device="cpu") for t in part)) for name, part in self.like.items()}
         host = [tensor for part in state.values() for tensor in part]
-        self.file.seek(row * self.row_bytes)
-        if sum(self.file.readinto(tensor.numpy()) for tensor in host) != self.row_bytes or checksum(host) != digest:
+        with os_errors(f"cannot read or write {self.path}"):  # what was buffered is written first
+            self.file.seek(row * self.row_bytes)
+            size = sum(self.file.readinto(tensor.numpy()) for tensor in host)
+        if size != self.row_bytes or checksum(host) != digest:
             raise InputError(f"{self.path} is damaged: row {row} does not have the checksum that it was written with")
         return state
 

@@ -6,6 +6,7 @@ Only the standard library is imported here, so that `--help` and a mistyped opti
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import sys
 import tempfile
@@ -62,6 +63,26 @@ def os_errors(failure: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{failure}: {error.strerror}") from None
+
+
+@contextmanager
+def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold a folder for this process alone: wait for one that has it, or raise `busy` as an InputError.
+
+    Where the file system cannot lock a folder, as NFS, say so and go on.
+    """
+    with os_errors(f"cannot open {folder}"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise InputError(busy) from None
+        except OSError as error:
+            print(f"{folder} cannot be locked ({error.strerror}): let no other process use it now", file=sys.stderr)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import ops
-from cli import InputError, first_line
+from cli import InputError, first_line, locked
 
 ASSETS = Path(__file__).parent / "assets"
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -104,7 +104,8 @@ def load_cifar(name: str, root: Path) -> Images:
     cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        train, test = (cifar(root, train=split, download=True) for split in (True, False))
+        with locked(root):  # of several processes one downloads, and the others then find it
+            train, test = (cifar(root, train=split, download=True) for split in (True, False))
     except (urllib.error.URLError, RuntimeError, OSError) as error:
         raise InputError(
             f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): put {name}.npz there, or choose --data-root"
@@ -151,7 +152,7 @@ def partition(
 
     kind `iid`: equal shares of a permutation. `classes`: client k holds `classes_per_client` classes (default 1/K of them, rounded
     up), every class shared equally among its holders. `dirichlet`: each class in proportions drawn from Dir(alpha), redrawn until
-    every client has `at_least` images (Hsu et al. 2019). Raises InputError if a client cannot have `at_least` images.
+    every client has `at_least` images (Yurochkin et al. 2019). Raises InputError if a client cannot have `at_least` images.
     """
     if clients * at_least > len(labels):
         raise InputError(f"{clients} clients want {at_least} images each, there are {len(labels)}: lower --clients or --batch-size")

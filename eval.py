@@ -37,14 +37,8 @@ GOES_WITH = {
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add(
-        "runs",
-        nargs="*",
-        type=Path,
-        metavar="RUN",
-        default=[],
-        help="run folders, or folders of them  [the newest under runs/; for --table all of them]",
-    )
+    add("runs", nargs="*", type=Path, metavar="RUN", default=[],
+        help="run folders, or folders of them  [under runs/ the newest; for --table and --against all]")  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--linear", action="store_true", help="train one linear layer on the frozen backbone's features (the default)")
     what.add_argument("--knn", action="store_true", help="weighted vote of the 200 nearest training images")
@@ -66,8 +60,6 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     for name, owners in GOES_WITH.items():
         if name in options and chosen not in owners:
             parser.error(f"--{name} goes with {' or '.join(f'--{owner}' for owner in owners)}, not with --{chosen}")
-    if chosen == "export" and len(options.runs) > 1:
-        parser.error(f"--export got {len(options.runs)} runs, wants one for its file")
     return options
 
 
@@ -84,11 +76,11 @@ from models import Encoder, build_head, feature_dim  # noqa: E402
 
 
 def main(options: argparse.Namespace) -> None:
-    runs = runs_among(options.runs) if options.runs else find_runs()
+    several = "table" in options or "against" in options
+    runs = runs_among(options.runs) if options.runs else find_runs()[: None if several else 1]
     if "table" in options:
         return print(table(runs))
     if "plot" in options:
-        runs = runs if options.runs else runs[:1]
         out = getattr(options, "out", runs[0] / "divergence.png" if len(runs) == 1 else Path("comparison.png"))
         plot(runs, out)
         return print(f"{out} shows {', '.join(map(str, runs))}")
@@ -96,7 +88,9 @@ def main(options: argparse.Namespace) -> None:
         out = getattr(options, "out", Path(f"{options.against}.png"))
         plot_against(options.against, runs, out)
         return print(f"{out} shows {', '.join(map(str, runs))}")
-    for run in runs if options.runs else runs[:1]:
+    if "export" in options and len(runs) > 1:
+        raise InputError(f"--export got {len(runs)} runs, wants one for its file")
+    for run in runs:
         evaluate(run, options)
 
 
@@ -235,7 +229,7 @@ def choose_device(name: str) -> torch.device:
 
 def find_runs(root: Path = Path("runs")) -> list[Path]:
     """The finished runs under `root`, newest first."""
-    runs = sorted((p.parent for p in root.glob("*/encoder.pt")), key=lambda run: (run / "encoder.pt").stat().st_mtime, reverse=True)
+    runs = sorted((p.parent for p in root.rglob("encoder.pt")), key=lambda run: (run / "encoder.pt").stat().st_mtime, reverse=True)
     if not runs:
         raise InputError(f"there is no finished run under {root}/: train one with `python fedu.py`, or name its folder")
     return runs
@@ -357,7 +351,7 @@ def plot(runs: list[Path], out: Path) -> None:
         knn_.set(ylabel="kNN accuracy (%)", xlabel="round")
         knn_.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.suptitle(run_title(runs))
-        handles = dict(reversed([(lb, h) for h, lb in zip(*top.get_legend_handles_labels())][::-1]))
+        handles = dict((label, handle) for handle, label in zip(*top.get_legend_handles_labels()))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
         save_figure(figure, out)
 

@@ -2,7 +2,7 @@
 
 Clients hold unlabelled images that never leave them. In each round every selected client trains BYOL on its own images, uploads
 its online encoder and predictor, and the server averages them; a client then takes the averaged encoder, and the averaged
-predictor only if its last divergence lay below mu (DAPU). The whole federation is simulated in this one process.
+predictor only if its last divergence lay below mu (DAPU). One process, or several under torchrun, simulate the whole federation.
 
     python fedu.py                                    five clients on the embedded images, one to three minutes on two cores
     python fedu.py --dataset cifar100 --clients 5     the paper's run
@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import RANK, InputError, Parser, first_line, number, os_errors, user_errors, write_atomic
+from cli import RANK, InputError, Parser, first_line, locked, number, os_errors, user_errors, write_atomic
 from methods import DEFAULTS, HOST_OPTIONS, METHODS, PAPER, RECIPES, Method, defaults
 
 ABLATIONS = ("predictor", "stop_gradient")  # --no-predictor, --no-stop-gradient
@@ -81,11 +81,11 @@ GIVEN = parse_options() if __name__ == "__main__" else {}  # before the heavy im
 
 import copy  # noqa: E402
 import ctypes  # noqa: E402
-import fcntl  # noqa: E402
 import hashlib  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 
@@ -142,6 +142,8 @@ class Federation:
 
 def main(given: dict) -> None:
     out, options = prepare(given)
+    if "resume" not in given:
+        holds_run(out, "overwrite" in given)  # before anything that takes its time
     load_ops()
     keep_memory()
     device = evaluation.choose_device(options["device"])
@@ -164,7 +166,7 @@ def simulate(given: dict, out: Path, options: dict, federations: list[Federation
     config = resume(out) if "resume" in given else open_run(out, options, device, "overwrite" in given)
     bank = Bank(kept_parts(objective, options), out / "bank.bin", options["bank_memory"] << 20)
     start, seconds = load_checkpoint(out, federations, bank)
-    metrics, begun = evaluation.read_metrics(out)[:start], time.perf_counter() - seconds
+    metrics, begun = evaluation.read_metrics(out)[:start] if start else [], time.perf_counter() - seconds
     if "resume" in given:
         print(f"{out}: continuing after {start} of {rounds} rounds")
     clients = [client for federation in federations for client in federation.clients]
@@ -184,7 +186,7 @@ def simulate(given: dict, out: Path, options: dict, federations: list[Federation
     if any(row["clients"] for row in metrics):
         evaluation.plot([out], out / "divergence.png")
         print(dapu_notice(metrics, options["predictor"], options["mu"]), end="")
-    print(f"\n{out} holds the run. Next:\n  python eval.py {out}\n  python eval.py --plot {out}")
+    print(f"\n{out} holds the run. Next:\n  python eval.py {out}" + f"\n  python eval.py --plot {out}" * bool(metrics))
 
 
 class Report(NamedTuple):
@@ -592,9 +594,9 @@ def dapu_notice(metrics: list[dict], predictor: str, mu: float) -> str:
     decisions, divergences = {taken for taken, _ in decided}, [d for _, d in decided]
     if predictor != "dapu" or len(decisions) != 1:
         return ""
-    consequence = "this run is FedBYOL" if decisions == {"global"} else "clients shared a predictor in their first round only"
+    consequence = "clients took it as in FedBYOL" if decisions == {"global"} else "clients shared a predictor in their first round only"
     span = f"divergences {min(divergences):.3g} to {max(divergences):.3g}"
-    return f"\nmu = {mu:g} never bound: every DAPU decision was {decisions.pop()} ({span}), so {consequence}.\n"
+    return f"\nmu = {mu:g} never bound: DAPU always decided for the {decisions.pop()} predictor ({span}), so {consequence}.\n"
 
 
 # ------------------------------------------------------------------------------------------------- the run folder
@@ -636,7 +638,7 @@ def check_given(method: Method, given: dict, options: dict) -> None:
     """Refuse an option that would change nothing: raises InputError."""
     has_predictor, has_target = method.objective in ("byol", "simsiam"), method.objective in ("byol", "moco-v1", "moco-v2")
     senseless = {
-        "predictor": not has_predictor or options["no_predictor"],
+        "predictor": not has_predictor or options["no_predictor"] or method.federation != "all",
         "no_predictor": not has_predictor,
         "no_stop_gradient": not has_predictor,
         "aggregate": options["aggregate"] == "target" and not has_target,
@@ -663,22 +665,16 @@ def run_folder(out: Path, make: bool) -> Iterator[None]:
     with os_errors(f"--out {out} cannot be made"):
         if make:
             out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise InputError(f"{out} is in use by another fedu.py: wait for it, or choose another --out") from None
-    for fragment in (path for name in RUN_FILES for path in out.glob(f".{name}.*")):
-        fragment.unlink()  # of a run that was killed while it wrote
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"continue with `python fedu.py --resume {shlex.quote(str(out))}`") from None
-    finally:
-        signal.signal(signal.SIGTERM, former)
-        os.close(folder)
+    with locked(out, f"{out} is in use by another fedu.py: wait for it, or choose another --out"):
+        for fragment in (path for name in RUN_FILES for path in out.glob(f".{name}.*")):
+            fragment.unlink()  # of a run that was killed while it wrote
+        former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"continue with `python fedu.py --resume {shlex.quote(str(out))}`") from None
+        finally:
+            signal.signal(signal.SIGTERM, former)
 
 
 def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> dict:
@@ -695,15 +691,23 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) ->
         "seconds": 0.0,
     }
     with os_errors(f"--out {out} cannot be used"):
-        if any(out.iterdir()):
-            if not overwrite:
-                raise InputError(f"{out} is not empty: choose another --out, or --resume {out}, or --overwrite it")
-            evaluation.read_config(out)  # not a run folder? then nothing in it is ours to remove
-            for name in RUN_FILES:
+        if holds_run(out, overwrite):
+            for name in reversed(RUN_FILES):  # config.json last, by which an interrupted removal can be repeated
                 (out / name).unlink(missing_ok=True)
     write_config(out, config)
     write_metrics(out, [])
     return config
+
+
+def holds_run(out: Path, overwrite: bool) -> bool:
+    """Whether a former run is there, to be replaced. Raises InputError if something is that must not be."""
+    with os_errors(f"--out {out} cannot be used"):
+        if not out.is_dir() or not any(out.iterdir()):
+            return False
+    if not overwrite:
+        raise InputError(f"{out} is not empty: choose another --out, or --resume {out}, or --overwrite it")
+    evaluation.read_config(out)  # not a run folder? then nothing in it is ours to remove
+    return True
 
 
 def resume(out: Path) -> dict:
@@ -718,8 +722,9 @@ def describe_code() -> dict:
     """What the program is: a hash over its sources, and git's commit where there is one."""
     here = Path(__file__).parent
     sources = sorted(p for p in (*here.glob("*.py"), *here.glob("ops/*")) if p.suffix in (".py", ".h", ".cpp", ".cu"))
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True)
-    return {"source": hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16], "commit": git.stdout.strip() or None}
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    git = shutil.which("git") and subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
+    return {"source": hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16], "commit": git or None}
 
 
 def write_config(out: Path, config: dict) -> None:
@@ -748,7 +753,7 @@ def save_checkpoint(out: Path, rounds_done: int, federations: list[Federation], 
 def load_checkpoint(out: Path, federations: list[Federation], bank: Bank) -> tuple[int, float]:
     """Restore the federations in place; returns the number of rounds done and the seconds that they took, 0 without a checkpoint.
 
-    Falls back to the previous checkpoint if the last one is damaged or missing, and says so.
+    Falls back to the previous checkpoint if the last one is damaged, and says so, or missing.
     """
     paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
     for path, other in zip(paths, [*paths[1:], None]):

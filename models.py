@@ -25,7 +25,6 @@ import ops
 
 # hidden and output width of projector and predictor
 HEADS = {"resnet18": (4096, 2048), "resnet50": (4096, 2048), "small": (512, 256), "tiny": (512, 256)}
-ENCODERS = tuple(HEADS)
 WIDTHS = {"small": (32, 64, 128, 256), "tiny": (16, 32, 64, 128)}
 
 

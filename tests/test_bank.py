@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -78,6 +80,10 @@ def test_damage_and_absence_are_one_sentence(tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(InputError, match="bank.bin is damaged: row 0 "):
         Bank(state(0), path).read(row, digest)
+    full = Bank(state(0), Path("/dev/full"))
+    row, digest = full.write(state(3))  # so little that it is still in a buffer
+    with pytest.raises(InputError, match="cannot read or write /dev/full: No space left on device"):
+        full.read(row, digest)
     with pytest.raises(InputError, match="cannot open .*: No such file or directory"):
         Bank(state(0), tmp_path / "absent/bank.bin")
 

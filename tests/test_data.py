@@ -9,7 +9,7 @@ from PIL import Image
 
 import data
 import ops
-from cli import InputError
+from cli import InputError, locked
 
 CPU = torch.device("cpu")
 
@@ -162,6 +162,8 @@ def test_cifar_that_cannot_be_downloaded_is_one_sentence(tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     def unreachable(self):
+        with pytest.raises(InputError, match="somebody else"), locked(tmp_path, busy="somebody else downloads"):
+            pass
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(CIFAR10, "download", unreachable)

@@ -226,6 +226,7 @@ def test_accuracies_against_rounds_options_and_the_ablation(runs, command):
 
 
 def test_representations_are_exported(runs, npz, command):
+    assert refused(command("eval.py", "--export", "f.npz", "runs", cwd=runs), "--export got 3 runs, wants one")
     done = command("eval.py", "--export", "f.npz", "runs/s0", cwd=runs)
     assert done.returncode == 0 and "train [64, 256]" in done.stdout
     (encoder,) = evaluation.load_encoders(runs / "runs/s0")
@@ -250,7 +251,6 @@ def test_representations_are_exported(runs, npz, command):
         (["--plot", "--transfer", "fashion"], ["--transfer"]),
         (["--plot", "--out", "none/x.png"], ["cannot write none/x.png"]),
         (["--plot", "--out", "x.xyz"], ["--out got x.xyz", ".png"]),
-        (["--export", "x.npz", "runs/run", "runs/run"], ["--export got 2 runs"]),
         (["--seed", "18446744073709551616"], ["--seed", "at most"]),
     ],
 )
@@ -267,6 +267,9 @@ def test_runs_are_named_by_themselves_or_by_a_folder_of_them(runs, command):
     assert some.stderr == "figures holds no run and was passed over\n"
     assert refused(command("eval.py", "--table", "runs", "absent", cwd=runs), "absent is not a run folder")
     assert refused(command("eval.py", "--table", "figures", cwd=runs), "figures is not a run folder")
+    (runs / "runs").rename(runs / "figures/runs")
+    (runs / "figures").rename(runs / "runs")  # a folder deeper, as those of results/experiments.py
+    assert sorted(command("eval.py", "--table", cwd=runs).stdout.splitlines()) == sorted(whole.stdout.splitlines())
 
 
 def test_no_run_and_damaged_runs_are_one_sentence(finished, command, tmp_path):

@@ -1,4 +1,5 @@
 import copy
+import errno
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -505,8 +507,9 @@ def test_one_who_has_all_images_does_not_care_how_they_would_be_dealt(tiny, tmp_
 
 
 @pytest.mark.parametrize("method", fedu.METHODS)
-def test_every_method_runs_and_can_be_evaluated(tiny, tmp_path, method):
+def test_every_method_runs_and_can_be_evaluated(tiny, tmp_path, capsys, method):
     result = run(tmp_path / "run", *tiny, "--method", method)
+    assert ("--plot" in capsys.readouterr().out) == fedu.METHODS[method].trains
     assert all(t.isfinite().all() for t in result["encoders"])
     (encoder, *_) = fedu.evaluation.load_encoders(tmp_path / "run")
     assert encoder(torch.rand(2, 3, 16, 16)).shape == (2, encoder.head[-1])
@@ -602,6 +605,7 @@ def test_paper_recipe():
         (["--dataset", "mnist"], ["--dataset", "'mnist'"]),
         (["--dataset", "none.npz"], ["none.npz does not exist"]),
         (["--clients", "65"], ["65 clients", "--clients"]),
+        (["--method", "single", "--predictor", "dapu"], ["--predictor dapu changes nothing"]),
         (["--clients", "0"], ["--clients", "'0'", "at least 1"]),
         (["--clients", "many"], ["--clients", "'many'"]),
         (["--clients-per-round", "3"], ["--clients-per-round got 3", "2 clients"]),
@@ -654,6 +658,7 @@ def test_cuda_where_there_is_none(tiny, command, tmp_path):
 def test_an_existing_folder_is_kept(tiny, command, finished, tmp_path):
     before = {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
     assert refused(command("fedu.py", *tiny, "--out", "runs/run", cwd=finished), "runs/run is not empty", "--resume", "--overwrite")
+    assert refused(command("fedu.py", "--dataset", "absent.npz", "--out", "runs/run", cwd=finished), "runs/run is not empty")
     changed = command("fedu.py", "--resume", "runs/run", "--lr", "0.1", "--rounds", "9", cwd=finished)
     assert refused(changed, "--lr 0.1 (it was 0.05)", "--rounds 9 (it was 3)")
     bad = command("fedu.py", *tiny, "--clients", "99", "--out", "runs/run", "--overwrite", cwd=finished)
@@ -669,6 +674,30 @@ def test_overwrite_replaces_a_run(tiny, command, tmp_path):
         done = command("fedu.py", *tiny, "--out", "run", *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_interrupted_overwrite_can_be_repeated(stopped, monkeypatch):
+    def interrupt(path, missing_ok):
+        if path.name == "bank.bin":
+            raise KeyboardInterrupt
+        os.unlink(path)
+
+    monkeypatch.setattr(Path, "unlink", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fedu.open_run(stopped, {}, CPU, overwrite=True)
+    monkeypatch.undo()
+    assert fedu.holds_run(stopped, overwrite=True)
+
+
+def test_without_git_and_where_folders_cannot_be_locked(tiny, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")  # as NFS
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setenv("PATH", "")
+    run(tmp_path / "run", *tiny, "--rounds", "1")
+    assert json.loads((tmp_path / "run/config.json").read_text())["commit"] is None
+    assert "run cannot be locked (Bad file descriptor)" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -716,6 +745,9 @@ def test_a_damaged_row_of_the_bank_is_refused_and_the_previous_checkpoint_contin
 
 def test_a_run_begun_before_an_option_existed_has_its_default(finished, stopped):
     config = json.loads((stopped / "config.json").read_text())
+    (stopped / "metrics.jsonl").unlink()  # and stopped right after it had begun
+    (stopped / "checkpoint.pt").unlink()
+    (stopped / "checkpoint-previous.pt").unlink()
     for name in ("update", "dropout"):
         del config["options"][name]
     (stopped / "config.json").write_text(json.dumps(config))
@@ -744,9 +776,12 @@ def test_interrupts_name_the_command_that_continues(tiny, tmp_path, number):
     with subprocess.Popen(line, cwd=tmp_path, env=env, preexec_fn=heed, **pipes) as process:
         while not process.stdout.readline().startswith("      1"):
             assert process.poll() is None, process.stderr.read()
-        for more in (["--overwrite"], []):
-            other = subprocess.run([*line, *more], cwd=tmp_path, env=env, capture_output=True, text=True)
-            assert refused(other, "run is in use by another fedu.py")
+        for other, words in (
+            ([*line, "--overwrite"], "run is in use by another fedu.py"),
+            ([*line[:2], "--resume", "run"], "run is in use by another fedu.py"),
+            (line, "run is not empty"),
+        ):
+            assert refused(subprocess.run(other, cwd=tmp_path, env=env, capture_output=True, text=True), words)
         process.send_signal(number)
         assert process.wait() == 130
         assert process.stderr.read().splitlines()[-1] == "fedu.py: interrupted; continue with `python fedu.py --resume run`"

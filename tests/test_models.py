@@ -7,7 +7,7 @@ import torchvision
 
 from models import (
     BYOL,
-    ENCODERS,
+    HEADS,
     OBJECTIVES,
     Encoder,
     FedCA,
@@ -73,7 +73,7 @@ def test_exported_backbone_loads_into_torchvisions_resnet():
     theirs.load_state_dict(objective.online.module.encoder.backbone.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", HEADS)
 def test_parameters_are_views_and_segments_name_their_places(name):
     objective = byol(name) if name == "small" else BYOL(Encoder(name), torch.device("meta"))
     for network in (objective.online, objective.target):
