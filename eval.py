@@ -295,6 +295,7 @@ def load_encoders(run: Path) -> list[Encoder]:
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 # Okabe and Ito's palette, which the colour-blind can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LOOKS = [(colour, dashes) for dashes in ("-", "--", ":") for colour in COLOURS]
 
 
 def pyplot():
@@ -388,12 +389,12 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
 
 def draw_knn(axis, groups: list[tuple[dict, list[Path]]]) -> None:
     differ = differing([setting for setting, _ in groups])
-    for colour, (setting, members) in zip(COLOURS * len(groups), groups):
+    for (colour, dashes), (setting, members) in zip(LOOKS * len(groups), groups):
         curves = [{r["round"] + 1: 100 * r["knn"] for r in read_metrics(run) if r["knn"] is not None} for run in members]
         rounds = sorted(set.intersection(*map(set, curves)))
         centre = np.array([mean(curve[r] for curve in curves) for r in rounds])
         spread = np.array([deviation([curve[r] for curve in curves]) for r in rounds])
-        axis.plot(rounds, centre, color=colour, marker="o", markersize=3.5, label=name_setting(setting, differ))
+        axis.plot(rounds, centre, color=colour, linestyle=dashes, marker="o", markersize=3.5, label=name_setting(setting, differ))
         axis.fill_between(rounds, centre - spread, centre + spread, color=colour, alpha=0.2, linewidth=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="rounds", ylabel="kNN accuracy of the backbone (%)")

@@ -1,11 +1,12 @@
 """Runs the experiments below, as many at once as there are cores: `python results/experiments.py [NAME ...]`, all of them by default.
 
-Each is `fedu.py` with the options of its row, once a seed, and then every evaluation. A run that was interrupted is resumed,
-what is finished is not repeated. Runs, with their weights, are made under runs/; what a reader needs of them goes to results/.
+Each is `fedu.py` with the options of its row, once a seed, and then its evaluations. A run that was interrupted is resumed, what is
+finished is not repeated. Runs, with their weights, are made under runs/, and what a reader needs of them is copied to results/cifar10/;
+where runs/ has none, as on a fresh clone, a run is made again and replaces that.
 
     python results/experiments.py --list
     python results/experiments.py fedu single
-    python eval.py --table results/cifar10/*
+    python eval.py --table results/cifar10/{fedu,single}-s[0-9]
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cli import InputError, Parser, number, user_errors  # noqa: E402
 # What all runs of a table have in common. Beside the paper's recipe: a smaller encoder, batches of 32, fewer rounds of one epoch.
 SCALE = "--dataset cifar10 --encoder small --local-epochs 1 --batch-size 32"
 LONG, SHORT = f"{SCALE} --rounds 20 --knn-every 2", f"{SCALE} --rounds 8 --knn-every 2 --classes-per-client"
-# as eval.jsonl names them, with their options; ablations and sweeps have the first two
+# as eval.jsonl names them, with their options; runs of 8 rounds have the first two
 EVALUATIONS = {"linear": "--linear", "knn": "--knn", "semi 0.01": "--semi 0.01", "semi 0.1": "--semi 0.1"}
 KEPT = ("config.json", "metrics.jsonl", "eval.jsonl")
 
@@ -58,7 +59,7 @@ for classes in (2, 4, 6, 8, 10):
     EXPERIMENTS[f"short-{classes}"] = (f"{SHORT} {classes}", 1)
 for clients, classes in ((2, 5), (10, 1), (20, 1)):
     EXPERIMENTS[f"clients-{clients}"] = (f"{SHORT} {classes} --clients {clients}", 1)
-# the same 20 epochs in fewer rounds, and three times as many rounds
+# the same 20 epochs in fewer rounds
 for epochs, rounds in ((5, 4), (10, 2)):
     EXPERIMENTS[f"epochs-{epochs}"] = (f"{LONG} --local-epochs {epochs} --rounds {rounds}", 1)
 # is FedU's lead over single greater with three times as many steps?
