@@ -594,9 +594,9 @@ def dapu_notice(metrics: list[dict], predictor: str, mu: float) -> str:
     decisions, divergences = {taken for taken, _ in decided}, [d for _, d in decided]
     if predictor != "dapu" or len(decisions) != 1:
         return ""
-    consequence = "clients took it as in FedBYOL" if decisions == {"global"} else "clients shared a predictor in their first round only"
+    consequence = "predictors were as in FedBYOL" if decisions == {"global"} else "clients shared a predictor in their first round only"
     span = f"divergences {min(divergences):.3g} to {max(divergences):.3g}"
-    return f"\nmu = {mu:g} never bound: DAPU always decided for the {decisions.pop()} predictor ({span}), so {consequence}.\n"
+    return f"\nmu = {mu:g} never bound: every DAPU decision was {decisions.pop()} ({span}), so {consequence}.\n"
 
 
 # ------------------------------------------------------------------------------------------------- the run folder

@@ -677,10 +677,12 @@ def test_overwrite_replaces_a_run(tiny, command, tmp_path):
 
 
 def test_an_interrupted_overwrite_can_be_repeated(stopped, monkeypatch):
+    unlink = Path.unlink
+
     def interrupt(path, missing_ok):
         if path.name == "bank.bin":
             raise KeyboardInterrupt
-        os.unlink(path)
+        unlink(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", interrupt)
     with pytest.raises(KeyboardInterrupt):
