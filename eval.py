@@ -352,7 +352,7 @@ def plot(runs: list[Path], out: Path) -> None:
         knn_.set(ylabel="kNN accuracy (%)", xlabel="round")
         knn_.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.suptitle(run_title(runs))
-        handles = dict((label, handle) for handle, label in zip(*top.get_legend_handles_labels()))
+        handles = {label: handle for handle, label in zip(*top.get_legend_handles_labels())}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
         save_figure(figure, out)
 
