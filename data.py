@@ -104,8 +104,11 @@ def load_cifar(name: str, root: Path) -> Images:
     cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root):  # of several processes one downloads, and the others then find it
-            train, test = (cifar(root, train=split, download=True) for split in (True, False))
+        try:
+            train, test = (cifar(root, train=split) for split in (True, False))
+        except RuntimeError:  # it is not there
+            with locked(root):  # of several processes one downloads, and the others then find it
+                train, test = (cifar(root, train=split, download=True) for split in (True, False))
     except (urllib.error.URLError, RuntimeError, OSError) as error:
         raise InputError(
             f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): put {name}.npz there, or choose --data-root"
