@@ -31,23 +31,33 @@ VIEW = ("top", "left", "height", "width", "flip", "brightness", "contrast", "sat
 VIEW += ("first", "second", "third", "fourth", "greyscale")
 
 
-def weighted_mean(clients: Tensor, weights: Tensor) -> Tensor:
+def weighted_mean(clients: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Mean of the clients' vectors, `sum_k w_k x_k`, summed in the order k = 0..K-1 (FedAvg).
 
-    clients: `[K, P]`, K >= 1. weights: `[K]`, of the same type, summing to 1 by the caller's care. Returns `[P]`.
+    clients: `[K, P]`, K >= 1. weights: `[K]`, of the same type, summing to 1 by the caller's care. Returns `[P]`: out, or a new tensor.
+    out: `[P]`, sharing no memory with the others.
     """
-    return _implementation(clients).weighted_mean(clients, weights)
+    out = clients.new_empty(clients.shape[1:]) if out is None else out
+    _implementation(clients).weighted_mean(clients, weights, out)
+    return out
 
 
-def aggregate(clients: Tensor, weights: Tensor, received: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def aggregate(
+    clients: Tensor, weights: Tensor, received: Tensor, segments: Tensor, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of the clients' vectors with each client's drift and spread by layer, all in one pass over the clients.
 
-    clients: `[K, P]`. weights: `[K]`, summing to 1. received: `[P]`, or `[K, P]` where clients started from different vectors.
-    Returns mean `[P]` like `weighted_mean`, drift `[K, L]` = `norm2(x_k - received_k)` and spread `[K, L]` = `norm2(x_k - mean)`,
+    clients, weights, out: as for `weighted_mean`. received: `[P]`, or `[K, P]` where clients started from different vectors.
+    Returns mean `[P]`, drift `[K, L]` = `norm2(x_k - received_k)` and spread `[K, L]` = `norm2(x_k - mean)`,
     both given in float64 and right to 6e-7. The authors' divergence is the mean of a client's drift over the conv layers, the paper's the
     sum of its squares; FedEMA's paper measures the spread.
+
+    A client's drift is the same bits whichever others are beside it, so rows that do not fit the memory together may come in tiles, the
+    mean so far being each next one's first row, of weight 1. The mean is then the same bits too, and `layer_norms` gives the spread's.
     """
-    return _implementation(clients).aggregate(clients, weights, received, segments)
+    out = clients.new_empty(clients.shape[1:]) if out is None else out
+    drift, spread = _implementation(clients).aggregate(clients, weights, received, segments, out)
+    return out, drift, spread
 
 
 def layer_norms(a: Tensor, b: Tensor, segments: Tensor) -> Tensor:
@@ -128,13 +138,13 @@ def _register_shapes() -> None:
     """Tell torch.compile and fake tensors each op's output: its shape and type."""
 
     @torch.library.register_fake("fedu::weighted_mean")
-    def _(clients, weights):
-        return torch.empty_like(clients[0])
+    def _(clients, weights, out):
+        return None
 
     @torch.library.register_fake("fedu::aggregate")
-    def _(clients, weights, received, segments):
-        norms = [clients.new_empty((len(clients), len(segments)), dtype=torch.float64) for _ in range(2)]
-        return torch.empty_like(clients[0]), *norms
+    def _(clients, weights, received, segments, out):
+        drift, spread = (clients.new_empty((len(clients), len(segments)), dtype=torch.float64) for _ in range(2))
+        return drift, spread
 
     @torch.library.register_fake("fedu::layer_norms")
     def _(a, b, segments):

@@ -10,13 +10,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import ops
 from cli import Parser, number
-from ops import reference
 
 
 def resnet18() -> list[tuple[str, int]]:
@@ -34,6 +34,17 @@ def resnet18() -> list[tuple[str, int]]:
 def small() -> list[tuple[str, int]]:
     """A network of 100,000 floats, where the cost of a call rules."""
     return [("conv", 9_900), ("bn", 100)] * 10
+
+
+def without_library(way: Callable) -> Callable:
+    def run():
+        ops._fused = False
+        try:
+            return way()
+        finally:
+            ops._fused = True
+
+    return run
 
 
 class Case:
@@ -86,22 +97,22 @@ class Case:
             return mean, *norms
 
         arguments = (self.clients, self.weights, self.received, self.segments)
-        ours, twin = (lambda: ops.aggregate(*arguments)), (lambda: reference.aggregate(*arguments))
-        return {"ours": ours, "reference": twin, "authors": authors, "foreach": foreach, "plain torch": plain}
+        ours = partial(ops.aggregate, *arguments)
+        return {"ours": ours, "reference": without_library(ours), "authors": authors, "foreach": foreach, "plain torch": plain}
 
     def weighted_mean(self) -> dict[str, Callable]:
         arguments = (self.clients, self.weights)
-        ours, twin = (lambda: ops.weighted_mean(*arguments)), (lambda: reference.weighted_mean(*arguments))
-        ways = {"ours": ours, "reference": twin, "authors": self.mean_of_dicts, "foreach": self.foreach_mean}
+        ours = partial(ops.weighted_mean, *arguments)
+        ways = {"ours": ours, "reference": without_library(ours), "authors": self.mean_of_dicts, "foreach": self.foreach_mean}
         return ways | {"plain torch": lambda: self.weights @ self.clients}
 
     def layer_norms(self) -> dict[str, Callable]:
         arguments = (self.clients[0], self.received, self.segments)
         pairs = [(self.dicts[0][i], self.received_dict[i]) for i in self.layers]
-        ours, twin = (lambda: ops.layer_norms(*arguments)), (lambda: reference.layer_norms(*arguments))
+        ours = partial(ops.layer_norms, *arguments)
         return {
             "ours": ours,
-            "reference": twin,
+            "reference": without_library(ours),
             "authors": lambda: torch.stack([torch.dist(a, b) for a, b in pairs]),
             "foreach": lambda: torch.stack(torch._foreach_norm(torch._foreach_sub(*map(list, zip(*pairs, strict=True))))),
             "plain torch": lambda: torch.stack([torch.linalg.vector_norm(a - b) for a, b in pairs]),
@@ -114,8 +125,13 @@ class Case:
 
         flat, online = self.split(self.target), self.dicts[0]
         arguments = (self.target, self.clients[0], 0.99)
-        ours, twin = (lambda: ops.ema_(*arguments)), (lambda: reference.ema_(*arguments))
-        ways = {"ours": ours, "reference": twin, "authors": authors, "foreach": lambda: torch._foreach_lerp_(flat, online, 0.01)}
+        ours = partial(ops.ema_, *arguments)
+        ways = {
+            "ours": ours,
+            "reference": without_library(ours),
+            "authors": authors,
+            "foreach": lambda: torch._foreach_lerp_(flat, online, 0.01),
+        }
         return ways | {"plain torch": lambda: self.target.lerp_(self.clients[0], 0.01)}
 
     def mean_of_dicts(self) -> list[Tensor]:

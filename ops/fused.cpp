@@ -14,6 +14,8 @@
 #include <charconv>
 #include <cmath>
 #include <cstring>
+#include <numeric>
+#include <optional>
 #include <tuple>
 
 #ifdef __AVX__
@@ -65,6 +67,18 @@ void check_shape(const char* name, const Tensor& t, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(t.sizes() == shape, name, " must have shape ", shape, ", got ", t.sizes());
 }
 
+// How many bytes after other's begin t begins, where they share memory.
+std::optional<int64_t> begins_after(const Tensor& t, const Tensor& other) {
+  const int64_t offset = static_cast<const char*>(t.const_data_ptr()) - static_cast<const char*>(other.const_data_ptr());
+  const int64_t bytes = t.nbytes(), other_bytes = other.nbytes();
+  return bytes && -bytes < offset && offset < other_bytes ? std::optional(offset) : std::nullopt;
+}
+
+void check_apart(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  const auto offset = begins_after(t, other);
+  TORCH_CHECK_VALUE(!offset, name, " must share no memory with ", other_name, ", got one that begins ", *offset, " bytes after it");
+}
+
 void check_clients(const Tensor& clients, const Tensor& weights) {
   check_leader("clients", clients);
   TORCH_CHECK_VALUE(clients.dim() == 2 && clients.size(0) > 0, "clients must have shape [K, P] with K >= 1, got ", clients.sizes());
@@ -72,8 +86,15 @@ void check_clients(const Tensor& clients, const Tensor& weights) {
   check_shape("weights", weights, {clients.size(0)});
 }
 
+void check_out(const Tensor& out, const Tensor& clients, const Tensor& weights) {
+  check_like("out", out, "clients", clients);
+  check_shape("out", out, {clients.size(1)});
+  check_apart("out", out, "clients", clients);
+  check_apart("out", out, "weights", weights);
+}
+
 // Returns the partition of the vector by the checked segments.
-std::vector<Piece> check_segments(const Tensor& segments, int64_t size, int64_t chunk_size) {
+std::vector<Piece> check_segments(const Tensor& segments, int64_t size) {
   TORCH_CHECK_VALUE(segments.scalar_type() == at::kLong && segments.dim() == 2 && segments.size(1) == 2,
                     "segments must be int64 of shape [L, 2], got ", dtype_name(segments), " of shape ", segments.sizes());
   const Tensor host = segments.cpu().contiguous();  // free for a CPU tensor; one on a GPU makes the CPU wait for it here
@@ -85,24 +106,21 @@ std::vector<Piece> check_segments(const Tensor& segments, int64_t size, int64_t 
                       "], after the one before and inside the vector, got [", begin, ", ", end, "]");
     at = end;
   }
-  return partition(bounds, host.size(0), size, chunk_size);
-}
-
-int64_t total_chunks(const std::vector<Piece>& pieces, int64_t chunk_size) {
-  return pieces.empty() ? 0 : pieces.back().first + num_chunks(pieces.back(), chunk_size);
+  return partition(bounds, host.size(0), size);
 }
 
 // ---- CPU kernels ------------------------------------------------------------------------------------------------------------
 
 namespace cpu {
 
-// A chunk of all clients stays in the L2 cache between its mean and its norms: 80 KB of K = 5, 200 KB of K = 50. Longer ones waste less
-// of the memory's time on the change from one client's vector to the next.
-constexpr int64_t kMaxChunk = 4096;
-constexpr int64_t chunk_size(int64_t num_clients) { return num_clients <= 8 ? kMaxChunk : 1024; }
 constexpr int64_t kLanes = 16;       // sums kept side by side, one cache line of floats: the compiler maps them to its registers
-constexpr int64_t kBlockSteps = 16;  // squares of a lane that are summed in float before they join a sum in double
+constexpr int64_t kBlock = 256;      // floats of each client that are read at once, 16 a lane: short, so that they stay in the cache
+constexpr int64_t kAhead = 1024;     // floats from what is computed to what is fetched
 constexpr int64_t kGrain = 1 << 15;  // floats below which a second thread costs more than it saves
+
+struct alignas(64) Lanes {
+  double sums[kLanes] = {};
+};
 
 // out <- values past the cache where the CPU can: a plain store would first read the line that it overwrites.
 template <typename T>
@@ -120,7 +138,7 @@ void stream_out(const T* values, T* out, int64_t n) {
 
 // sum_k w_k x_k of the n floats at clients, in the order of k; four clients at a time, to read four streams at once.
 template <typename T>
-void mean_chunk(const T* clients, const T* weights, T* mean, int64_t num_clients, int64_t stride, int64_t n) {
+void mean_block(const T* clients, const T* weights, T* mean, int64_t num_clients, int64_t stride, int64_t n) {
   for (int64_t i = 0; i < n; ++i) mean[i] = weights[0] * clients[i];
   int64_t k = 1;
   for (; k + 4 <= num_clients; k += 4) {
@@ -136,91 +154,89 @@ void mean_chunk(const T* clients, const T* weights, T* mean, int64_t num_clients
   }
 }
 
-// Adds the squares of x - a, and of x - b if kTwo, of kLanes * steps floats to the lanes of sum_a and sum_b. They are added up as
-// Block, and only the result as double: conversions to double would bound the loop. While it computes, it fetches x `ahead` floats
-// on, the next chunk's: that is what keeps the memory busy. Not inlined: g++ would pick the lanes apart into scalars.
-template <typename Block, bool kTwo, typename T>
-[[gnu::noinline]] void add_squares(const T* x, const T* a, const T* b, int64_t steps, int64_t ahead, double* __restrict__ sum_a,
-                        double* __restrict__ sum_b) {
-  Block block_a[kLanes] = {}, block_b[kLanes] = {};
+// Adds the squares of x - a, and of x - b if kTwo, of kLanes * steps floats to the lanes of from_a and from_b. They are added up as
+// Sum, and only the result as double: conversions to double would bound the loop. While it computes, it fetches what comes next into
+// the L2 cache: that is what keeps the memory busy, and the L1 cache has no room. Not inlined: g++ would pick the lanes apart into scalars.
+template <typename Sum, bool kTwo, typename T>
+[[gnu::noinline]] void add_steps(const T* x, const T* a, const T* b, int64_t steps, Lanes& from_a, Lanes& from_b) {
+  Sum sum_a[kLanes] = {}, sum_b[kLanes] = {};
   for (int64_t step = 0; step < steps; ++step, x += kLanes, a += kLanes, b += kLanes) {
-    for (int64_t byte = 0; byte < kLanes * int64_t(sizeof(T)); byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(x + ahead) + byte);
+    for (int64_t j = 0; j < kLanes; j += 64 / sizeof(T)) {
+      __builtin_prefetch(x + kAhead + j, 0, 2);
+      __builtin_prefetch(a + kAhead + j, 0, 2);
     }
     for (int64_t j = 0; j < kLanes; ++j) {
-      const Block d = Block(x[j]) - Block(a[j]);
-      block_a[j] = std::fma(d, d, block_a[j]);
+      const Sum d = Sum(x[j]) - Sum(a[j]);
+      sum_a[j] = std::fma(d, d, sum_a[j]);
       if constexpr (kTwo) {
-        const Block s = Block(x[j]) - Block(b[j]);
-        block_b[j] = std::fma(s, s, block_b[j]);
+        const Sum s = Sum(x[j]) - Sum(b[j]);
+        sum_b[j] = std::fma(s, s, sum_b[j]);
       }
     }
   }
   for (int64_t j = 0; j < kLanes; ++j) {
-    sum_a[j] += block_a[j];
-    if constexpr (kTwo) sum_b[j] += block_b[j];
+    from_a.sums[j] += sum_a[j];
+    if constexpr (kTwo) from_b.sums[j] += sum_b[j];
   }
 }
 
-// Squared distances of x from a, and of x from b if kTwo.
-template <typename Block, bool kTwo, typename T>
-void sum_squares(const T* x, const T* a, const T* b, int64_t n, int64_t ahead, double* from_a, double* from_b) {
-  double sum_a[kLanes] = {}, sum_b[kLanes] = {};
-  int64_t i = 0;
-  for (int64_t steps; (steps = std::min(kBlockSteps, (n - i) / kLanes)) > 0; i += steps * kLanes) {
-    add_squares<Block, kTwo>(x + i, a + i, b + i, steps, ahead, sum_a, sum_b);
-  }
+// The same of n <= kBlock floats.
+template <typename Sum, bool kTwo, typename T>
+void add_squares(const T* x, const T* a, const T* b, int64_t n, Lanes& from_a, Lanes& from_b) {
+  const int64_t whole = n / kLanes * kLanes;
+  add_steps<Sum, kTwo>(x, a, b, n / kLanes, from_a, from_b);
+  if (whole == n) return;
   T rest[3][kLanes] = {};  // the last few, with zeros behind them
-  std::copy(x + i, x + n, rest[0]);
-  std::copy(a + i, a + n, rest[1]);
-  if (kTwo) std::copy(b + i, b + n, rest[2]);
-  add_squares<Block, kTwo>(rest[0], rest[1], rest[2], 1, 0, sum_a, sum_b);
-  *from_a = *from_b = 0;
-  for (int64_t j = 0; j < kLanes; ++j) {
-    *from_a += sum_a[j];
-    *from_b += sum_b[j];
-  }
+  std::copy(x + whole, x + n, rest[0]);
+  std::copy(a + whole, a + n, rest[1]);
+  if (kTwo) std::copy(b + whole, b + n, rest[2]);
+  add_steps<Sum, kTwo>(rest[0], rest[1], rest[2], 1, from_a, from_b);
 }
 
-// Squared distances of a chunk. Differences, squares and sums of kBlockSteps of them are rounded to T: at most 6e-7 of a norm, and in
-// practice 1e-8. Where a square may have left the range of a float, the chunk is done again in double.
-template <bool kTwo, typename T>
-void squares_chunk(const T* x, const T* a, const T* b, int64_t n, int64_t ahead, double* from_a, double* from_b) {
-  double unused;
-  if (!kTwo) from_b = &unused;
-  const auto exact = [](double sum) { return sum > 1e-26 && sum < 1e38; };
-  sum_squares<T, kTwo>(x, a, b, n, ahead, from_a, from_b);
-  if (!exact(*from_a) || (kTwo && !exact(*from_b))) sum_squares<double, kTwo>(x, a, b, n, 0, from_a, from_b);
+// The squared distance of x from a over a chunk.
+template <typename Sum, typename T>
+Lanes squares(const T* x, const T* a, int64_t n) {
+  Lanes lanes, unused;
+  for (int64_t i = 0; i < n; i += kBlock) add_squares<Sum, false>(x + i, a + i, a, std::min(kBlock, n - i), lanes, unused);
+  return lanes;
+}
+
+// The sum of the lanes. Differences, squares and sums of 16 of them were rounded to T: at most 6e-7 of a norm, and in practice 1e-8.
+// Where a square may have left the range of a float, the chunk x, a is done again in double.
+template <typename T>
+double total(const Lanes& lanes, const T* x, const T* a, int64_t n) {
+  const auto sum = [](const Lanes& l) { return std::accumulate(l.sums, l.sums + kLanes, 0.0); };
+  const double fast = sum(lanes);
+  return fast > 1e-26 && fast < 1e38 ? fast : sum(squares<double>(x, a, n));
 }
 
 // Calls work(piece, chunk, range) for each chunk. A thread takes neighbouring chunks, of as much cost as any other's: a chunk that is
 // measured costs 2, one outside every layer gap_cost.
 template <typename Work>
 void for_each_chunk(const std::vector<Piece>& pieces, int64_t num_clients, int64_t gap_cost, const Work& work) {
-  const int64_t size = chunk_size(num_clients), grain = std::max<int64_t>(1, 2 * kGrain / (size * num_clients));
+  const int64_t grain = std::max<int64_t>(1, 2 * kGrain / (kChunk * num_clients));
   const auto cost_of = [&](const Piece& piece) { return piece.segment < 0 ? gap_cost : 2; };
   int64_t total = 0;
-  for (const Piece& piece : pieces) total += num_chunks(piece, size) * cost_of(piece);
+  for (const Piece& piece : pieces) total += num_chunks(piece) * cost_of(piece);
   at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
     int64_t before = 0;  // cost of the pieces before
     for (const Piece& piece : pieces) {
-      const int64_t each = cost_of(piece), chunks = num_chunks(piece, size);
+      const int64_t each = cost_of(piece), chunks = num_chunks(piece);
       if (each == 0) continue;
       const auto chunk_at = [&](int64_t cost) { return std::clamp<int64_t>((cost - before + each - 1) / each, 0, chunks); };
-      for (int64_t c = chunk_at(begin); c < chunk_at(end); ++c) work(piece, piece.first + c, chunk_range(piece, piece.first + c, size));
+      for (int64_t c = chunk_at(begin); c < chunk_at(end); ++c) work(piece, piece.first + c, chunk_range(piece, piece.first + c));
       before += chunks * each;
     }
   });
 }
 
 // norms[c, l] = the root of the sum over the layer's chunks of partials[chunk, c], where `norms` names each c's row [L].
-void finish(const std::vector<Piece>& pieces, int64_t chunk_size, const double* partials, int64_t width,
-            const std::vector<double*>& norms) {
+void finish(const std::vector<Piece>& pieces, const double* partials, int64_t width, const std::vector<double*>& norms) {
   std::vector<double> sums(width);
   for (const Piece& piece : pieces) {
     if (piece.segment < 0) continue;
     std::fill(sums.begin(), sums.end(), 0.0);
-    for (int64_t chunk = piece.first; chunk < piece.first + num_chunks(piece, chunk_size); ++chunk) {
+    for (int64_t chunk = piece.first; chunk < piece.first + num_chunks(piece); ++chunk) {
       for (int64_t c = 0; c < width; ++c) sums[c] += partials[chunk * width + c];
     }
     for (int64_t c = 0; c < width; ++c) norms[c][piece.segment] = std::sqrt(sums[c]);
@@ -228,42 +244,49 @@ void finish(const std::vector<Piece>& pieces, int64_t chunk_size, const double* 
 }
 
 template <typename T>
-void weighted_mean(const T* clients, const T* weights, T* mean, int64_t num_clients, int64_t size) {
-  for_each_chunk(partition(nullptr, 0, size, chunk_size(num_clients)), num_clients, 1, [&](const Piece&, int64_t, Range range) {
-    T values[kMaxChunk];
-    mean_chunk(clients + range.begin, weights, values, num_clients, size, range.end - range.begin);
-    stream_out(values, mean + range.begin, range.end - range.begin);
-  });
-}
-
-template <typename T>
 void aggregate(const T* clients, const T* weights, const T* received, int64_t received_stride, const std::vector<Piece>& pieces,
                T* mean, double* partials, double* drift, double* spread, int64_t num_clients, int64_t size, int64_t num_segments) {
   for_each_chunk(pieces, num_clients, 1, [&](const Piece& piece, int64_t chunk, Range range) {
-    T values[kMaxChunk];
-    const int64_t n = range.end - range.begin;
-    mean_chunk(clients + range.begin, weights, values, num_clients, size, n);
-    stream_out(values, mean + range.begin, n);
-    if (piece.segment < 0) return;
+    const int64_t measured = piece.segment < 0 ? 0 : num_clients;
+    std::vector<Lanes> drifts(measured), spreads(measured);
+    for (int64_t i = range.begin; i < range.end; i += kBlock) {
+      T values[kBlock];
+      const int64_t n = std::min(kBlock, range.end - i);
+      mean_block(clients + i, weights, values, num_clients, size, n);
+      stream_out(values, mean + i, n);
+      for (int64_t k = 0; k < measured; ++k) {
+        add_squares<T, true>(clients + k * size + i, received + k * received_stride + i, values, n, drifts[k], spreads[k]);
+      }
+    }
+    if (measured == 0) return;
     double* out = partials + chunk * 2 * num_clients;
+    const int64_t n = range.end - range.begin;
     for (int64_t k = 0; k < num_clients; ++k) {
-      squares_chunk<true>(clients + k * size + range.begin, received + k * received_stride + range.begin, values, n,
-                          chunk_size(num_clients), out + k, out + num_clients + k);
+      const T* x = clients + k * size + range.begin;
+      out[k] = total(drifts[k], x, received + k * received_stride + range.begin, n);
+      out[num_clients + k] = total(spreads[k], x, mean + range.begin, n);
     }
   });
   std::vector<double*> rows;
   for (double* norms : {drift, spread}) {
     for (int64_t k = 0; k < num_clients; ++k) rows.push_back(norms + k * num_segments);
   }
-  finish(pieces, chunk_size(num_clients), partials, 2 * num_clients, rows);
+  finish(pieces, partials, 2 * num_clients, rows);
+}
+
+template <typename T>
+void weighted_mean(const T* clients, const T* weights, T* mean, int64_t num_clients, int64_t size) {
+  aggregate(clients, weights, clients, 0, partition(nullptr, 0, size), mean, nullptr, nullptr, nullptr, num_clients, size, 0);
 }
 
 template <typename T>
 void layer_norms(const T* a, const T* b, const std::vector<Piece>& pieces, double* partials, double* norms) {
   for_each_chunk(pieces, 1, 0, [&](const Piece&, int64_t chunk, Range range) {
-    squares_chunk<false>(a + range.begin, b + range.begin, b + range.begin, range.end - range.begin, kMaxChunk, partials + chunk, nullptr);
+    const T *x = a + range.begin, *y = b + range.begin;
+    const int64_t n = range.end - range.begin;
+    partials[chunk] = total(squares<T>(x, y, n), x, y, n);
   });
-  finish(pieces, chunk_size(1), partials, 1, {norms});
+  finish(pieces, partials, 1, {norms});
 }
 
 template <typename T>
@@ -311,13 +334,6 @@ struct Launch {
 #define FEDU_ON_CUDA(t, call)
 #endif
 
-int64_t chunk_size([[maybe_unused]] const Tensor& t, int64_t num_clients) {
-#ifdef FEDU_CUDA
-  if (t.is_cuda()) return cuda::chunk_size(num_clients);
-#endif
-  return cpu::chunk_size(num_clients);
-}
-
 // Calls f with a T of the tensor's type, float or double.
 template <typename F>
 void for_type(const Tensor& t, const F& f) {
@@ -328,52 +344,54 @@ void for_type(const Tensor& t, const F& f) {
   }
 }
 
-// The mean's memory. Fresh from the system, its page faults would cost more than the kernel that fills it, so a large one asks
-// for huge pages, of which there are 512 times fewer (a hint: where the system has none to give, nothing else changes).
-Tensor empty_mean(const Tensor& clients) {
-  Tensor mean = clients.new_empty({clients.size(1)});
+// Where the mean's memory is fresh from the system, its page faults would cost more than the kernel that fills it, so huge pages are
+// asked for, of which there are 512 times fewer (a hint: where the system has none to give, nothing else changes).
+void want_huge_pages([[maybe_unused]] const Tensor& out) {
 #ifdef __linux__
   constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(mean.mutable_data_ptr()), end = begin + mean.nbytes();
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.const_data_ptr()), end = begin + out.nbytes();
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (mean.is_cpu() && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (out.is_cpu() && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
-  return mean;
 }
 
-Tensor weighted_mean(const Tensor& clients, const Tensor& weights) {
+void weighted_mean(const Tensor& clients, const Tensor& weights, Tensor out) {
   check_clients(clients, weights);
+  check_out(out, clients, weights);
   const int64_t K = clients.size(0), P = clients.size(1);
-  Tensor mean = empty_mean(clients);
+  want_huge_pages(out);
   for_type(clients, [&]<typename T>(T) {
     const T *x = clients.const_data_ptr<T>(), *w = weights.const_data_ptr<T>();
-    FEDU_ON_CUDA(clients, weighted_mean(x, w, mean.mutable_data_ptr<T>(), K, P, on.blocks, on.stream))
-    cpu::weighted_mean(x, w, mean.mutable_data_ptr<T>(), K, P);
+    T* mean = out.mutable_data_ptr<T>();
+    FEDU_ON_CUDA(clients, weighted_mean(x, w, mean, K, P, on.blocks, on.stream))
+    cpu::weighted_mean(x, w, mean, K, P);
   });
-  return mean;
 }
 
-std::tuple<Tensor, Tensor, Tensor> aggregate(const Tensor& clients, const Tensor& weights, const Tensor& received,
-                                             const Tensor& segments) {
+// Writes the mean to out; returns drift and spread.
+std::tuple<Tensor, Tensor> aggregate(const Tensor& clients, const Tensor& weights, const Tensor& received, const Tensor& segments,
+                                     Tensor out) {
   check_clients(clients, weights);
   const int64_t K = clients.size(0), P = clients.size(1);
   check_like("received", received, "clients", clients);
   TORCH_CHECK_VALUE(received.sizes() == clients.sizes() || received.sizes() == at::IntArrayRef{P}, "received must have shape [", P,
                     "] or ", clients.sizes(), ", got ", received.sizes());
-  const int64_t chunk = chunk_size(clients, K), received_stride = received.dim() == 2 ? P : 0;
-  const std::vector<Piece> pieces = check_segments(segments, P, chunk);
+  const std::vector<Piece> pieces = check_segments(segments, P);
+  check_out(out, clients, weights);
+  check_apart("out", out, "received", received);
   const auto doubles = clients.options().dtype(at::kDouble);
-  const int64_t L = segments.size(0);
-  Tensor mean = empty_mean(clients), partials = clients.new_empty({total_chunks(pieces, chunk) * 2 * K}, doubles);
+  const int64_t L = segments.size(0), received_stride = received.dim() == 2 ? P : 0;
   Tensor drift = clients.new_empty({K, L}, doubles), spread = clients.new_empty({K, L}, doubles);
+  Tensor partials = clients.new_empty({total_chunks(pieces) * 2 * K}, doubles);
   double *sums = partials.mutable_data_ptr<double>(), *d = drift.mutable_data_ptr<double>(), *s = spread.mutable_data_ptr<double>();
+  want_huge_pages(out);
   for_type(clients, [&]<typename T>(T) {
     const T *x = clients.const_data_ptr<T>(), *w = weights.const_data_ptr<T>(), *r = received.const_data_ptr<T>();
-    T* m = mean.mutable_data_ptr<T>();
-    FEDU_ON_CUDA(clients, aggregate(x, w, r, received_stride, pieces, m, sums, d, s, K, P, L, on.blocks, on.stream))
-    cpu::aggregate(x, w, r, received_stride, pieces, m, sums, d, s, K, P, L);
+    T* mean = out.mutable_data_ptr<T>();
+    FEDU_ON_CUDA(clients, aggregate(x, w, r, received_stride, pieces, mean, sums, d, s, K, P, L, on.blocks, on.stream))
+    cpu::aggregate(x, w, r, received_stride, pieces, mean, sums, d, s, K, P, L);
   });
-  return {mean, drift, spread};
+  return {drift, spread};
 }
 
 Tensor layer_norms(const Tensor& a, const Tensor& b, const Tensor& segments) {
@@ -381,10 +399,9 @@ Tensor layer_norms(const Tensor& a, const Tensor& b, const Tensor& segments) {
   TORCH_CHECK_VALUE(a.dim() == 1, "a must have shape [P], got ", a.sizes());
   check_like("b", b, "a", a);
   check_shape("b", b, a.sizes());
-  const int64_t chunk = chunk_size(a, 1);
-  const std::vector<Piece> pieces = check_segments(segments, a.size(0), chunk);
+  const std::vector<Piece> pieces = check_segments(segments, a.size(0));
   const auto doubles = a.options().dtype(at::kDouble);
-  Tensor norms = a.new_empty({segments.size(0)}, doubles), partials = a.new_empty({total_chunks(pieces, chunk)}, doubles);
+  Tensor norms = a.new_empty({segments.size(0)}, doubles), partials = a.new_empty({total_chunks(pieces)}, doubles);
   double *sums = partials.mutable_data_ptr<double>(), *out = norms.mutable_data_ptr<double>();
   for_type(a, [&]<typename T>(T) {
     const T *x = a.const_data_ptr<T>(), *y = b.const_data_ptr<T>();
@@ -400,10 +417,9 @@ void ema_(Tensor target, const Tensor& online, double decay) {
   check_like("online", online, "target", target);
   check_shape("online", online, target.sizes());
   TORCH_CHECK_VALUE(decay >= 0 && decay <= 1, "decay must lie in [0, 1], got ", number(decay));
-  const int64_t bytes = target.numel() * target.element_size();
-  const int64_t offset = static_cast<const char*>(online.const_data_ptr()) - static_cast<const char*>(target.const_data_ptr());
-  TORCH_CHECK_VALUE(offset == 0 || std::abs(offset) >= bytes,
-                    "online must be target's own memory or share none with it, got one that begins ", offset, " bytes after it");
+  const int64_t offset = begins_after(online, target).value_or(0);
+  TORCH_CHECK_VALUE(offset == 0, "online must be target's own memory or share none with it, got one that begins ", offset,
+                    " bytes after it");
   if (decay == 1) return;  // exact even where a NaN or an Inf times 0 would be NaN
   if (decay == 0) {
     target.copy_(online);
@@ -440,8 +456,8 @@ Tensor augment(const Tensor& images, const Tensor& draws) {
 }
 
 TORCH_LIBRARY(fedu, m) {
-  m.def("weighted_mean(Tensor clients, Tensor weights) -> Tensor");
-  m.def("aggregate(Tensor clients, Tensor weights, Tensor received, Tensor segments) -> (Tensor, Tensor, Tensor)");
+  m.def("weighted_mean(Tensor clients, Tensor weights, Tensor(a!) out) -> ()");
+  m.def("aggregate(Tensor clients, Tensor weights, Tensor received, Tensor segments, Tensor(a!) out) -> (Tensor, Tensor)");
   m.def("layer_norms(Tensor a, Tensor b, Tensor segments) -> Tensor");
   m.def("ema_(Tensor(a!) target, Tensor online, float decay) -> ()");
   m.def("augment(Tensor images, Tensor draws) -> Tensor");

@@ -13,8 +13,12 @@
 
 namespace fedu {
 
+// Floats of a vector whose squares are summed into one partial sum. The same for any number of clients and on every device: so a
+// client's norms are the same bits whichever other clients are aggregated with it.
+constexpr int64_t kChunk = 4096;
+
 // A stretch [begin, end) of the vector that lies in one segment, or in none (segment -1). It is worked off in chunks, cut where
-// the index into the vector is a multiple of the chunk's size; `first` counts the chunks of the pieces before it.
+// the index into the vector is a multiple of kChunk; `first` counts the chunks of the pieces before it.
 struct Piece {
   int64_t begin, end, first, segment;
 };
@@ -23,24 +27,24 @@ struct Range {
   int64_t begin, end;
 };
 
-FEDU_HOST_DEVICE inline int64_t num_chunks(const Piece& piece, int64_t chunk_size) {
-  return piece.begin == piece.end ? 0 : (piece.end - 1) / chunk_size - piece.begin / chunk_size + 1;
+FEDU_HOST_DEVICE inline int64_t num_chunks(const Piece& piece) {
+  return piece.begin == piece.end ? 0 : (piece.end - 1) / kChunk - piece.begin / kChunk + 1;
 }
 
 // The floats of one chunk, which is counted from the first piece's first.
-FEDU_HOST_DEVICE inline Range chunk_range(const Piece& piece, int64_t chunk, int64_t chunk_size) {
-  const int64_t begin = (piece.begin / chunk_size + chunk - piece.first) * chunk_size, end = begin + chunk_size;
+FEDU_HOST_DEVICE inline Range chunk_range(const Piece& piece, int64_t chunk) {
+  const int64_t begin = (piece.begin / kChunk + chunk - piece.first) * kChunk, end = begin + kChunk;
   return {begin < piece.begin ? piece.begin : begin, end < piece.end ? end : piece.end};
 }
 
 // The partition of [0, size) by L segments. It knows nothing of threads, blocks or devices, and each chunk is summed in one
 // order: so the results are the same bits on any number of them.
-inline std::vector<Piece> partition(const int64_t* segments, int64_t num_segments, int64_t size, int64_t chunk_size) {
+inline std::vector<Piece> partition(const int64_t* segments, int64_t num_segments, int64_t size) {
   std::vector<Piece> pieces;
   int64_t at = 0, first = 0;
   const auto append = [&](int64_t end, int64_t segment) {
     pieces.push_back({at, end, first, segment});
-    first += num_chunks(pieces.back(), chunk_size);
+    first += num_chunks(pieces.back());
     at = end;
   };
   for (int64_t l = 0; l < num_segments; ++l) {
@@ -51,11 +55,13 @@ inline std::vector<Piece> partition(const int64_t* segments, int64_t num_segment
   return pieces;
 }
 
+inline int64_t total_chunks(const std::vector<Piece>& pieces) {
+  return pieces.empty() ? 0 : pieces.back().first + num_chunks(pieces.back());
+}
+
 // The launchers of fused_cuda.cu. Pointers are to the device's memory, except `pieces`; T is float or double. Each queues its
 // kernels on `stream` (a cudaStream_t) in at most `blocks` blocks, never waits for them, and returns a cudaError_t.
 namespace cuda {
-
-int64_t chunk_size(int64_t num_clients);
 
 template <typename T>
 int weighted_mean(const T* clients, const T* weights, T* mean, int64_t num_clients, int64_t size, int blocks, void* stream);

@@ -73,13 +73,13 @@ __device__ __forceinline__ void for_packs(Range range, const F& f) {
 
 // The block's chunks, one after the other, as f(piece, chunk, range).
 template <typename F>
-__device__ __forceinline__ void for_chunks(const Table& table, int64_t chunk_size, const F& f) {
+__device__ __forceinline__ void for_chunks(const Table& table, const F& f) {
   const Piece& last = table.pieces[table.count - 1];
-  const int64_t end = last.first + num_chunks(last, chunk_size);
+  const int64_t end = last.first + num_chunks(last);
   int piece = 0;
   for (int64_t chunk = table.pieces[0].first + blockIdx.x; chunk < end; chunk += gridDim.x) {
     while (piece + 1 < table.count && table.pieces[piece + 1].first <= chunk) ++piece;
-    f(table.pieces[piece], chunk, chunk_range(table.pieces[piece], chunk, chunk_size));
+    f(table.pieces[piece], chunk, chunk_range(table.pieces[piece], chunk));
   }
 }
 
@@ -132,13 +132,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // partials[chunk, k] and [chunk, K + k] = squared drift and spread of client k; the mean on the way.
 // K <= 8: reads (K + 1) P, or 2 K P where received is per client, writes P: 607 MB, 0.30 ms on an A100, 0.18 ms on an H100.
-// More clients do not fit the registers: their chunk is read again after its mean, from the L2 cache while it holds 4 KB x K a block.
+// More clients do not fit the registers: their chunk is read again after its mean, from the L2 cache while it holds 16 KB x K a block.
 template <typename T, bool kVector, bool kOneTile>
 __global__ void __launch_bounds__(kThreads, 1)
     aggregate_kernel(const __grid_constant__ Table table, const T* __restrict__ clients, const T* __restrict__ weights,
                      const T* __restrict__ received, int64_t received_stride, T* mean, double* __restrict__ partials, int num_clients,
-                     int64_t size, int64_t chunk_size) {
-  for_chunks(table, chunk_size, [&](const Piece& piece, int64_t chunk, Range range) {
+                     int64_t size) {
+  for_chunks(table, [&](const Piece& piece, int64_t chunk, Range range) {
     const bool measured = piece.segment >= 0;
     if (!kOneTile) {
       for_packs<T, kVector>(range, [&]<int kWidth>(int64_t i) {
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(kThreads, 1)
     layer_norms_kernel(const __grid_constant__ Table table, const T* __restrict__ a, const T* __restrict__ b,
-                       double* __restrict__ partials, int64_t chunk_size) {
-  for_chunks(table, chunk_size, [&](const Piece& piece, int64_t chunk, Range range) {
+                       double* __restrict__ partials) {
+  for_chunks(table, [&](const Piece& piece, int64_t chunk, Range range) {
     if (piece.segment < 0) return;
     double sum[1] = {};
     for_packs<T, kVector>(range, [&]<int kWidth>(int64_t i) { add_squares(load<kWidth>(a + i), load<kWidth>(b + i), sum[0]); });
@@ -201,10 +201,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 // `first`, the second to `second`. Reads one double for 4096 floats and column: microseconds.
 __global__ void __launch_bounds__(kThreads, 1)
     finish_kernel(const __grid_constant__ Table table, const double* __restrict__ partials, double* __restrict__ first,
-                  double* __restrict__ second, int64_t width, int64_t half, int64_t num_segments, int64_t chunk_size) {
+                  double* __restrict__ second, int64_t width, int64_t half, int64_t num_segments) {
   const Piece& piece = table.pieces[blockIdx.y];
   if (piece.segment < 0) return;
-  const int64_t column = blockIdx.x, end = piece.first + num_chunks(piece, chunk_size);
+  const int64_t column = blockIdx.x, end = piece.first + num_chunks(piece);
   double sum[1] = {};
   for (int64_t chunk = piece.first + threadIdx.x; chunk < end; chunk += kThreads) sum[0] += partials[chunk * width + column];
   __shared__ double total;
@@ -302,21 +302,19 @@ dim3 grid_for(int64_t work, int64_t each, int blocks) {
 
 // Calls run(table, chunks) for the partition, kPieces at a time: once for up to 59 layers with gaps between them, 120 without.
 template <typename F>
-cudaError_t for_tables(const std::vector<Piece>& pieces, int64_t chunk_size, const F& run) {
+cudaError_t for_tables(const std::vector<Piece>& pieces, const F& run) {
   for (size_t at = 0; at < pieces.size(); at += kPieces) {
     Table table = {};
     table.count = static_cast<int>(std::min<size_t>(kPieces, pieces.size() - at));
     std::copy_n(pieces.begin() + at, table.count, table.pieces);
     const Piece& last = table.pieces[table.count - 1];
-    const int64_t chunks = last.first + num_chunks(last, chunk_size) - table.pieces[0].first;
+    const int64_t chunks = last.first + num_chunks(last) - table.pieces[0].first;
     if (const cudaError_t error = run(table, chunks); error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
 }  // namespace
-
-int64_t chunk_size(int64_t num_clients) { return num_clients <= kTile ? 4096 : 1024; }
 
 template <typename T>
 int weighted_mean(const T* clients, const T* weights, T* mean, int64_t num_clients, int64_t size, int blocks, void* stream) {
@@ -330,33 +328,31 @@ template <typename T>
 int aggregate(const T* clients, const T* weights, const T* received, int64_t received_stride, const std::vector<Piece>& pieces,
               T* mean, double* partials, double* drift, double* spread, int64_t num_clients, int64_t size, int64_t num_segments,
               int blocks, void* stream) {
-  const int64_t chunk = chunk_size(num_clients);
   const bool vector = kCanVector<T> && aligned(clients) && aligned(received) && aligned(mean) &&
                       (num_clients == 1 || size % kFull<T> == 0);
   const auto kernel = num_clients <= kTile ? (vector ? aggregate_kernel<T, kCanVector<T>, true> : aggregate_kernel<T, false, true>)
                                            : (vector ? aggregate_kernel<T, kCanVector<T>, false> : aggregate_kernel<T, false, false>);
-  return for_tables(pieces, chunk, [&](const Table& table, int64_t chunks) {
+  return for_tables(pieces, [&](const Table& table, int64_t chunks) {
     if (chunks > 0) {
       const cudaError_t error = launch(kernel, grid_for(chunks, 1, blocks), stream, table, clients, weights, received, received_stride,
-                                       mean, partials, static_cast<int>(num_clients), size, chunk);
+                                       mean, partials, static_cast<int>(num_clients), size);
       if (error != cudaSuccess) return error;
     }
     return launch(finish_kernel, dim3(static_cast<unsigned>(2 * num_clients), table.count), stream, table, partials, drift, spread,
-                  2 * num_clients, num_clients, num_segments, chunk);
+                  2 * num_clients, num_clients, num_segments);
   });
 }
 
 template <typename T>
 int layer_norms(const T* a, const T* b, const std::vector<Piece>& pieces, double* partials, double* norms, int blocks, void* stream) {
-  const int64_t chunk = chunk_size(1);
   const auto kernel = kCanVector<T> && aligned(a) && aligned(b) ? layer_norms_kernel<T, kCanVector<T>> : layer_norms_kernel<T, false>;
-  return for_tables(pieces, chunk, [&](const Table& table, int64_t chunks) {
+  return for_tables(pieces, [&](const Table& table, int64_t chunks) {
     if (chunks > 0) {
-      const cudaError_t error = launch(kernel, grid_for(chunks, 1, blocks), stream, table, a, b, partials, chunk);
+      const cudaError_t error = launch(kernel, grid_for(chunks, 1, blocks), stream, table, a, b, partials);
       if (error != cudaSuccess) return error;
     }
     const int64_t one = 1, none = 0;
-    return launch(finish_kernel, dim3(1, table.count), stream, table, partials, norms, norms, one, one, none, chunk);
+    return launch(finish_kernel, dim3(1, table.count), stream, table, partials, norms, norms, one, one, none);
   });
 }
 

@@ -1,4 +1,4 @@
-"""Each op in plain torch: its specification, its fallback, and the oracle of its tests.
+"""Each op in plain torch: its specification, its fallback, and the oracle of its tests. Arguments are the registered op's.
 
 Every refusal is a ValueError of one sentence that names the argument, what it must be and what it is; fused.cpp has the same ones.
 """
@@ -7,23 +7,26 @@ import torch
 from torch import Tensor
 
 
-def weighted_mean(clients: Tensor, weights: Tensor) -> Tensor:
-    """Mean of the clients' vectors, `sum_k w_k x_k`; see `ops.weighted_mean`."""
+def weighted_mean(clients: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Mean of the clients' vectors, `sum_k w_k x_k`, to out; see `ops.weighted_mean`."""
     _check_clients(clients, weights)
-    return _weighted_mean(clients, weights)
+    _check_out(out, clients, weights)
+    _write_mean(clients, weights, out)
 
 
-def aggregate(clients: Tensor, weights: Tensor, received: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, and each client's drift and spread by layer; see `ops.aggregate`."""
+def aggregate(clients: Tensor, weights: Tensor, received: Tensor, segments: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean to out, and each client's drift and spread by layer; see `ops.aggregate`."""
     _check_clients(clients, weights)
     _check_like("received", received, "clients", clients)
     if received.shape not in (clients.shape, clients.shape[1:]):
         raise ValueError(f"received must have shape {list(clients.shape[1:])} or {list(clients.shape)}, got {list(received.shape)}")
     _check_segments(segments, clients.shape[1])
-    mean = _weighted_mean(clients, weights)
+    _check_out(out, clients, weights)
+    _check_apart("out", out, "received", received)
+    _write_mean(clients, weights, out)
     drift = torch.stack([_layer_norms(row, start, segments) for row, start in zip(clients, received.expand_as(clients), strict=True)])
-    spread = torch.stack([_layer_norms(row, mean, segments) for row in clients])
-    return mean, drift, spread
+    spread = torch.stack([_layer_norms(row, out, segments) for row in clients])
+    return drift, spread
 
 
 def layer_norms(a: Tensor, b: Tensor, segments: Tensor) -> Tensor:
@@ -46,8 +49,7 @@ def ema_(target: Tensor, online: Tensor, decay: float) -> Tensor:
     _check_shape("online", online, target.shape)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must lie in [0, 1], got {decay:g}")
-    offset = (online.storage_offset() - target.storage_offset()) * target.element_size()
-    if online.untyped_storage()._cdata == target.untyped_storage()._cdata and 0 < abs(offset) < target.nbytes:
+    if offset := _begins_after(online, target):
         raise ValueError(f"online must be target's own memory or share none with it, got one that begins {offset} bytes after it")
     if decay == 1:  # exact even where a NaN or an Inf times 0 would be NaN
         return target
@@ -70,11 +72,10 @@ def augment(images: Tensor, draws: Tensor) -> Tensor:
     return _blend(x, _luma(x), 1 - grey[:, 0])
 
 
-def _weighted_mean(clients: Tensor, weights: Tensor) -> Tensor:
-    mean = clients[0] * weights[0]
+def _write_mean(clients: Tensor, weights: Tensor, out: Tensor) -> None:
+    torch.mul(clients[0], weights[0], out=out)
     for row, weight in zip(clients[1:], weights[1:], strict=True):  # in the order k = 0..K-1: the sum's rounding depends on it
-        mean = mean + row * weight
-    return mean
+        out.add_(row * weight)
 
 
 def _layer_norms(a: Tensor, b: Tensor, segments: Tensor) -> Tensor:
@@ -176,6 +177,25 @@ def _check_clients(clients: Tensor, weights: Tensor) -> None:
         raise ValueError(f"clients must have shape [K, P] with K >= 1, got {list(clients.shape)}")
     _check_like("weights", weights, "clients", clients)
     _check_shape("weights", weights, clients.shape[:1])
+
+
+def _check_out(out: Tensor, clients: Tensor, weights: Tensor) -> None:
+    _check_like("out", out, "clients", clients)
+    _check_shape("out", out, clients.shape[1:])
+    _check_apart("out", out, "clients", clients)
+    _check_apart("out", out, "weights", weights)
+
+
+def _check_apart(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if (offset := _begins_after(t, other)) is not None:
+        raise ValueError(f"{name} must share no memory with {other_name}, got one that begins {offset} bytes after it")
+
+
+def _begins_after(t: Tensor, other: Tensor) -> int | None:
+    """How many bytes after other's begin t begins, where they share memory."""
+    offset = (t.storage_offset() - other.storage_offset()) * t.element_size()
+    same = t.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return offset if same and t.nbytes and -t.nbytes < offset < other.nbytes else None
 
 
 def _check_segments(segments: Tensor, size: int) -> None:

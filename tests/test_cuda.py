@@ -142,8 +142,8 @@ MUTATIONS = [
     ("packs at unaligned addresses", "kCanVector<T> && aligned(a) && aligned(b)", "kCanVector<T>"),
     ("packs in rows that do not line up", "(num_clients == 1 || size % kFull<T> == 0)", "true"),
     ("wrong head of the average", "(16 - address % 16) % 16", "address % 16"),
-    ("32-bit index into the vector", "f(table.pieces[piece], chunk, chunk_range(table.pieces[piece], chunk, chunk_size))", """
-        const Range wide = chunk_range(table.pieces[piece], chunk, chunk_size);
+    ("32-bit index into the vector", "f(table.pieces[piece], chunk, chunk_range(table.pieces[piece], chunk))", """
+        const Range wide = chunk_range(table.pieces[piece], chunk);
         f(table.pieces[piece], chunk, Range{static_cast<int>(wide.begin), static_cast<int>(wide.end)})"""),
     ("mean summed from the last client", "for (int64_t k = 0; k < num_clients; ++k) {", """
         for (int64_t step = 0; step < num_clients; ++step) {

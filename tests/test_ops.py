@@ -3,6 +3,7 @@
 import itertools
 import mmap
 import os
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -28,8 +29,18 @@ def library():
 
 @pytest.fixture(params=["fused", "reference"])
 def implementation(request):
-    """The public functions, which take the library here, and the reference."""
-    return ops if request.param == "fused" else reference
+    """The public functions, with the library and without."""
+    with nullcontext() if request.param == "fused" else without_library():
+        yield ops
+
+
+@contextmanager
+def without_library():
+    ops._fused = False
+    try:
+        yield
+    finally:
+        ops._fused = True
 
 
 @pytest.fixture(params=DEVICES)
@@ -97,7 +108,9 @@ def test_library_agrees_with_the_reference(size, dtype, device):
     """Mean and average to the last bit, so that training does not depend on who computes; norms but for the order of their sums."""
     clients, weights = random(7, size, dtype=dtype, device=device), random(7, seed=1, dtype=dtype).softmax(0).to(device)
     received, segments = random(size, seed=1, dtype=dtype, device=device), layers(size)
-    (mean, *norms), (want_mean, *want_norms) = (i.aggregate(clients, weights, received, segments) for i in (ops, reference))
+    mean, *norms = ops.aggregate(clients, weights, received, segments)
+    with without_library():
+        want_mean, *want_norms = ops.aggregate(clients, weights, received, segments)
     assert_bits(mean, want_mean)
     assert_bits(ops.weighted_mean(clients, weights), want_mean)
     for got, want in zip(norms, want_norms, strict=True):
@@ -107,6 +120,53 @@ def test_library_agrees_with_the_reference(size, dtype, device):
     )
     for target, online in ((mean, received), (clients, clients + 1)):
         assert_bits(ops.ema_(target.clone(), online, 0.99), reference.ema_(target.clone(), online, 0.99))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7, 19])
+def test_tiles_give_the_bits_of_all_rows_at_once(implementation, rows, device):
+    size = 13_001
+    segments = torch.tensor([[1, 4098], [4099, 4100], [4101, 4101], [4777, 12_999]])
+    clients, received = random(20, size, device=device), random(size, seed=1, device=device)
+    clients[3, 4777:] = received[4777:]  # a layer that did not change: its norm is taken in double
+    clients[7, 1:4098] = 1e-12 + received[1:4098]
+    weights = random(20, seed=2).softmax(0).to(device)
+    want_mean, want_drift, want_spread = implementation.aggregate(clients, weights, received, segments)
+    matrix, ones = torch.zeros(rows + 1, size, device=device), torch.ones(1, device=device)
+    mean, drifts = torch.zeros(size, device=device), []
+    for at in range(0, 20, rows):
+        tile, share = clients[at : at + rows], weights[at : at + rows]
+        first = 0 if at == 0 else 1  # the mean so far is the first row of all tiles but the first
+        matrix[:first] = mean
+        matrix[first : first + len(tile)] = tile
+        share = torch.cat([ones[:first], share])
+        _, drift, _ = implementation.aggregate(matrix[: len(share)], share, received, segments, out=mean)
+        drifts.append(drift[first:])
+    assert_bits(mean, want_mean)
+    assert_bits(torch.cat(drifts), want_drift)
+    for k in range(20):
+        assert_bits(implementation.layer_norms(clients[k], received, segments), want_drift[k])
+        assert_bits(implementation.layer_norms(clients[k], mean, segments), want_spread[k])
+
+
+def test_out_is_written_and_returned(implementation, device):
+    clients, weights, received, segments = (
+        random(3, 5000, device=device),
+        random(3, device=device),
+        random(5000, device=device),
+        layers(5000),
+    )
+    want = implementation.aggregate(clients, weights, received, segments)
+    for offset in (0, 1):
+        memory = torch.full((5003,), 7.0, device=device)
+        out = memory[1 + offset : 5001 + offset]
+        results = implementation.aggregate(clients, weights, received, segments, out=out)
+        assert results[0] is out
+        for got, expected in zip(results, want, strict=True):
+            assert_bits(got, expected)
+        out.zero_()
+        assert implementation.weighted_mean(clients, weights, out=out) is out
+        assert_bits(out, want[0])
+        assert (memory == 7).sum() == 3  # nothing beside it
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 5])
@@ -379,6 +439,35 @@ def test_refusals(implementation, op, arguments, sentence):
     assert str(refusal.value) == sentence
 
 
+M = torch.arange(40.0)  # clients, weights, received, and an out of its own
+IN_M = M[:12].view(2, 6), M[12:14], M[14:20]
+OUT_REFUSALS = [
+    (M[20:26].double(), "out must be float32 on cpu like clients, got float64 on cpu"),
+    (M[20:25], "out must have shape [6], got [5]"),
+    (M[20:32].view(2, 6), "out must have shape [6], got [2, 6]"),
+    (M[20:32:2], "out must be contiguous, got strides [2] for shape [6]"),
+    (M[20:26].clone().requires_grad_(), "out must not require grad, pass out.detach()"),
+    (M[:6], "out must share no memory with clients, got one that begins 0 bytes after it"),
+    (M[11:17], "out must share no memory with clients, got one that begins 44 bytes after it"),
+    (M[13:19], "out must share no memory with weights, got one that begins 4 bytes after it"),
+    (M[19:25], "out must share no memory with received, got one that begins 20 bytes after it"),
+]
+
+
+@pytest.mark.parametrize(("out", "sentence"), OUT_REFUSALS, ids=[sentence for _, sentence in OUT_REFUSALS])
+def test_refusals_of_out(implementation, out, sentence):
+    clients, weights, received = IN_M
+    want = M.clone()
+    with pytest.raises(ValueError) as refusal:
+        implementation.aggregate(clients, weights, received, S, out=out)
+    assert str(refusal.value) == sentence
+    if "received" not in sentence:
+        with pytest.raises(ValueError) as refusal:
+            implementation.weighted_mean(clients, weights, out=out)
+        assert str(refusal.value) == sentence
+    assert torch.equal(M, want)
+
+
 @needs_gpu
 def test_refuses_another_device(implementation):
     with pytest.raises(ValueError, match="online must be float32 on cuda:0 like target, got float64 on cpu"):
@@ -402,33 +491,36 @@ def test_no_grad_lets_parameters_in(implementation):
 def test_opcheck(device):
     clients, weights, received = random(3, 100, device=device), torch.ones(3, device=device), random(100, device=device)
     segments, fedu = layers(100), torch.ops.fedu
-    torch.library.opcheck(fedu.weighted_mean.default, (clients, weights))
-    torch.library.opcheck(fedu.aggregate.default, (clients, weights, received, segments))
-    torch.library.opcheck(fedu.aggregate.default, (clients, weights, clients.clone(), segments))
+    out = torch.empty_like(received)
+    torch.library.opcheck(fedu.weighted_mean.default, (clients, weights, out))
+    torch.library.opcheck(fedu.aggregate.default, (clients, weights, received, segments, out))
+    torch.library.opcheck(fedu.aggregate.default, (clients, weights, clients.clone(), segments, out))
     torch.library.opcheck(fedu.layer_norms.default, (clients[0].clone(), received, segments))
     torch.library.opcheck(fedu.ema_.default, (clients, clients.clone(), 0.9))
     torch.library.opcheck(fedu.augment.default, (X.to(device), D.to(device)))
 
 
 def test_schema_marks_the_mutation():
-    target, online, decay = torch.ops.fedu.ema_.default._schema.arguments
-    assert target.is_write and not online.is_write and decay.name == "decay"
+    fedu = torch.ops.fedu
+    for op, written in ((fedu.ema_, {"target"}), (fedu.aggregate, {"out"}), (fedu.weighted_mean, {"out"}), (fedu.layer_norms, set())):
+        assert {argument.name for argument in op.default._schema.arguments if argument.is_write} == written
 
 
 def test_compile_without_a_graph_break(device):
-    def round_(clients, weights, received, target, segments):
-        mean, drift, spread = ops.aggregate(clients * 2, weights, received, segments)
+    def round_(clients, weights, received, target, segments, out):
+        mean, drift, spread = ops.aggregate(clients * 2, weights, received, segments, out=out)
         ops.ema_(target, mean, 0.5)
         return ops.layer_norms(target, mean, segments) + drift[0] + spread[0], ops.weighted_mean(clients, weights)
 
     arguments = random(3, 50, device=device), torch.full((3,), 1 / 3, device=device), random(50, seed=1, device=device), layers(50)
-    targets = [torch.ones(50, device=device), torch.ones(50, device=device)]
+    targets, outs = torch.ones(2, 50, device=device), torch.zeros(2, 50, device=device)
     compiled = torch.compile(round_, fullgraph=True, backend="aot_eager")
     clients, weights, received, segments = arguments
-    results = [f(clients, weights, received, t, segments) for f, t in zip((compiled, round_), targets, strict=True)]
+    results = [f(clients, weights, received, t, segments, out) for f, t, out in zip((compiled, round_), targets, outs, strict=True)]
     for got, want in zip(*results, strict=True):
         assert_bits(got, want)
     assert_bits(*targets)
+    assert_bits(*outs)
 
 
 def test_meta_tensors_give_shapes(implementation):
@@ -436,6 +528,7 @@ def test_meta_tensors_give_shapes(implementation):
     for segments in (S, S.to("meta")):
         mean, drift, spread = implementation.aggregate(clients, weights, vector, segments)
         assert mean.shape == (6,) and drift.shape == spread.shape == (2, 2) and mean.is_meta and drift.dtype == torch.float64
+        assert implementation.aggregate(clients, weights, vector, segments, out=mean)[0] is mean
         assert implementation.layer_norms(vector, vector, segments).shape == (2,)
     assert implementation.weighted_mean(clients, weights).shape == (6,)
     assert implementation.augment(X.to("meta"), D.to("meta")).shape == (4, 3, 4, 4)
@@ -457,10 +550,10 @@ def test_fake_tensors_give_shapes():
 @needs_gpu
 def test_capturable_in_a_cuda_graph():
     clients, weights, received = random(3, 5000, device="cuda"), torch.full((3,), 1 / 3, device="cuda"), random(5000, device="cuda")
-    segments = layers(5000)
+    segments, out = layers(5000), torch.empty(5000, device="cuda")
     want, graph = ops.aggregate(clients, weights, received, segments), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = ops.aggregate(clients, weights, received, segments)
+        results = ops.aggregate(clients, weights, received, segments, out=out)
         ops.ema_(received, results[0], 1 - 1e-9)
     graph.replay()
     for got, expected in zip(results, want, strict=True):

@@ -113,9 +113,9 @@ void name_case(const char* op, int64_t P, int64_t L, const Run& run, const std::
 template <typename T>
 void check_aggregate(int64_t K, int64_t P, bool per_client, const std::vector<Run>& runs, std::mt19937& random) {
   for (const Segments& segments : layouts(P, K)) {
-    const int64_t L = segments.size() / 2, chunk = fedu::cuda::chunk_size(K);
-    const std::vector<Piece> pieces = fedu::partition(segments.data(), L, P, chunk);
-    const int64_t chunks = pieces.empty() ? 0 : pieces.back().first + fedu::num_chunks(pieces.back(), chunk);
+    const int64_t L = segments.size() / 2;
+    const std::vector<Piece> pieces = fedu::partition(segments.data(), L, P);
+    const int64_t chunks = fedu::total_chunks(pieces);
     std::vector<T> first_mean, want_mean(P);
     std::vector<double> first_drift, first_spread, want_drift(K * L), want_spread(K * L);
     const unsigned data_seed = random();
@@ -166,8 +166,8 @@ void check_aggregate(int64_t K, int64_t P, bool per_client, const std::vector<Ru
 template <typename T>
 void check_layer_norms(int64_t P, const std::vector<Run>& runs, std::mt19937& random) {
   for (const Segments& segments : layouts(P, 1)) {
-    const int64_t L = segments.size() / 2, chunk = fedu::cuda::chunk_size(1);
-    const std::vector<Piece> pieces = fedu::partition(segments.data(), L, P, chunk);
+    const int64_t L = segments.size() / 2;
+    const std::vector<Piece> pieces = fedu::partition(segments.data(), L, P);
     const unsigned data_seed = random();
     std::vector<double> first;
     for (const Run& run : runs) {
@@ -175,7 +175,7 @@ void check_layer_norms(int64_t P, const std::vector<Run>& runs, std::mt19937& ra
       std::mt19937 data(data_seed);
       const double nan = std::numeric_limits<double>::quiet_NaN();
       Buffer<T> a(P, run.offset), b(P, run.offset);
-      Buffer<double> partials(pieces.empty() ? 0 : pieces.back().first + fedu::num_chunks(pieces.back(), chunk), 0, nan), norms(L, 0, nan);
+      Buffer<double> partials(fedu::total_chunks(pieces), 0, nan), norms(L, 0, nan);
       a.randomize(data), b.randomize(data);
       std::vector<double> differences(P), want(L);
       for (int64_t i = 0; i < P; ++i) differences[i] = static_cast<double>(a[i]) - b[i];
@@ -216,8 +216,8 @@ void check_far_layers() {
   float *a = map(), *b = map();
   a[5] = 3, b[kFar + 100] = 4, b[kFar + 8999] = 12;
   const Segments segments = {4, 7, kFar + 3, kFar + 101, kFar + 101, kSize};
-  const std::vector<Piece> pieces = fedu::partition(segments.data(), 3, kSize, 4096);
-  Buffer<double> partials(pieces.back().first + fedu::num_chunks(pieces.back(), 4096), 0), norms(3, 0);
+  const std::vector<Piece> pieces = fedu::partition(segments.data(), 3, kSize);
+  Buffer<double> partials(fedu::total_chunks(pieces), 0), norms(3, 0);
   cuda_on_cpu::order = cuda_on_cpu::kForward;
   expect_success(fedu::cuda::layer_norms<float>(a, b, pieces, partials.data(), norms.data(), 3, nullptr));
   expect_close("norms", norms, {3, 4, 12});
@@ -261,12 +261,12 @@ void check_partition() {
     for (int64_t length : {0, 1, 4095, 4096, 4097, 10000}) {
       const int64_t segments[2] = {begin, begin + length}, size = begin + length + 7;
       int64_t first = 0, at = 0;
-      for (const Piece& piece : fedu::partition(segments, 1, size, 4096)) {
+      for (const Piece& piece : fedu::partition(segments, 1, size)) {
         if (piece.first != first || piece.begin != at) differ("first", piece.begin, piece.first, first);
-        const int64_t chunks = fedu::num_chunks(piece, 4096);
+        const int64_t chunks = fedu::num_chunks(piece);
         for (int64_t c : {int64_t(0), int64_t(1), chunks - 1}) {
           if (c < 0 || c >= chunks) continue;
-          const fedu::Range range = fedu::chunk_range(piece, first + c, 4096);
+          const fedu::Range range = fedu::chunk_range(piece, first + c);
           const int64_t want = c == 0 ? piece.begin : (piece.begin / 4096 + c) * 4096;
           if (range.begin != want || range.end <= range.begin || range.end - range.begin > 4096) differ("begin", c, range.begin, want);
           if (c == chunks - 1 && range.end != piece.end) differ("end", c, range.end, piece.end);
