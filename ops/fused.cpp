@@ -79,6 +79,10 @@ void check_apart(const char* name, const Tensor& t, const char* other_name, cons
   TORCH_CHECK_VALUE(!offset, name, " must share no memory with ", other_name, ", got one that begins ", *offset, " bytes after it");
 }
 
+void check_decay(const char* name, double decay) {
+  TORCH_CHECK_VALUE(decay >= 0 && decay <= 1, name, " must lie in [0, 1], got ", number(decay));
+}
+
 void check_clients(const Tensor& clients, const Tensor& weights) {
   check_leader("clients", clients);
   TORCH_CHECK_VALUE(clients.dim() == 2 && clients.size(0) > 0, "clients must have shape [K, P] with K >= 1, got ", clients.sizes());
@@ -297,6 +301,19 @@ void ema(T* target, const T* online, double decay, int64_t size) {
   });
 }
 
+template <typename T>
+void sgd_ema(T* weight, T* gradient, T* target, const double* lr, const StepOptions& options, int64_t size, int64_t covered) {
+  at::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
+    const Step<T> step(*lr, options);  // each thread's own, which no store to a vector can be thought to change
+    const int64_t both = std::clamp(covered, begin, end);
+    for (int64_t i = begin; i < both; ++i) {
+      step.descend(weight[i], gradient[i]);
+      step.follow(target[i], weight[i]);
+    }
+    for (int64_t i = both; i < end; ++i) step.descend(weight[i], gradient[i]);
+  });
+}
+
 // One view for each row of draws.
 void augment(const uint8_t* images, const float* draws, float* views, int64_t num_images, int64_t num_views, int height, int width) {
   const int64_t size = 3 * static_cast<int64_t>(height) * width;
@@ -416,7 +433,7 @@ void ema_(Tensor target, const Tensor& online, double decay) {
   TORCH_CHECK_VALUE(target.dim() == 1 || target.dim() == 2, "target must have shape [P] or [K, P], got ", target.sizes());
   check_like("online", online, "target", target);
   check_shape("online", online, target.sizes());
-  TORCH_CHECK_VALUE(decay >= 0 && decay <= 1, "decay must lie in [0, 1], got ", number(decay));
+  check_decay("decay", decay);
   const int64_t offset = begins_after(online, target).value_or(0);
   TORCH_CHECK_VALUE(offset == 0, "online must be target's own memory or share none with it, got one that begins ", offset,
                     " bytes after it");
@@ -430,6 +447,33 @@ void ema_(Tensor target, const Tensor& online, double decay) {
     const T* o = online.const_data_ptr<T>();
     FEDU_ON_CUDA(target, ema(t, o, decay, target.numel(), on.blocks, on.stream))
     cpu::ema(t, o, decay, target.numel());
+  });
+}
+
+void sgd_ema_(Tensor weight, Tensor gradient, std::optional<Tensor> target, const Tensor& lr, double momentum, double weight_decay,
+              double ema_decay) {
+  check_leader("weight", weight);
+  TORCH_CHECK_VALUE(weight.dim() == 1, "weight must have shape [P], got ", weight.sizes());
+  check_like("gradient", gradient, "weight", weight);
+  check_shape("gradient", gradient, weight.sizes());
+  check_apart("gradient", gradient, "weight", weight);
+  const int64_t P = weight.size(0);
+  if (target) {
+    check_like("target", *target, "weight", weight);
+    TORCH_CHECK_VALUE(target->dim() == 1 && target->size(0) <= P, "target must have shape [T] with T <= ", P, ", got ", target->sizes());
+    check_apart("target", *target, "weight", weight);
+    check_apart("target", *target, "gradient", gradient);
+  }
+  TORCH_CHECK_VALUE(lr.scalar_type() == at::kDouble && lr.dim() == 0 && lr.device() == weight.device(), "lr must be a float64 scalar on ",
+                    weight.device(), " like weight, got ", dtype_name(lr), " of shape ", lr.sizes(), " on ", lr.device());
+  check_decay("ema_decay", ema_decay);
+  const int64_t covered = target && ema_decay < 1 ? target->size(0) : 0;  // a decay of 1 is exact even where an Inf times 0 would be NaN
+  const StepOptions options = {momentum, weight_decay, ema_decay};
+  const double* rate = lr.const_data_ptr<double>();
+  for_type(weight, [&]<typename T>(T) {
+    T *w = weight.mutable_data_ptr<T>(), *g = gradient.mutable_data_ptr<T>(), *t = covered ? target->mutable_data_ptr<T>() : nullptr;
+    FEDU_ON_CUDA(weight, sgd_ema(w, g, t, rate, options, P, covered, on.blocks, on.stream))
+    cpu::sgd_ema(w, g, t, rate, options, P, covered);
   });
 }
 
@@ -460,6 +504,8 @@ TORCH_LIBRARY(fedu, m) {
   m.def("aggregate(Tensor clients, Tensor weights, Tensor received, Tensor segments, Tensor(a!) out) -> (Tensor, Tensor)");
   m.def("layer_norms(Tensor a, Tensor b, Tensor segments) -> Tensor");
   m.def("ema_(Tensor(a!) target, Tensor online, float decay) -> ()");
+  m.def("sgd_ema_(Tensor(a!) weight, Tensor(b!) gradient, Tensor(c!)? target, Tensor lr, float momentum, float weight_decay, "
+        "float ema_decay) -> ()");
   m.def("augment(Tensor images, Tensor draws) -> Tensor");
 }
 
@@ -468,6 +514,7 @@ void implement(torch::Library& m) {
   m.impl("aggregate", aggregate);
   m.impl("layer_norms", layer_norms);
   m.impl("ema_", ema_);
+  m.impl("sgd_ema_", sgd_ema_);
   m.impl("augment", augment);
 }
 TORCH_LIBRARY_IMPL(fedu, CPU, m) { implement(m); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -59,6 +60,27 @@ inline int64_t total_chunks(const std::vector<Piece>& pieces) {
   return pieces.empty() ? 0 : pieces.back().first + num_chunks(pieces.back());
 }
 
+struct StepOptions {
+  double momentum, weight_decay, ema_decay;
+};
+
+// A training step's arithmetic of one float, rounded as torch's SGD, mul_ and add_ round it: a sum and its product at once.
+template <typename T>
+struct Step {
+  T descent, momentum, weight_decay, keep, take;
+
+  FEDU_HOST_DEVICE Step(double lr, const StepOptions& options)
+      : descent(-static_cast<T>(lr)), momentum(static_cast<T>(options.momentum)), weight_decay(static_cast<T>(options.weight_decay)),
+        keep(static_cast<T>(options.ema_decay)), take(static_cast<T>(1 - options.ema_decay)) {}
+
+  FEDU_HOST_DEVICE void descend(T& weight, T& gradient) const {
+    weight = std::fma(descent, gradient, weight);
+    gradient = std::fma(weight_decay, weight, momentum * gradient);
+  }
+
+  FEDU_HOST_DEVICE void follow(T& target, T weight) const { target = keep == 0 ? weight : keep * target + take * weight; }
+};
+
 // The launchers of fused_cuda.cu. Pointers are to the device's memory, except `pieces`; T is float or double. Each queues its
 // kernels on `stream` (a cudaStream_t) in at most `blocks` blocks, never waits for them, and returns a cudaError_t.
 namespace cuda {
@@ -78,6 +100,11 @@ int layer_norms(const T* a, const T* b, const std::vector<Piece>& pieces, double
 
 template <typename T>
 int ema(T* target, const T* online, double decay, int64_t size, int blocks, void* stream);
+
+// target: the average of the first `covered` weights. lr: on the device, so that a CUDA graph reads what it holds when replayed.
+template <typename T>
+int sgd_ema(T* weight, T* gradient, T* target, const double* lr, const StepOptions& options, int64_t size, int64_t covered, int blocks,
+            void* stream);
 
 int augment(const uint8_t* images, const float* draws, float* views, int64_t num_images, int64_t num_views, int height, int width,
             int blocks, void* stream);

@@ -214,24 +214,56 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// target <- decay target + (1 - decay) online. Reads 2 P, writes P: 260 MB, 0.13 ms on an A100, 0.08 ms on an H100.
-// [head, body) is the part of both vectors that is aligned to 16 bytes.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
-    ema_kernel(T* target, const T* online, T keep, T take, int64_t head, int64_t body, int64_t size) {
+// The part [head, body) of vectors of `size` values that is aligned to 16 bytes in all of them; empty where none is.
+struct Middle {
+  int64_t head, body, size;
+};
+
+// Calls f(Pack width, index) over the vectors: as packs in their middle, and one value at a time at both ends.
+template <typename T, typename F>
+__device__ __forceinline__ void for_middle(Middle at, const F& f) {
   constexpr int kWidth = kFull<T>;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads, thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t i = head + thread * kWidth; i < body; i += step * kWidth) {
+  for (int64_t i = at.head + thread * kWidth; i < at.body; i += step * kWidth) f.template operator()<kWidth>(i);
+  for (int64_t s = thread; s < at.head + at.size - at.body; s += step) f.template operator()<1>(s < at.head ? s : at.body + s - at.head);
+}
+
+// target <- decay target + (1 - decay) online. Reads 2 P, writes P: 260 MB, 0.13 ms on an A100, 0.08 ms on an H100.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) ema_kernel(T* target, const T* online, T keep, T take, Middle at) {
+  for_middle<T>(at, [&]<int kWidth>(int64_t i) {
     Pack<T, kWidth> t = load<kWidth>(target + i);
     const Pack<T, kWidth> o = load<kWidth>(online + i);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) t.v[j] = keep * t.v[j] + take * o.v[j];
     store<kWidth>(target + i, t);
-  }
-  for (int64_t s = thread; s < head + size - body; s += step) {
-    const int64_t i = s < head ? s : body + s - head;
-    target[i] = keep * target[i] + take * online[i];
-  }
+  });
+}
+
+// A step of SGD, the average of the first `covered` weights, and the gradient for the next step to add to.
+// Reads 3 P, writes 3 P: 520 MB, 0.26 ms on an A100, 0.16 ms on an H100.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    sgd_ema_kernel(T* weight, T* gradient, T* target, const double* lr, StepOptions options, int64_t covered, Middle at) {
+  const Step<T> step(*lr, options);
+  for_middle<T>(at, [&]<int kWidth>(int64_t i) {
+    Pack<T, kWidth> w = load<kWidth>(weight + i), g = load<kWidth>(gradient + i);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) step.descend(w.v[j], g.v[j]);
+    store<kWidth>(weight + i, w);
+    store<kWidth>(gradient + i, g);
+    if (i + kWidth <= covered) {
+      Pack<T, kWidth> t = load<kWidth>(target + i);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) step.follow(t.v[j], w.v[j]);
+      store<kWidth>(target + i, t);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        if (i + j < covered) step.follow(target[i + j], w.v[j]);
+      }
+    }
+  });
 }
 
 // A block makes one view after the other: a thread its pixels, in two goes, since contrast needs the mean of the operations before it.
@@ -281,6 +313,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 // ---- Launchers --------------------------------------------------------------------------------------------------------------
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Vectors whose addresses are never multiples of 16 bytes together have no middle.
+template <typename T, typename... Others>
+Middle middle(int64_t size, const T* first, const Others*... others) {
+  const uintptr_t past = reinterpret_cast<uintptr_t>(first) % 16;
+  const bool together = ((reinterpret_cast<uintptr_t>(others) % 16 == past) && ...);
+  const int64_t head = together ? std::min<int64_t>(size, (16 - past) % 16 / sizeof(T)) : size;
+  return {head, head + (size - head) / kFull<T> * kFull<T>, size};
+}
 
 // Kernels have all their loads in packs only for float: double is there for checks, and need not be fast.
 template <typename T>
@@ -359,13 +400,16 @@ int layer_norms(const T* a, const T* b, const std::vector<Piece>& pieces, double
 template <typename T>
 int ema(T* target, const T* online, double decay, int64_t size, int blocks, void* stream) {
   if (size == 0) return cudaSuccess;
-  // Floats before the first aligned one; vectors that are never aligned together take the scalar loop throughout.
-  const uintptr_t address = reinterpret_cast<uintptr_t>(target), other = reinterpret_cast<uintptr_t>(online);
-  const bool together = address % 16 == other % 16;
-  const int64_t head = together ? std::min<int64_t>(size, (16 - address % 16) % 16 / sizeof(T)) : size;
-  const int64_t body = head + (size - head) / kFull<T> * kFull<T>;
   return launch(ema_kernel<T>, grid_for(size, kThreads * kFull<T>, blocks), stream, target, online, static_cast<T>(decay),
-                static_cast<T>(1 - decay), head, body, size);
+                static_cast<T>(1 - decay), middle(size, target, online));
+}
+
+template <typename T>
+int sgd_ema(T* weight, T* gradient, T* target, const double* lr, const StepOptions& options, int64_t size, int64_t covered, int blocks,
+            void* stream) {
+  if (size == 0) return cudaSuccess;
+  return launch(sgd_ema_kernel<T>, grid_for(size, kThreads * kFull<T>, blocks), stream, weight, gradient, target, lr, options, covered,
+                middle(size, weight, gradient, covered ? target : weight));
 }
 
 int augment(const uint8_t* images, const float* draws, float* views, int64_t num_images, int64_t num_views, int height, int width,
@@ -379,7 +423,8 @@ int augment(const uint8_t* images, const float* draws, float* views, int64_t num
   template int aggregate(const T*, const T*, const T*, int64_t, const std::vector<Piece>&, T*, double*, double*, double*, int64_t, \
                          int64_t, int64_t, int, void*);                                                                             \
   template int layer_norms(const T*, const T*, const std::vector<Piece>&, double*, double*, int, void*);                           \
-  template int ema(T*, const T*, double, int64_t, int, void*);
+  template int ema(T*, const T*, double, int64_t, int, void*);                                                                      \
+  template int sgd_ema(T*, T*, T*, const double*, const StepOptions&, int64_t, int64_t, int, void*);
 FEDU_INSTANTIATE(float)
 FEDU_INSTANTIATE(double)
 

@@ -47,16 +47,37 @@ def ema_(target: Tensor, online: Tensor, decay: float) -> Tensor:
         raise ValueError(f"target must have shape [P] or [K, P], got {list(target.shape)}")
     _check_like("online", online, "target", target)
     _check_shape("online", online, target.shape)
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must lie in [0, 1], got {decay:g}")
+    _check_decay("decay", decay)
     if offset := _begins_after(online, target):
         raise ValueError(f"online must be target's own memory or share none with it, got one that begins {offset} bytes after it")
-    if decay == 1:  # exact even where a NaN or an Inf times 0 would be NaN
-        return target
-    if decay == 0:
-        return target.copy_(online)
-    share = (1 - decay) * online  # before target changes: online may be target itself
-    return target.mul_(decay).add_(share)
+    _average(target, online, decay)
+    return target
+
+
+def sgd_ema_(
+    weight: Tensor, gradient: Tensor, target: Tensor | None, lr: Tensor, momentum: float, weight_decay: float, ema_decay: float
+) -> None:
+    """A step of SGD and of the moving average of its weights, in place; see `ops.sgd_ema_`."""
+    _check_leader("weight", weight)
+    if weight.dim() != 1:
+        raise ValueError(f"weight must have shape [P], got {list(weight.shape)}")
+    _check_like("gradient", gradient, "weight", weight)
+    _check_shape("gradient", gradient, weight.shape)
+    _check_apart("gradient", gradient, "weight", weight)
+    if target is not None:
+        _check_like("target", target, "weight", weight)
+        if target.dim() != 1 or len(target) > len(weight):
+            raise ValueError(f"target must have shape [T] with T <= {len(weight)}, got {list(target.shape)}")
+        _check_apart("target", target, "weight", weight)
+        _check_apart("target", target, "gradient", gradient)
+    if lr.dtype != torch.float64 or lr.dim() or lr.device != weight.device:
+        want, got = f"a float64 scalar on {weight.device} like weight", f"{_dtype(lr)} of shape {list(lr.shape)} on {lr.device}"
+        raise ValueError(f"lr must be {want}, got {got}")
+    _check_decay("ema_decay", ema_decay)
+    weight.addcmul_(gradient, lr.to(weight.dtype), value=-1)
+    gradient.mul_(momentum).add_(weight, alpha=weight_decay)
+    if target is not None:
+        _average(target, weight[: len(target)], ema_decay)
 
 
 def augment(images: Tensor, draws: Tensor) -> Tensor:
@@ -70,6 +91,16 @@ def augment(images: Tensor, draws: Tensor) -> Tensor:
     x = _resized_crop(x, *box.unbind(1), flip=flip[:, 0] != 0)
     x = _color_jitter(x, factors, shift[:, 0], order.long())
     return _blend(x, _luma(x), 1 - grey[:, 0])
+
+
+def _average(target: Tensor, online: Tensor, decay: float) -> None:
+    if decay == 1:  # exact even where a NaN or an Inf times 0 would be NaN
+        return
+    if decay == 0:
+        target.copy_(online)
+        return
+    share = (1 - decay) * online  # before target changes: online may be target itself
+    target.mul_(decay).add_(share)
 
 
 def _write_mean(clients: Tensor, weights: Tensor, out: Tensor) -> None:
@@ -169,6 +200,11 @@ def _check_plain(name: str, t: Tensor) -> None:
 def _check_shape(name: str, t: Tensor, shape: torch.Size) -> None:
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
+
+
+def _check_decay(name: str, decay: float) -> None:
+    if not 0 <= decay <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {decay:g}")
 
 
 def _check_clients(clients: Tensor, weights: Tensor) -> None:

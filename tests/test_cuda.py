@@ -20,7 +20,8 @@ BULK_KERNELS = {  # the float kernels that take packs: 128-bit loads and stores 
     "aggregate_kernelIfLb1ELb1E": ("LDG", "STG"),
     "aggregate_kernelIfLb1ELb0E": ("LDG", "STG"),
     "layer_norms_kernelIfLb1E": ("LDG",),
-    "ema_kernelIfE": ("LDG", "STG"),
+    "10ema_kernelIfE": ("LDG", "STG"),
+    "sgd_ema_kernelIfE": ("LDG", "STG"),
 }
 
 
@@ -60,7 +61,7 @@ def disassemble(home: str, cubin: Path) -> dict[str, str] | None:
 def test_no_spills_and_no_local_memory(compiled):
     report, kernels = compiled
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(frames) >= 13 and all(frame == ("0", "0", "0") for frame in frames), report
+    assert len(frames) >= 15 and all(frame == ("0", "0", "0") for frame in frames), report
     for name, code in (kernels or {}).items():
         assert not re.search(r"\b(LDL|STL)\b", code), name
 
@@ -78,7 +79,8 @@ def test_bulk_loops_move_16_bytes_at_once(compiled):
 def test_no_atomics_no_fast_math_and_rounding_as_written(compiled):
     for name, code in (compiled[1] or {}).items():
         assert not re.search(r"\b(ATOM|ATOMG|RED)\b|\bF(MUL|FMA)\S*\.FTZ", code), name
-        assert "augment" in name or not re.search(r"\bFFMA\b", code), name  # there, in IEEE division
+        asked_for = "augment" in name or "sgd_ema" in name  # there, in IEEE division, and as fma in the source
+        assert asked_for or not re.search(r"\bFFMA\b", code), name
 
 
 # ---- Executed on the CPU ------------------------------------------------------------------------------------------------------
@@ -134,14 +136,18 @@ MUTATIONS = [
     ("sum of all warps but one", "warp < kWarps; ++warp) sum", "warp < kWarps - 1; ++warp) sum"),
     ("dropped last float of a chunk", "j < range.end; ++j)", "j + 1 < range.end; ++j)"),
     ("dropped tail of the mean", "thread; i < size; i += step) {", "thread; i + 1 < size; i += step) {"),
-    ("dropped tail of the average", "s < head + size - body", "s + 1 < head + size - body"),
+    ("dropped tail of the average", "s < at.head + at.size - at.body", "s + 1 < at.head + at.size - at.body"),
     ("pack over the end of a segment", "i + kWidth <= range.end", "i < range.end"),
     ("pack over the end of the mean", "i + kWidth <= size; i +=", "i < size; i +="),
     ("pack over the end of the average", "(size - head) / kFull<T> *", "(size - head + kFull<T> - 1) / kFull<T> *"),
     ("pack before the begin of a segment", "i >= range.begin && i +", "i +"),
     ("packs at unaligned addresses", "kCanVector<T> && aligned(a) && aligned(b)", "kCanVector<T>"),
     ("packs in rows that do not line up", "(num_clients == 1 || size % kFull<T> == 0)", "true"),
-    ("wrong head of the average", "(16 - address % 16) % 16", "address % 16"),
+    ("wrong head of the average", "(16 - past) % 16", "past"),
+    ("packs of vectors never aligned together", "const bool together = (", "const bool together = true || ("),
+    ("pack over the end of the target", "i + kWidth <= covered", "i < covered"),
+    ("the target's last floats left out", "i + j < covered", "false"),
+    ("average of the weights before the step", "step.follow(t.v[j], w.v[j])", "step.follow(t.v[j], t.v[j])"),
     ("32-bit index into the vector", "f(table.pieces[piece], chunk, chunk_range(table.pieces[piece], chunk))", """
         const Range wide = chunk_range(table.pieces[piece], chunk);
         f(table.pieces[piece], chunk, Range{static_cast<int>(wide.begin), static_cast<int>(wide.end)})"""),

@@ -211,6 +211,58 @@ def test_decay_0_and_1_are_exact(implementation, device):
     assert_bits(implementation.ema_(odd.clone(), odd.flip(0), 1.0), odd)
 
 
+def test_a_step_by_hand(implementation, device):
+    weight, gradient = torch.tensor([1.0, 2, 4], device=device), torch.tensor([2.0, -4, 8], device=device)
+    target = torch.tensor([3.0, 8], device=device)
+    implementation.sgd_ema_(weight, gradient, target, 0.5, momentum=0.25, weight_decay=2, ema_decay=0.5)
+    assert weight.tolist() == [0, 4, 0]
+    assert target.tolist() == [1.5, 6]
+    assert gradient.tolist() == [0.5, 7, 2]
+    implementation.sgd_ema_(
+        weight, gradient, None, torch.tensor(2.0, dtype=torch.float64, device=device), momentum=0, weight_decay=0, ema_decay=0
+    )
+    assert weight.tolist() == [-1, -10, -4] and not gradient.any() and target.tolist() == [1.5, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", SIZES)
+def test_steps_are_those_of_plain_torch(implementation, size, dtype):
+    """To the last bit: SGD's momentum in the gradient, torch's fused SGD, and the average of the first weights; alike on two threads."""
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("there, plain torch rounds product and sum each")
+    lr, momentum, weight_decay, ema_decay, covered = 0.317, 0.9, 0.05, 0.99, size * 2 // 3
+    start, offset = random(2 * size, dtype=dtype), 3  # a target that lies elsewhere in memory than aligned
+    weight, target = torch.nn.Parameter(start[:size].clone()), start[size : size + covered].clone()
+    my_weight, my_target = start[:size].clone(), torch.cat([target[:0].new_zeros(offset), target])[offset:]
+    weight.grad = torch.zeros_like(weight)
+    my_gradient = my_weight * weight_decay
+    optimizer, threads = torch.optim.SGD([weight], lr, fused=True), torch.get_num_threads()
+    for step in range(4):
+        gradient = random(size, seed=step, dtype=dtype)
+        with torch.no_grad():
+            weight.grad.mul_(momentum).add_(weight.detach(), alpha=weight_decay)
+            weight.grad.add_(gradient)  # backward()
+            optimizer.step()
+            ops.ema_(target, weight[:covered].detach(), ema_decay)
+        my_gradient.add_(gradient)
+        torch.set_num_threads(1 + step % 2)
+        implementation.sgd_ema_(my_weight, my_gradient, my_target, lr, momentum=momentum, weight_decay=weight_decay, ema_decay=ema_decay)
+        torch.set_num_threads(threads)
+        assert_bits(my_weight, weight.detach())
+        assert_bits(my_target, target)
+    assert_bits(my_gradient, weight.grad.mul_(momentum).add_(weight.detach(), alpha=weight_decay))
+
+
+def test_a_step_with_decay_0_and_1_is_exact(implementation, device):
+    odd = torch.tensor([float("nan"), float("inf"), 0.1], device=device)
+    for decay, want in ((0, torch.ones(3, device=device)), (1, odd)):
+        target = odd.clone()
+        implementation.sgd_ema_(
+            torch.ones(4, device=device), torch.zeros(4, device=device), target, 0.1, momentum=0.9, weight_decay=0, ema_decay=decay
+        )
+        assert_bits(target, want)
+
+
 def test_ema_of_itself(implementation, device):
     target = random(10_000, device=device)
     want = target.clone()
@@ -432,6 +484,32 @@ REFUSALS = [
 ]
 
 
+STEP = dict(momentum=0.9, weight_decay=0.1, ema_decay=0.5)
+STEP_REFUSALS = [
+    ((V.bfloat16(), V, None, 0.1), {}, "weight must be float32 or float64, got bfloat16"),
+    ((C, V, None, 0.1), {}, "weight must have shape [P], got [2, 6]"),
+    ((V, V.double(), None, 0.1), {}, "gradient must be float32 on cpu like weight, got float64 on cpu"),
+    ((V, V[:5].clone(), None, 0.1), {}, "gradient must have shape [6], got [5]"),
+    ((V, V, None, 0.1), {}, "gradient must share no memory with weight, got one that begins 0 bytes after it"),
+    ((V, V + 1, V[:4].double(), 0.1), {}, "target must be float32 on cpu like weight, got float64 on cpu"),
+    ((V, V + 1, torch.zeros(7), 0.1), {}, "target must have shape [T] with T <= 6, got [7]"),
+    ((V, V + 1, C, 0.1), {}, "target must have shape [T] with T <= 6, got [2, 6]"),
+    ((V, V + 1, V[4:], 0.1), {}, "target must share no memory with weight, got one that begins 16 bytes after it"),
+    ((V, C[1], C.view(-1)[4:8], 0.1), {}, "target must share no memory with gradient, got one that begins -8 bytes after it"),
+    ((V, V + 1, None, torch.tensor(0.1)), {}, "lr must be a float64 scalar on cpu like weight, got float32 of shape [] on cpu"),
+    ((V, V + 1, None, torch.zeros(1).double()), {}, "lr must be a float64 scalar on cpu like weight, got float64 of shape [1] on cpu"),
+    ((V, V + 1, None, 0.1), dict(ema_decay=1.5), "ema_decay must lie in [0, 1], got 1.5"),
+    ((V.clone().requires_grad_(), V, None, 0.1), {}, "weight must not require grad, pass weight.detach()"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "more", "sentence"), STEP_REFUSALS, ids=[sentence for *_, sentence in STEP_REFUSALS])
+def test_refusals_of_a_step(implementation, arguments, more, sentence):
+    with pytest.raises(ValueError) as refusal:
+        implementation.sgd_ema_(*arguments, **STEP | more)
+    assert str(refusal.value) == sentence
+
+
 @pytest.mark.parametrize(("op", "arguments", "sentence"), REFUSALS, ids=[f"{op}: {sentence}" for op, _, sentence in REFUSALS])
 def test_refusals(implementation, op, arguments, sentence):
     with pytest.raises(ValueError) as refusal:
@@ -497,12 +575,21 @@ def test_opcheck(device):
     torch.library.opcheck(fedu.aggregate.default, (clients, weights, clients.clone(), segments, out))
     torch.library.opcheck(fedu.layer_norms.default, (clients[0].clone(), received, segments))
     torch.library.opcheck(fedu.ema_.default, (clients, clients.clone(), 0.9))
+    lr = torch.tensor(0.1, dtype=torch.float64, device=device)
+    for target in (clients[0, :50].clone(), None):
+        torch.library.opcheck(fedu.sgd_ema_.default, (received, received.clone(), target, lr, 0.9, 5e-4, 0.99))
     torch.library.opcheck(fedu.augment.default, (X.to(device), D.to(device)))
 
 
 def test_schema_marks_the_mutation():
     fedu = torch.ops.fedu
-    for op, written in ((fedu.ema_, {"target"}), (fedu.aggregate, {"out"}), (fedu.weighted_mean, {"out"}), (fedu.layer_norms, set())):
+    for op, written in (
+        (fedu.ema_, {"target"}),
+        (fedu.sgd_ema_, {"weight", "gradient", "target"}),
+        (fedu.aggregate, {"out"}),
+        (fedu.weighted_mean, {"out"}),
+        (fedu.layer_norms, set()),
+    ):
         assert {argument.name for argument in op.default._schema.arguments if argument.is_write} == written
 
 
@@ -510,6 +597,7 @@ def test_compile_without_a_graph_break(device):
     def round_(clients, weights, received, target, segments, out):
         mean, drift, spread = ops.aggregate(clients * 2, weights, received, segments, out=out)
         ops.ema_(target, mean, 0.5)
+        ops.sgd_ema_(mean, weights.new_ones(50), target, 0.1, **STEP)
         return ops.layer_norms(target, mean, segments) + drift[0] + spread[0], ops.weighted_mean(clients, weights)
 
     arguments = random(3, 50, device=device), torch.full((3,), 1 / 3, device=device), random(50, seed=1, device=device), layers(50)
@@ -533,6 +621,7 @@ def test_meta_tensors_give_shapes(implementation):
     assert implementation.weighted_mean(clients, weights).shape == (6,)
     assert implementation.augment(X.to("meta"), D.to("meta")).shape == (4, 3, 4, 4)
     assert implementation.ema_(vector, vector.clone(), 0.9) is vector
+    implementation.sgd_ema_(vector, vector.clone(), vector[:3].clone(), 0.1, **STEP)
 
 
 def test_fake_tensors_give_shapes():
@@ -545,6 +634,19 @@ def test_fake_tensors_give_shapes():
         assert ops.layer_norms(vector, vector, segments).dtype == torch.float64
         assert ops.augment(torch.empty(2, 3, 5, 6, dtype=torch.uint8), torch.empty(4, 14)).shape == (4, 3, 5, 6)
         assert ops.ema_(vector, mean, 0.9) is vector
+        ops.sgd_ema_(vector, mean, torch.empty(3), 0.1, **STEP)
+
+
+@needs_gpu
+def test_a_replayed_step_reads_its_learning_rate_anew():
+    weight, gradient, lr = torch.ones(5, device="cuda"), torch.ones(5, device="cuda"), torch.zeros((), dtype=torch.float64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.sgd_ema_(weight, gradient, None, lr, momentum=1, weight_decay=0, ema_decay=0)
+    for rate, want in ((0.5, 0.5), (0.25, 0.25)):
+        lr.fill_(rate)
+        graph.replay()
+        assert weight.tolist() == [want] * 5
 
 
 @needs_gpu

@@ -204,6 +204,32 @@ void check_ema(int64_t P, const std::vector<Run>& runs, std::mt19937& random) {
   }
 }
 
+template <typename T>
+void check_sgd_ema(int64_t P, const std::vector<Run>& runs, std::mt19937& random) {
+  const double lr = 0.032, ema_decay = 0.99;
+  const T momentum = T(0.9), decay = T(5e-4);
+  for (const Run& run : runs) {
+    for (int64_t covered : {int64_t(0), P / 3, P}) {
+      for (int shift : {0, 1}) {  // of the gradient against the others
+        name_case("sgd_ema", P, 0, run, "covered=" + std::to_string(covered) + " shift=" + std::to_string(shift));
+        Buffer<T> weight(P, run.offset), gradient(P, run.offset + shift), target(covered, run.offset);
+        weight.randomize(random), gradient.randomize(random), target.randomize(random);
+        std::vector<T> want_weight(P), want_gradient(P), want_target(covered);
+        for (int64_t i = 0; i < P; ++i) {
+          want_weight[i] = std::fma(-T(lr), gradient[i], weight[i]);
+          want_gradient[i] = std::fma(want_weight[i], decay, momentum * gradient[i]);
+          if (i < covered) want_target[i] = T(ema_decay) * target[i] + T(1 - ema_decay) * want_weight[i];
+        }
+        cuda_on_cpu::order = run.order;
+        expect_success(fedu::cuda::sgd_ema(weight.data(), gradient.data(), target.data(), &lr, {0.9, 5e-4, ema_decay}, P, covered,
+                                           run.blocks, nullptr));
+        expect_bits("weight", weight, want_weight), expect_bits("gradient", gradient, want_gradient);
+        expect_bits("target", target, want_target);
+      }
+    }
+  }
+}
+
 // Two layers on both sides of float 2^31 of vectors whose pages are the system's zeros: 17 GB of addresses, a few KB of memory.
 void check_far_layers() {
   constexpr int64_t kFar = int64_t(1) << 31, kSize = kFar + 9000;
@@ -302,6 +328,7 @@ int main(int argc, char** argv) {
     }
     check_layer_norms<float>(P, every, random), check_layer_norms<double>(P, few, random);
     check_ema<float>(P, every, random), check_ema<double>(P, few, random);
+    check_sgd_ema<float>(P, every, random), check_sgd_ema<double>(P, few, random);
   }
   // Whole packs in every row, as P of a real network; and more chunks in a layer than the finishing block has threads.
   for (int64_t K : {1, 5, 8, 9, 17}) check_aggregate<float>(K, 4096 + 1024 + 8, K == 9, quick || K > 5 ? few : every, random);
