@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import ops
-from cli import InputError, first_line, locked
+from options import CIFAR_CLASSES
+from runtime.cli import InputError, first_line, locked
 
 ASSETS = Path(__file__).parent / "assets"
-CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
 def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator | None:

@@ -1,405 +1,214 @@
 """FedU: collaborative unsupervised visual representation learning from decentralized data (Zhuang et al., ICCV 2021).
 
-Clients hold unlabelled images that never leave them. In each round every selected client trains BYOL on its own images, uploads
-its online encoder and predictor, and the server averages them; a client then takes the averaged encoder, and the averaged
-predictor only if its last divergence lay below mu (DAPU). One process, or several under torchrun, simulate the whole federation.
+Clients hold unlabelled images that never leave them. In each round every selected client trains BYOL on its own images and uploads its
+online encoder and predictor, and the server averages them. A client then takes the averaged encoder, and the averaged predictor only if
+its last divergence lay below mu (DAPU). One process, or several under torchrun, simulate the whole federation.
 
     python fedu.py                                    five clients on the embedded images, one to three minutes on two cores
     python fedu.py --dataset cifar100 --clients 5     the paper's run
+
+| word           | paper (FedU, section 3)                                                                                  |
+|----------------|----------------------------------------------------------------------------------------------------------|
+| model `[P]`    | theta: online encoder and predictor as one vector, BatchNorm's statistics included; the server's is phi  |
+| received `[P]` | the online network that a client begins its round with                                                   |
+| divergence     | d_k: how far the online encoder moved from the received one in local training                            |
+| mu             | the threshold of the divergence-aware predictor update (DAPU)                                            |
 """
 
 from __future__ import annotations
 
-import json
-import shlex
+from options import HOST_OPTIONS, METHODS, OPTIONS, Command, Exchange, Options, Training, flag, parse
+
+if __name__ == "__main__":
+    COMMAND = parse(description=__doc__.split("\n\n")[0])  # before torch is imported: --help and mistakes are answered at once
+
+import copy
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cache
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import RANK, InputError, Parser, first_line, locked, number, os_errors, user_errors, write_atomic
-from methods import DEFAULTS, HOST_OPTIONS, METHODS, PAPER, RECIPES, Method, defaults
+import numpy as np
+import torch
+from torch import Tensor
 
-ABLATIONS = ("predictor", "stop_gradient")  # --no-predictor, --no-stop-gradient
+import ops
+from data import Images, keyed_generator, load_images, partition, two_views
+from eval import extract_features, knn, load_encoders
+from models import OBJECTIVES, Encoder, FedCA, Objective, Segment, SimCLR, conv_segments
+from report import TABLE_HEADER, dapu_notice, duration, mean, plot, round_line, tensorboard_log
+from runtime import ranks
+from runtime.bank import Bank, Row
+from runtime.cli import RANK, InputError, user_errors, write_atomic
+from runtime.device import as_graph, choose_device, describe_device, keep_memory, release_memory
+from runtime.run import (
+    Checkpoint,
+    Progress,
+    holds_run,
+    load_checkpoint,
+    open_run,
+    read_config,
+    read_metrics,
+    reopen_run,
+    run_folder,
+    save_checkpoint,
+    write_config,
+    write_metrics,
+)
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin", "encoder.pt")
-RUN_FILES += ("divergence.png", "eval.jsonl")
-
-
-def parse_options(argv: list[str] | None = None) -> dict:
-    """Read the command line; returns only what was given, so that recipes and --resume can supply the rest."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    count, positive = number(int, 1), number(float, 0, open_low=True)
-    add = parser.add_argument
-    add("--dataset", help="fashion (embedded), cifar10, cifar100, a file PATH.npz or a folder PATH/{train,test}/CLASS/*  [fashion]")
-    add("--data-root", help="where CIFAR lies or is downloaded to  [~/.cache/fedu]")
-    add("--image-size", type=number(int, 8), help="side in pixels to which a folder's images are resized  [32]")
-    add("--method", choices=METHODS, help="what clients share  [fedu]")
-    add("--aggregate", choices=("online", "target"), help="the encoder that clients upload  [online]")
-    add("--update", choices=("online", "target", "both", "ema"), help="what the averaged encoder becomes at a client  [by method]")
-    add("--predictor", choices=("global", "local", "dapu", "ema"), help="which predictor a client takes  [by method]")
-    add("--no-predictor", action="store_true", help="BYOL and SimSiam without one")
-    add("--no-stop-gradient", action="store_true", help="BYOL and SimSiam with the gradient of the target's projections too")
-    add("--mu", type=number(float, 0), help="DAPU's threshold: the averaged predictor is taken below it  [0.4]")
-    add("--tau", type=number(float, 0, 1), help="FedEMA's share of its own model after a client's first measured divergence  [0.7]")
-    add("--divergence", choices=("layer-mean", "squared"), help="the authors' code's, or the paper's, which wants a --mu  [layer-mean]")
-    add("--divergence-from", choices=("received", "global"), help="of a trained encoder: what it began as, or the next average  [received]")
-    add("--first-target", choices=("copy", "shared"), help="shared: no EMA in a client's first round, as in the authors' code  [copy]")
-    add("--ema-decay", type=number(float, 0, 1), help="m of the target's moving average  [0.99]")
-    add("--clients", type=count, help="K  [5]")
-    add("--clients-per-round", type=count, help="clients drawn for each round  [all]")
-    add("--dropout", type=number(float, 0, 1), help="probability that a selected client fails to report  [0]")
-    add("--on-nonfinite", choices=("skip", "error"), help="a client whose upload has a number that is not finite  [skip]")
-    add("--partition", choices=("classes", "iid", "dirichlet"), help="how images are dealt to the clients  [classes]")
-    add("--classes-per-client", type=count, help="for --partition classes  [1/K of the classes]")
-    add("--alpha", type=number(float, 1e-3, 1e6), help="concentration, for --partition dirichlet  [0.5]")
-    add("--encoder", choices=("tiny", "small", "resnet18", "resnet50"), help="backbone  [by data set]")
-    add("--rounds", type=count, help="R  [by data set]")
-    add("--local-epochs", type=count, help="E  [by data set]")
-    add("--batch-size", type=number(int, 2), help="B  [by data set]")
-    add("--lr", type=positive, help="learning rate of round 0, cosine over rounds  [by data set]")
-    add("--knn-every", type=number(int, 0), help="rounds between kNN measurements, 0 for none  [by data set]")
-    add("--seed", type=number(int, 0, 2**63 - 1), help="one seed, one answer  [0]")
-    add("--device", choices=("auto", "cpu", "cuda"), help="[auto]")
-    add("--precision", choices=("fp32", "bf16"), help="of the networks' arithmetic  [fp32]")
-    add("--bank-memory", type=number(int, 0), help="MiB in which what clients keep stays, beside its file  [0]")
-    add("--out", type=Path, help="run folder  [runs/DATASET-METHOD-Kclients-sSEED]")
-    add("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
-    add("--overwrite", action="store_true", help="replace the run in an existing folder")
-    given = vars(parser.parse_args(argv))
-    if "resume" in given and ({"out", "overwrite"} & given.keys()):
-        parser.error("--resume continues a run in its own folder; it goes with neither --out nor --overwrite")
-    return given
-
-
-GIVEN = parse_options() if __name__ == "__main__" else {}  # before the heavy imports: mistakes are answered at once
-
-import copy  # noqa: E402
-import ctypes  # noqa: E402
-import hashlib  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import platform  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import subprocess  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import eval as evaluation  # noqa: E402
-import ops  # noqa: E402
-import ranks  # noqa: E402
-from bank import Bank, checksum  # noqa: E402
-from data import CIFAR_CLASSES, Images, keyed_generator, load_images, partition, two_views  # noqa: E402
-from models import OBJECTIVES, FedCA, Objective, Part, Segment, SimCLR, conv_segments  # noqa: E402
+UPLOAD_MEMORY = 2 << 30  # bytes for a round's uploads; larger rounds are aggregated in tiles
 
 
 @dataclass
 class Client:
-    """What one party holds between its rounds: its images, and the networks that are not the server's."""
+    """One party: its images, and what it remembers between its rounds. Its networks lie in the bank meanwhile."""
 
     id: int
     indices: Tensor  # its images, as indices into the data set
-    state: dict[str, Part] = field(default_factory=dict)  # what it keeps of Objective.parts, during its turn
-    row: int | None = None  # where the bank has that between its turns, and with which checksum
-    digest: str | None = None
-    divergence: float | None = None  # d_k of its last participation
-    scale: float | None = None  # lambda_k of FedEMA
-    last_round: int | None = None  # its last participation
+    row: Row | None = None  # where its networks lie in the bank; None before its first round
+    divergence: float | None = None  # d_k of its last round
+    ema_scale: float | None = None  # lambda_k of FedEMA
+    last_round: int | None = None
 
     @property
     def num_examples(self) -> int:
         return len(self.indices)
 
-    def fix_scale(self, divergence: float, tau: float) -> None:
+    def fix_ema_scale(self, divergence: float, tau: float) -> None:
         """`lambda_k = tau / d_k` by the first divergence that was measured; later ones change nothing."""
-        if self.scale is None and divergence:
-            self.scale = tau / divergence
+        if self.ema_scale is None and divergence:
+            self.ema_scale = tau / divergence
 
 
-CLIENT_FIELDS = ("row", "digest", "divergence", "scale", "last_round")
+REMEMBERED = ("divergence", "ema_scale", "last_round")  # of a client, in a checkpoint
+
+
+@dataclass
+class Server:
+    """The global model `[P]`, the clients that it averages, and the representations `[N, d]` that these shared in the last round."""
+
+    model: Tensor
+    dictionary: Tensor
+    clients: list[Client]
+
+
+class Update(NamedTuple):
+    """What a client took: whose predictor (global, local, mixed; - without any), its own one's share, and the divergence that decided."""
+
+    predictor: str
+    own_share: float
+    divergence: float | None
+
+
+@dataclass
+class Turn:
+    """A client's part in one round."""
+
+    client: Client
+    server: Server
+    weight: float  # n_k / n, of the clients that train in this round
+    update: Update | None = None
+    received: Tensor | None = None
+    loss: float = math.nan
+    share: Tensor | None = None  # what it shares besides its networks, `[N, d]`
 
 
 @dataclass
 class Federation:
-    """A server's global model, encoder and predictor, what clients shared in the last round, and the clients that it averages."""
+    """The servers with their clients, the networks that all of these train in turn, and the images that they train on."""
 
-    server: Part
-    shared: Tensor
-    clients: list[Client]
+    servers: list[Server]
+    objective: Objective
+    images: Tensor  # uint8 `[N, 3, S, S]`
+    segments: Tensor  # what divergence is measured on, `[L, 2]`
 
-
-# ----------------------------------------------------------------------------------------------------- the rounds
-
-
-def main(given: dict) -> None:
-    out, options = prepare(given)
-    if "resume" not in given:
-        holds_run(out, "overwrite" in given)  # before anything that takes its time
-    load_ops()
-    keep_memory()
-    device = evaluation.choose_device(options["device"])
-    with ranks.together(device):
-        images = load_images(options["dataset"], Path(options["data_root"]), options["image_size"]).to(device)
-        federations, objective = build(options, images, device)
-        if RANK == 0:
-            with run_folder(out, make="resume" not in given):
-                simulate(given, out, options, federations, objective, images)
-        else:
-            clients = {client.id: client for federation in federations for client in federation.clients}
-            ranks.serve(objective, lambda round_, k, fresh: train_client(round_, clients[k], fresh, options, objective, images.x_train))
+    @property
+    def clients(self) -> list[Client]:
+        return [client for server in self.servers for client in server.clients]
 
 
-def simulate(given: dict, out: Path, options: dict, federations: list[Federation], objective: Objective, images: Images) -> None:
-    """All rounds, from the first or from a checkpoint, with what the run folder holds afterwards."""
-    device = images.x_train.device
-    rounds = options["rounds"] if METHODS[options["method"]].trains else 0
-    segments = divergence_segments(objective, options["divergence"])
-    config = resume(out) if "resume" in given else open_run(out, options, device, "overwrite" in given)
-    bank = Bank(kept_parts(objective, options), out / "bank.bin", options["bank_memory"] << 20)
-    start, seconds = load_checkpoint(out, federations, bank)
-    metrics, begun = evaluation.read_metrics(out)[:start] if start else [], time.perf_counter() - seconds
-    if "resume" in given:
-        print(f"{out}: continuing after {start} of {rounds} rounds")
-    clients = [client for federation in federations for client in federation.clients]
-    print(f"{options['method']} on {options['dataset']}: {len(images.x_train)} images, {describe(clients, device)}")
-    print(f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}  predictor taken (global, local, mixed, -)")
-    for round_ in range(start, rounds):
-        row = run_round(round_, options, federations, objective, images.x_train, segments, bank)
-        if options["knn_every"] and ((round_ + 1) % options["knn_every"] == 0 or round_ + 1 == rounds):
-            row["knn"] = mean([evaluation.knn(backbone, images) for backbone in backbones(objective, federations)])
-        metrics.append(row)
-        write_metrics(out, metrics)
-        save_checkpoint(out, round_ + 1, federations, bank, time.perf_counter() - begun)
-        print(round_line(row), flush=True)
-
-    save_encoder(out, options["encoder"], objective, federations)
-    write_config(out, config | {"seconds": round(time.perf_counter() - begun, 1)})
-    if any(row["clients"] for row in metrics):
-        evaluation.plot([out], out / "divergence.png")
-        print(dapu_notice(metrics, options["predictor"], options["mu"]), end="")
-    print(f"\n{out} holds the run. Next:\n  python eval.py {out}" + f"\n  python eval.py --plot {out}" * bool(metrics))
-
-
-class Report(NamedTuple):
-    """What became of a client's round."""
-
-    client: Client
-    update: Update
-    loss: float
-    share: Tensor  # what it shares besides its networks
+# ------------------------------------------------------------------------------------------------------------ a round
 
 
 def run_round(
-    round_: int, options: dict, federations: list[Federation], objective: Objective, images: Tensor, segments: Tensor, bank: Bank
+    round_: int, options: Options, federation: Federation, bank: Bank, uploads: Uploads, announce: Callable[[float], None] | None = None
 ) -> dict:  # fmt: skip
-    """The four stages for each client that reports; changes the federations and returns the round's metrics.
+    """The paper's figure 2 for each client that reports: download, train, upload, aggregate. Returns the round's metrics.
 
-    Raises InputError if an upload is not finite and the options do not let it be left out, or if none is.
+    Changes servers and clients. announce: takes an estimate of the round's seconds after its first steps. Raises InputError if an upload
+    is not finite and the options do not let it be left out, or if none is finite.
     """
-    clock = time.perf_counter()
-    selected = sample_clients(sum(len(f.clients) for f in federations), options["clients_per_round"], options["seed"], round_)
-    dropped = {k for k in selected if drops_out(k, options["dropout"], options["seed"], round_)}
-    reporting = selected - dropped
-    means = [Mean(f, members) for f in federations if (members := [c for c in f.clients if c.id in reporting])]
-    sent = objective.parts["encoder"].nbytes + (objective.parts["predictor"].nbytes if options["predictor"] != "local" else 0)
-    # a client alone has nobody to exchange anything with
-    download_bytes = sum(len(m.members) * (sent + m.federation.shared.nbytes) for m in means if len(m.federation.clients) > 1)
-    train_in_waves(round_, options, means, objective, images, segments, bank)
-    reports = sorted((report for m in means for report in m.reports), key=lambda report: report.client.id)
-    nonfinite = sorted(reporting - {report.client.id for report in reports})
-    if nonfinite and (options["on_nonfinite"] == "error" or not reports):
-        who = f"the upload of client {nonfinite[0]} is not" if reports else "no upload is"
+    clock, objective = time.perf_counter(), federation.objective
+    turns, dropped = draw_turns(federation.servers, options, round_)
+    last_turn = {id(turn.server): turn for turn in turns}
+    sent = sum(objective.parts[name].nbytes for name in ("encoder", "predictor") if name == "encoder" or options.predictor != "local")
+    download_bytes = sum(sent + turn.server.dictionary.nbytes for turn in turns if exchanges(turn))
+    reported: list[Turn] = []
+
+    def download(turn: Turn) -> tuple[int, int, bool]:
+        client, joins = turn.client, turn.client.last_round is None
+        kept = bank.read(client.row) if client.row else {}
+        turn.update = model_update(client, kept, turn.server.model, objective, options, federation.segments, round_)
+        turn.received = objective.online.vector.clone() if begins_apart(options) else turn.server.model
+        objective.shared = turn.server.dictionary
+        return round_, client.id, joins
+
+    steps = sum(num_steps(turn.client, options) for turn in turns)
+    with Progress(f"round {round_}", steps // min(ranks.COUNT, len(turns) or 1), announce) as progress:
+        train = partial(train_client, options, federation, progress)
+        for turn, loss, share in ranks.train_all(turns, download, train, objective):
+            client, upload = turn.client, model_upload(objective, options.aggregate, out=uploads.next_row(turn.server))
+            if math.isfinite(loss) and upload.isfinite().all():
+                turn.loss, turn.share = loss, share[: METHODS[options.method].dictionary // len(turns)]
+                uploads.add(turn)
+                if kept := kept_parts(objective, options):
+                    client.row = bank.write(kept)
+                client.last_round = round_
+                reported.append(turn)
+            if turn is last_turn[id(turn.server)]:
+                uploads.settle(turn.server)
+    reported.sort(key=lambda turn: turn.client.id)
+    nonfinite = sorted({turn.client.id for turn in turns} - {turn.client.id for turn in reported})
+    if nonfinite and (options.on_nonfinite == "error" or not reported):
+        who = f"the upload of client {nonfinite[0]} is not" if reported else "no upload is"
         raise InputError(f"round {round_}: {who} finite; lower --lr, or check the images")
     for k in nonfinite:
         print(f"round {round_}: the upload of client {k} is not finite and was left out", file=sys.stderr)
     return {
         "round": round_,
-        "lr": cosine(options["lr"], round_, options["rounds"]),
-        "loss": [report.loss for report in reports],
-        "divergence": [report.client.divergence for report in reports],
-        "decided_on": [report.update.divergence for report in reports],
-        "predictor": [report.update.predictor for report in reports],
-        "own_share": [report.update.own_share for report in reports],
-        "num_examples": [report.client.num_examples for report in reports],
-        "clients": [report.client.id for report in reports],
+        "lr": cosine(options.lr, round_, options.rounds),
+        "loss": [turn.loss for turn in reported],
+        "divergence": [turn.client.divergence for turn in reported],
+        "decided_on": [turn.update.divergence for turn in reported],
+        "predictor": [turn.update.predictor for turn in reported],
+        "own_share": [turn.update.own_share for turn in reported],
+        "num_examples": [turn.client.num_examples for turn in reported],
+        "clients": [turn.client.id for turn in reported],
         "dropped": sorted(dropped),
         "nonfinite": nonfinite,
-        "upload_bytes": sum(sent + r.share.nbytes for m in means if len(m.federation.clients) > 1 for r in m.reports),
+        "upload_bytes": sum(sent + turn.share.nbytes for turn in reported if exchanges(turn)),
         "download_bytes": download_bytes,
         "knn": None,
         "seconds": round(time.perf_counter() - clock, 2),
     }
 
 
-class Mean:
-    """One server's round: the mean of its members' uploads, each folded in as it arrives, so that one is held at a time."""
-
-    def __init__(self, federation: Federation, members: list[Client]):
-        self.federation, self.members = federation, members
-        self.expected, self.waiting = sum(client.num_examples for client in members), len(members)
-        self.total: Part | None = None
-        self.reports: list[Report] = []
-
-    def add(self, report: Report, upload: Part, began: Part, segments: Tensor) -> Tensor:
-        """Take a client's upload in; returns its drift on the segments from what it began with, `[L]`."""
-        self.total = self.total or self.federation.server.zeros()
-        self.reports.append(report)
-        return aggregate(self.total, upload, report.client.num_examples / self.expected, began, segments)
-
-    def settle(self) -> None:
-        """After each member's turn; when all had theirs, the mean becomes the server's model, if anybody reported."""
-        self.waiting -= 1
-        if self.waiting or not self.reports:
-            return
-        averaged = sum(report.client.num_examples for report in self.reports)
-        if averaged < self.expected:
-            self.total.vector.mul_(self.expected / averaged)
-            self.total.buffers.mul_(self.expected / averaged)
-        self.federation.server, self.total = self.total, None
-        self.federation.shared = torch.cat([report.share for report in sorted(self.reports, key=lambda report: report.client.id)])
-
-
-def train_in_waves(
-    round_: int, options: dict, means: list[Mean], objective: Objective, images: Tensor, segments: Tensor, bank: Bank
-) -> None:  # fmt: skip
-    """The members' turns, those with the most images first: a client for each rank, then the next.
-
-    Uploads are folded in this order on any number of ranks, and neighbours in it have about as much to do. A client whose upload is not
-    finite keeps what it had.
-    """
-    turns = sorted(
-        ((running, client) for running in means for client in running.members), key=lambda turn: (-turn[1].num_examples, turn[1].id)
-    )
-    dictionary, steps = METHODS[options["method"]].dictionary, [num_steps(client, options) for _, client in turns]
-    with tqdm(total=sum(steps), desc=f"round {round_}", unit="step", leave=False, disable=not sys.stderr.isatty()) as progress:
-        for first in range(0, len(turns), ranks.COUNT):
-            wave, begun = turns[first : first + ranks.COUNT], {}
-            for rank, (running, client) in reversed(list(enumerate(wave))):  # this rank's own client last: the networks then are its
-                client.state = bank.read(client.row, client.digest) if client.row is not None else {}
-                update = model_update(client, running.federation.server, objective, options, segments, round_)
-                client.state.clear()
-                began = running.federation.server if options["update"] in ("online", "both") else objective.online.state.clone()
-                begun[client.id] = update, began
-                objective.shared = running.federation.shared
-                if rank:
-                    ranks.send_client(rank, round_, client.id, client.last_round is None, objective)
-            for rank, (running, client) in enumerate(wave):
-                if rank:
-                    loss, share = ranks.receive_client(rank, objective)
-                    progress.update(num_steps(client, options))
-                else:
-                    loss, share = train_client(round_, client, client.last_round is None, options, objective, images, progress)
-                update, began = begun.pop(client.id)
-                if math.isfinite(loss) and is_finite(uploadable(objective, options["aggregate"])):
-                    upload = model_upload(client, objective, options, round_)
-                    report = Report(client, update, loss, share[: dictionary // len(running.members)])
-                    drift = running.add(report, upload, began, segments)
-                    if options["aggregate"] == "target":  # the divergence is the online encoder's, whichever is uploaded
-                        drift = ops.layer_norms(objective.online.state.vector, began.vector, segments)
-                    client.divergence = divergence(drift, options["divergence"])
-                    if options["divergence_from"] == "received":
-                        client.fix_scale(client.divergence, options["tau"])
-                    if client.state:
-                        client.row, client.digest = bank.write(client.state)
-                        client.state.clear()
-                running.settle()
-
-
-def num_steps(client: Client, options: dict) -> int:
-    return client.num_examples // options["batch_size"] * options["local_epochs"]
-
-
-def train_client(
-    round_: int, client: Client, fresh: bool, options: dict, objective: Objective, images: Tensor, progress: tqdm | None = None
-) -> tuple[float, Tensor]:  # fmt: skip
-    """A client's local training, the same on any rank; returns its loss and what it shares besides its networks."""
-    ema_decay = 0.0 if options["first_target"] == "shared" and fresh else options["ema_decay"]
-    generator = keyed_generator(images.device, options["seed"], "training", round_, client.id)
-    batches = local_batches(client.indices, options["local_epochs"], options["batch_size"], generator)
-    lr = cosine(options["lr"], round_, options["rounds"])
-    loss = local_training(objective, images, batches, generator, lr, options["precision"], ema_decay, progress=progress).item()
-    share = objective.share(METHODS[options["method"]].dictionary)
-    release_memory()
-    return loss, share
-
-
-@cache
-def glibc() -> ctypes.CDLL | None:
-    """The C library if it is glibc; asked once, since the answer is read from the interpreter's file."""
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def keep_memory() -> None:
-    """Let the C library keep what tensors free, instead of handing it back to the kernel and faulting it in again at every step.
-
-    A fifth of a ResNet-18's step on the CPU went there. Vectors of whole networks, 64 MB or more, are still mapped and unmapped as they
-    come and go, else they would leave holes. Does nothing where the library is not glibc.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-    if libc := glibc():
-        libc.mallopt(M_MMAP_THRESHOLD, 64 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def release_memory() -> None:
-    """Hand back what `keep_memory` kept: local training's activations, before the server's vectors need room."""
-    if libc := glibc():
-        libc.malloc_trim(0)
-
-
-def load_ops() -> None:
-    """Build the fused kernels now, where the first step would: whatever keeps them from it is said before a run folder is made."""
-    try:
-        ops.load()
-    except (ValueError, RuntimeError, OSError) as error:
-        raise InputError(str(error)) from None
-
-
-def build(options: dict, images: Images, device: torch.device) -> tuple[list[Federation], Objective]:
-    """The federations of a method with their clients, all starting from the one network that the seed initialises."""
-    method = METHODS[options["method"]]
-    order = np.random.default_rng([options["seed"], *b"public"]).permutation(len(images.y_train))
-    count = max(options["batch_size"], round(method.public * len(order))) if method.public else 0
-    public, private = np.sort(order[:count]), np.sort(order[count:])
-    dealt = (1, "iid") if method.federation == "pooled" else (options["clients"], options["partition"])
-    parts = partition(
-        images.y_train.cpu().numpy()[private], *dealt, options["seed"],
-        options["classes_per_client"], options["alpha"], at_least=options["batch_size"],
-    )  # fmt: skip
-    indices = [torch.from_numpy(private[part]).to(device) for part in parts]
-    torch.manual_seed(options["seed"])
-    ablation = {name: False for name in ABLATIONS if options[f"no_{name}"]}
-    objective = OBJECTIVES[method.objective](options["encoder"], device, images.y_train, **ablation)
-    if count:
-        align_with_base(objective, images.x_train[torch.from_numpy(public).to(device)], options)
-    clients = [Client(k, index) for k, index in enumerate(indices)]
-    groups = [[client] for client in clients] if method.federation == "each" else [clients]
-    return [Federation(objective.online.state.clone(), objective.shared, group) for group in groups], objective
-
-
-def align_with_base(objective: FedCA, public: Tensor, options: dict) -> None:
-    """Train a base model by SimCLR on the public images, as many epochs as a client will make in the run, and align with it."""
-    device, epochs = public.device, options["rounds"] * options["local_epochs"]
-    base = SimCLR(copy.deepcopy(objective.online.module.encoder), device)
-    generator = keyed_generator(device, options["seed"], "public")
-    everything = torch.arange(len(public), device=device)
-    batches = local_batches(everything, epochs, options["batch_size"], generator)
-    local_training(base, public, batches, generator, options["lr"], options["precision"])
-    objective.align(public, evaluation.extract_features(base.online.module, public).clone())
-
-
-def cosine(lr0: float, round_: int, rounds: int) -> float:
-    """`lr0 (1 + cos(pi r / R)) / 2`: cosine over rounds, constant inside a round."""
-    return lr0 * (1 + math.cos(math.pi * round_ / rounds)) / 2
+def draw_turns(servers: list[Server], options: Options, round_: int) -> tuple[list[Turn], set[int]]:
+    """The turns of a round, those with the most images first so that neighbours take about as long; and who drops out."""
+    selected = sample_clients(sum(len(server.clients) for server in servers), options.clients_per_round, options.seed, round_)
+    dropped = {k for k in selected if drops_out(k, options.dropout, options.seed, round_)}
+    turns = []
+    for server in servers:
+        members = [client for client in server.clients if client.id in selected - dropped]
+        total = sum(client.num_examples for client in members)
+        turns += [Turn(client, server, client.num_examples / total) for client in members]
+    return sorted(turns, key=lambda turn: (-turn.client.num_examples, turn.client.id)), dropped
 
 
 def sample_clients(clients: int, per_round: int | None, seed: int, round_: int) -> set[int]:
@@ -413,23 +222,23 @@ def drops_out(client: int, probability: float, seed: int, round_: int) -> bool:
     return torch.rand((), generator=keyed_generator(torch.device("cpu"), seed, "dropout", round_, client)).item() < probability
 
 
-def is_finite(part: Part) -> bool:
-    return bool(part.vector.isfinite().all() and part.buffers.isfinite().all())
+def exchanges(turn: Turn) -> bool:
+    """Whether anything travels: a client alone has nobody to exchange anything with."""
+    return len(turn.server.clients) > 1
 
 
-# ------------------------------------------------------------------------------- the four stages of a round (paper, figure 2)
+def begins_apart(exchange: Exchange) -> bool:
+    """Whether clients begin a round with online networks of their own, and not all with the server's model."""
+    return exchange.update in ("target", "ema")
 
 
-def local_batches(indices: Tensor, epochs: int, batch_size: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """The batches of `epochs` shuffled passes over a client's images, as indices `[B]`; the last partial one of a pass is dropped."""
-    for _ in range(epochs):
-        order = indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
-        yield from order[: len(order) // batch_size * batch_size].split(batch_size)
+# ------------------------------------------------------------------------ the four stages of a round (paper, figure 2)
 
 
 def local_training(
     objective: Objective, images: Tensor, batches: Iterable[Tensor], generator: torch.Generator | None, lr: float,
-    precision: str = "fp32", ema_decay: float = 0.99, views: Callable[..., tuple[Tensor, Tensor]] = two_views, progress: tqdm | None = None,
+    precision: str = "fp32", ema_decay: float = 0.99, views: Callable[..., tuple[Tensor, Tensor]] = two_views,
+    progress: Progress | None = None,
 ) -> Tensor:  # fmt: skip
     """Stage 1: train the objective's networks on a client's batches; returns the mean loss, `[]`, still on the device.
 
@@ -455,132 +264,184 @@ def local_training(
         optimizer.step()
         objective.update_target(ema_decay)
 
-    with as_graph(step, generator) if device.type == "cuda" else nullcontext(step) as run:
+    with as_graph(step, generator) if device.type == "cuda" else nullcontext(step) as run_step:
         for batch in batches:
-            run(batch)
+            run_step(batch)
             steps += 1
             if progress is not None:
                 progress.update()
     return total / steps
 
 
-@contextmanager
-def as_graph(step: Callable[[Tensor], None], generator: torch.Generator) -> Iterator[Callable[[Tensor], None]]:
-    """A training step as a CUDA graph: one launch for the host instead of some 400, for which a GPU would wait.
+def local_batches(indices: Tensor, epochs: int, batch_size: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """The batches of `epochs` shuffled passes over a client's images, as indices `[B]`; the last partial one of a pass is dropped."""
+    for _ in range(epochs):
+        order = indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
+        yield from order[: len(order) // batch_size * batch_size].split(batch_size)
 
-    The first three steps run as they are, on the stream that the graph is captured on: PyTorch wants its libraries, the gradients and
-    the momentum to be there by then. Gives what takes a batch, always of the same size, in place of `step`.
+
+def train_client(
+    options: Options, federation: Federation, progress: Progress | None, round_: int, client_id: int, joins: bool
+) -> tuple[float, Tensor]:  # fmt: skip
+    """A client's local training from what the networks hold; returns its loss and what it shares besides its networks.
+
+    joins: whether it takes part for the first time. Random numbers are keyed by (seed, round, client): the result is the same on any rank.
     """
-    stream, graph, first = torch.cuda.Stream(), torch.cuda.CUDAGraph(), iter(range(3))
-    captured: Tensor | None = None
-
-    def run(batch: Tensor) -> None:
-        nonlocal captured
-        if next(first, None) is not None:
-            return step(batch)
-        if captured is None:
-            captured = batch.clone()
-            graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, stream=stream):
-                step(captured)
-        captured.copy_(batch)
-        graph.replay()
-
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield run
-    torch.cuda.current_stream().wait_stream(stream)
+    objective, images = federation.objective, federation.images
+    indices = next(client.indices for client in federation.clients if client.id == client_id)
+    ema_decay = 0.0 if options.first_target == "shared" and joins else options.ema_decay
+    generator = keyed_generator(images.device, options.seed, "training", round_, client_id)
+    batches = local_batches(indices, options.local_epochs, options.batch_size, generator)
+    lr = cosine(options.lr, round_, options.rounds)
+    loss = local_training(objective, images, batches, generator, lr, options.precision, ema_decay, progress=progress).item()
+    share = objective.share(METHODS[options.method].dictionary)
+    release_memory()
+    return loss, share
 
 
-def uploadable(objective: Objective, aggregate: str) -> Part:
-    """What a client would upload now: the encoder that the server averages, online or target, and the predictor. A view, or a copy."""
-    if aggregate == "online":
-        return objective.online.state
-    return Part(*map(torch.cat, zip(objective.parts["target"], objective.parts["predictor"])))
+def num_steps(client: Client, training: Training) -> int:
+    """Of a client's local training in one round."""
+    return client.num_examples // training.batch_size * training.local_epochs
 
 
-def model_upload(client: Client, objective: Objective, options: dict, round_: int) -> Part:
-    """Stage 2: encoder and predictor, for the server to take in before the next client trains; what the client will need stays with it."""
-    client.state = {name: part.clone() for name, part in kept_parts(objective, options).items()}
-    client.last_round = round_
-    return uploadable(objective, options["aggregate"])
+def cosine(lr0: float, round_: int, rounds: int) -> float:
+    """`lr0 (1 + cos(pi r / R)) / 2`: cosine over rounds, constant inside a round."""
+    return lr0 * (1 + math.cos(math.pi * round_ / rounds)) / 2
 
 
-def kept_parts(objective: Objective, options: dict) -> dict[str, Part]:
+def model_upload(objective: Objective, aggregate: str, out: Tensor | None = None) -> Tensor:
+    """Stage 2: what a client uploads, `[P]`: the encoder that the server averages, online or target, and the predictor."""
+    encoder = objective.parts["encoder" if aggregate == "online" else "target"]
+    return torch.cat([encoder, objective.parts["predictor"]], out=out)
+
+
+def kept_parts(objective: Objective, exchange: Exchange) -> dict[str, Tensor]:
     """The parts that a client keeps from round to round: those that `model_update` does not replace by the server's, or mixes in."""
     kept = {name: True for name in objective.own}
-    kept["target"] = "target" in kept and options["update"] in ("online", "ema")
-    kept["encoder"] = options["update"] in ("target", "ema") or options["divergence_from"] == "global"
-    kept["predictor"] = options["predictor"] != "global"
+    kept["target"] = "target" in kept and exchange.update in ("online", "ema")
+    kept["encoder"] = begins_apart(exchange) or exchange.divergence_from == "global"
+    kept["predictor"] = exchange.predictor != "global"
     return {name: objective.parts[name] for name, needed in kept.items() if needed}
 
 
-def aggregate(total: Part, upload: Part, weight: float, received: Part, segments: Tensor) -> Tensor:
-    """Stage 3: fold an upload into the mean as it arrives, `phi <- phi + (n_k / n) theta_k`: the server never holds them all.
+class Uploads:
+    """Stage 3: the uploads of a round as rows of one matrix `[rows, P]`. The server's mean and every drift come from one pass over it.
 
-    So for encoder, predictor and BatchNorm's statistics; its integer counters are copied. total: the sum so far, zeros at first, changed
-    in place. received: what the client had begun with. Returns its drift `[L]`, `norm2(theta_k - received)` on each of the segments
-    `[L, 2]`. The sum so far is taken as one more client, of weight 1.
+    So `phi = sum_k (n_k / n) theta_k` for encoder, predictor and BatchNorm's statistics alike. Where `memory`, in bytes, has room for
+    fewer rows than there are uploads, these are aggregated in tiles: the sum so far is then one more row, of weight 1. The results are
+    the same bits.
     """
-    weights = torch.tensor([1, weight]).to(upload.vector)
-    vector, drift, _ = ops.aggregate(torch.stack([total.vector, upload.vector]), weights, received.vector, segments)
-    buffers = ops.weighted_mean(torch.stack([total.buffers, upload.buffers]), weights)
-    total.copy_(Part(vector, buffers, upload.counters))
-    return drift[1]
+
+    def __init__(self, objective: Objective, exchange: Exchange, segments: Tensor, clients: int, memory: int = UPLOAD_MEMORY):
+        self.objective, self.exchange, self.segments = objective, exchange, segments
+        like, matrices = objective.online.vector, 1 + begins_apart(exchange)
+        rows = min(clients, max(2, memory // (matrices * like.nbytes)))
+        self.matrix = like.new_empty(rows, len(like))
+        self.received = torch.empty_like(self.matrix) if begins_apart(exchange) else None
+        self.mean = torch.empty_like(like)
+        self.summed: list[Turn] = []  # whose uploads are in the sum so far
+        self.waiting: list[Turn] = []  # whose uploads are in the matrix
+
+    @property
+    def filled(self) -> int:
+        return bool(self.summed) + len(self.waiting)
+
+    def next_row(self, server: Server) -> Tensor:
+        """The row for the next upload to this server."""
+        if self.filled == len(self.matrix):
+            self.aggregate(server)
+            self.matrix[0] = self.mean
+        return self.matrix[self.filled]
+
+    def add(self, turn: Turn) -> None:
+        """Count the upload in the next row, of the turn whose trained networks the objective holds."""
+        if self.exchange.aggregate == "target":  # the divergence is the online encoder's, whichever is uploaded
+            self.measure(turn, ops.layer_norms(self.objective.online.vector, turn.received, self.segments))
+        if self.received is not None:
+            self.received[self.filled] = turn.received
+        turn.received = None  # its memory may go
+        self.waiting.append(turn)
+
+    def aggregate(self, server: Server) -> None:
+        """Take the waiting uploads into the mean, and measure each one's drift from what its client received."""
+        sums = self.filled - len(self.waiting)
+        weights = torch.tensor([1.0] * sums + [turn.weight for turn in self.waiting]).to(self.matrix)
+        received = server.model if self.received is None else self.received[: self.filled]
+        _, drift, _ = ops.aggregate(self.matrix[: self.filled], weights, received, self.segments, out=self.mean)
+        if self.exchange.aggregate == "online":
+            for turn, norms in zip(self.waiting, drift[sums:], strict=True):
+                self.measure(turn, norms)
+        self.summed += self.waiting
+        self.waiting = []
+
+    def settle(self, server: Server) -> None:
+        """After the last turn of a server: the mean of those that reported becomes its model, if anybody did."""
+        if self.waiting:
+            self.aggregate(server)
+        if not self.summed:
+            return
+        reported = sum(turn.client.num_examples for turn in self.summed)
+        expected = round(self.summed[0].client.num_examples / self.summed[0].weight)
+        if reported < expected:  # some uploads were not finite
+            self.mean.mul_(expected / reported)
+        server.model, self.mean = self.mean, server.model
+        server.dictionary = torch.cat([turn.share for turn in sorted(self.summed, key=lambda turn: turn.client.id)])
+        self.summed = []
+
+    def measure(self, turn: Turn, norms: Tensor) -> None:
+        turn.client.divergence = divergence(norms, self.exchange.divergence)
+        if self.exchange.divergence_from == "received":
+            turn.client.fix_ema_scale(turn.client.divergence, self.exchange.tau)
 
 
-class Update(NamedTuple):
-    """What a client took: whose predictor (global, local, mixed; - without any), its own one's share, and the divergence that decided."""
-
-    predictor: str
-    own_share: float
-    divergence: float | None
-
-
-def model_update(client: Client, server: Part, objective: Objective, options: dict, segments: Tensor, round_: int) -> Update:
-    """Stage 4: load what the client trains from into the objective's networks.
+def model_update(
+    client: Client, kept: dict[str, Tensor], model: Tensor, objective: Objective, exchange: Exchange, segments: Tensor, round_: int
+) -> Update:  # fmt: skip
+    """Stage 4: load what the client trains from into the objective's networks. kept: what it has of `kept_parts`. model: the server's.
 
     FedU: the online encoder is the server's, the target the client's own, and by DAPU the predictor is the server's if the client's
     divergence is below mu, else its own. FedEMA mixes its own online encoder and predictor in, by `own_share`. The options `update` and
     `predictor` give the other columns. A client that takes part for the first time has everything from the server; so has one of
     FedEMA's that was not in the last round.
     """
-    fresh = client.last_round is None or (options["update"] == "ema" and client.last_round != round_ - 1)
-    objective.online.state.copy_(server)
+    parts = objective.parts
+    starts_anew = client.last_round is None or (exchange.update == "ema" and client.last_round != round_ - 1)
+    objective.online.vector.copy_(model)
     for name, start in objective.own.items():
-        objective.parts[name].copy_(start if fresh else client.state.get(name, start))
-    servers = "global" if objective.parts["predictor"].nbytes else "-"
-    if fresh:
+        parts[name].copy_(start if starts_anew else kept.get(name, start))
+    servers = "global" if len(parts["predictor"]) else "-"
+    if starts_anew:
         return Update(servers, 0.0, None)
     d = client.divergence
-    if options["divergence_from"] == "global":
-        norms = ops.layer_norms(client.state["encoder"].vector, objective.parts["encoder"].vector, segments)
-        d = divergence(norms, options["divergence"])
-    client.fix_scale(d, options["tau"])
-    mixed = min(1.0, client.scale * d) if client.scale else 0.0
-    if options["update"] in ("target", "both"):
-        objective.parts["target"].copy_(objective.parts["encoder"])
-    if options["update"] == "target":
-        objective.parts["encoder"].copy_(client.state["encoder"])
-    if options["update"] == "ema":
-        mix(objective.parts["encoder"], client.state["encoder"], mixed)
-    own_share = {"global": 0.0, "local": 1.0, "dapu": float(d >= options["mu"]), "ema": mixed}[options["predictor"]]
-    if options["predictor"] == "ema":
-        mix(objective.parts["predictor"], client.state["predictor"], mixed)
+    if exchange.divergence_from == "global":
+        d = divergence(ops.layer_norms(kept["encoder"], parts["encoder"], segments), exchange.divergence)
+        client.fix_ema_scale(d, exchange.tau)
+    mixed = min(1.0, client.ema_scale * d) if client.ema_scale else 0.0
+    if exchange.update in ("target", "both"):
+        parts["target"].copy_(parts["encoder"])
+    if exchange.update == "target":
+        parts["encoder"].copy_(kept["encoder"])
+    if exchange.update == "ema":
+        mix(objective, "encoder", kept["encoder"], mixed)
+    own_share = {"global": 0.0, "local": 1.0, "dapu": float(d >= exchange.mu), "ema": mixed}[exchange.predictor]
+    if exchange.predictor == "ema":
+        mix(objective, "predictor", kept["predictor"], mixed)
     elif own_share:
-        objective.parts["predictor"].copy_(client.state["predictor"])
+        parts["predictor"].copy_(kept["predictor"])
     return Update({0.0: servers, 1.0: "local"}.get(own_share, "mixed"), own_share, d)
 
 
-def mix(received: Part, own: Part, own_share: float) -> None:
+def mix(objective: Objective, name: str, own: Tensor, own_share: float) -> None:
     """`received <- own_share own + (1 - own_share) received`, over parameters: BatchNorm's statistics stay those received."""
-    ops.ema_(received.vector, own.vector, 1 - own_share)
+    weights = objective.weights[name]
+    ops.ema_(objective.parts[name][weights], own[weights], 1 - own_share)
 
 
 def divergence_segments(objective: Objective, kind: str) -> Tensor:
     """What d_k is measured on, `[L, 2]`: each convolution for `layer-mean` (authors' code), the whole encoder for `squared` (paper)."""
-    whole = Segment("encoder", 0, len(objective.parts["encoder"].vector))
-    return torch.tensor([[begin, end] for _, begin, end in (conv_segments(objective.online) if kind == "layer-mean" else [whole])])
+    weights = objective.weights["encoder"]
+    segments = conv_segments(objective.online) if kind == "layer-mean" else [Segment("encoder", weights.start, weights.stop)]
+    return torch.tensor([[begin, end] for _, begin, end in segments])
 
 
 def divergence(norms: Tensor, kind: str) -> float:
@@ -588,254 +449,202 @@ def divergence(norms: Tensor, kind: str) -> float:
     return (norms.mean() if kind == "layer-mean" else norms.square().sum()).item()
 
 
-def dapu_notice(metrics: list[dict], predictor: str, mu: float) -> str:
-    """A sentence for the case that every DAPU decision of the run was the same, else nothing."""
-    decided = [(taken, d) for row in metrics for taken, d in zip(row["predictor"], row["decided_on"]) if d is not None]
-    decisions, divergences = {taken for taken, _ in decided}, [d for _, d in decided]
-    if predictor != "dapu" or len(decisions) != 1:
-        return ""
-    consequence = "predictors were as in FedBYOL" if decisions == {"global"} else "clients shared a predictor in their first round only"
-    span = f"divergences {min(divergences):.3g} to {max(divergences):.3g}"
-    return f"\nmu = {mu:g} never bound: every DAPU decision was {decisions.pop()} ({span}), so {consequence}.\n"
+# ------------------------------------------------------------------------------------------------------ the whole run
 
 
-# ------------------------------------------------------------------------------------------------- the run folder
+class Run(NamedTuple):
+    """A finished run: its folder, and its rounds as in metrics.jsonl."""
+
+    folder: Path
+    metrics: list[dict]
+
+    @property
+    def encoders(self) -> list[Encoder]:
+        """The encoder of each server: of `single` one for each client, else one."""
+        return load_encoders(self.folder)
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.encoders[0]
 
 
-def prepare(given: dict) -> tuple[Path, dict]:
-    """The run folder and the resolved options: those given, then the run's own on --resume, else the data set's recipe."""
-    given = dict(given)
-    run, out = given.pop("resume", None), given.pop("out", None)
-    given.pop("overwrite", None)
-    if run is not None:
-        stored = parse_options(as_arguments(evaluation.read_config(run)["options"]))
-        stored = defaults(stored["method"]) | stored  # an older run knows fewer options
-        changed = [k for k in given if given[k] != stored[k] and k not in HOST_OPTIONS]
-        if changed:
-            names = ", ".join(f"--{k.replace('_', '-')} {given[k]} (it was {stored[k]})" for k in changed)
-            raise InputError(f"--resume {run} got other options than the run has: {names}")
-        return run, stored | given
-    method = METHODS[given.get("method", DEFAULTS["method"])]
-    options = defaults(given.get("method", DEFAULTS["method"])) | RECIPES.get(given.get("dataset", DEFAULTS["dataset"]), PAPER) | given
-    if "no_predictor" in given and "predictor" not in given:
-        options["predictor"] = "global"
-    check_given(method, given, options)
-    if options["divergence"] == "squared" and options["predictor"] == "dapu" and "mu" not in given:
-        raise InputError("--divergence squared wants a --mu of its own, since 0.4 belongs to layer-mean")
-    if (options["clients_per_round"] or 1) > options["clients"]:
-        raise InputError(f"--clients-per-round got {options['clients_per_round']}, there are {options['clients']} clients")
-    name = f"{Path(options['dataset']).stem}-{options['method']}-{options['clients']}clients-s{options['seed']}"
-    return out or Path("runs") / name, options
+def train(options: Options, out: Path | None = None, overwrite: bool = False) -> Run:
+    """Train as the options say, in a new run folder, by default `runs/DATASET-METHOD-Kclients-sSEED`.
 
-
-def as_arguments(options: dict) -> list[str]:
-    """A run's options as its command line would have them, whose parser then checks what a config.json says."""
-    names = {name: f"--{str(name).replace('_', '-')}" for name in options}
-    return [names[k] if v is True else f"{names[k]}={v}" for k, v in options.items() if v is not None and v is not False]
-
-
-def check_given(method: Method, given: dict, options: dict) -> None:
-    """Refuse an option that would change nothing: raises InputError."""
-    has_predictor, has_target = method.objective in ("byol", "simsiam"), method.objective in ("byol", "moco-v1", "moco-v2")
-    senseless = {
-        "predictor": not has_predictor or options["no_predictor"] or method.federation != "all",
-        "no_predictor": not has_predictor,
-        "no_stop_gradient": not has_predictor,
-        "aggregate": options["aggregate"] == "target" and not has_target,
-        "update": options["update"] in ("target", "both") and not has_target,
-        "mu": options["predictor"] != "dapu",
-        "tau": "ema" not in (options["update"], options["predictor"]),
-        "divergence_from": not {"dapu", "ema"} & {options["update"], options["predictor"]},
-        "ema_decay": not has_target,
-        "first_target": not has_target,
-        "classes_per_client": options["partition"] != "classes",
-        "alpha": options["partition"] != "dirichlet",
-        "clients_per_round": method.federation == "pooled",
-        "image_size": options["dataset"] in ("fashion", *CIFAR_CLASSES) or options["dataset"].endswith(".npz"),
-    }
-    for name, changes_nothing in senseless.items():
-        if name in given and changes_nothing:
-            got = "" if given[name] is True else f" {given[name]}"
-            raise InputError(f"--{name.replace('_', '-')}{got} changes nothing in --method {options['method']} with its other options")
-
-
-@contextmanager
-def run_folder(out: Path, make: bool) -> Iterator[None]:
-    """Hold the run folder for this process alone, and end on SIGTERM as on Ctrl-C: with the command that continues the run."""
-    with os_errors(f"--out {out} cannot be made"):
-        if make:
-            out.mkdir(parents=True, exist_ok=True)
-    with locked(out, f"{out} is in use by another fedu.py: wait for it, or choose another --out"):
-        for fragment in (path for name in RUN_FILES for path in out.glob(f".{name}.*")):
-            fragment.unlink()  # of a run that was killed while it wrote
-        former = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"continue with `python fedu.py --resume {shlex.quote(str(out))}`") from None
-        finally:
-            signal.signal(signal.SIGTERM, former)
-
-
-def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> dict:
-    """Begin a run in its folder; returns its config.
-
-    A folder in use is refused unless `overwrite`, which removes a former run's files and no others.
+    Raises InputError if the folder is in use, and for images and options that do not go together.
     """
-    config = {
-        "options": options,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": describe_device(device),
-        **describe_code(),
-        "seconds": 0.0,
-    }
-    with os_errors(f"--out {out} cannot be used"):
-        if holds_run(out, overwrite):
-            for name in reversed(RUN_FILES):  # config.json last, by which an interrupted removal can be repeated
-                (out / name).unlink(missing_ok=True)
-    write_config(out, config)
-    write_metrics(out, [])
-    return config
+    name = f"{Path(options.dataset).stem}-{options.method}-{options.clients}clients-s{options.seed}"
+    out = Path(out or Path("runs") / name)
+    holds_run(out, overwrite)  # before anything that takes its time
+    return simulate(options, out, partial(open_run, out, asdict(options), overwrite=overwrite))
 
 
-def holds_run(out: Path, overwrite: bool) -> bool:
-    """Whether a former run is there, to be replaced. Raises InputError if something is that must not be."""
-    with os_errors(f"--out {out} cannot be used"):
-        if not out.is_dir() or not any(out.iterdir()):
-            return False
-    if not overwrite:
-        raise InputError(f"{out} is not empty: choose another --out, or --resume {out}, or --overwrite it")
-    evaluation.read_config(out)  # not a run folder? then nothing in it is ours to remove
-    return True
+def resume(out: Path, **given: object) -> Run:
+    """Continue the run in a folder. given: options that may differ from the run's, such as `device`; others raise InputError."""
+    stored = read_config(out)["options"]
+    unknown = sorted(stored.keys() - OPTIONS.keys())
+    if unknown:
+        raise InputError(f"{out} was begun by a version that had the option {flag(unknown[0])}: train it again with --overwrite")
+    begun = Options(**stored)
+    changed = [name for name, value in given.items() if value != getattr(begun, name) and name not in HOST_OPTIONS]
+    if changed:
+        names = ", ".join(f"{flag(name)} {given[name]} (it was {getattr(begun, name)})" for name in changed)
+        raise InputError(f"--resume {out} got other options than the run has: {names}")
+    return simulate(replace(begun, **given), out, lambda _: reopen_run(out))
 
 
-def resume(out: Path) -> dict:
-    """The config of a run that was begun; says so if it was by other code."""
-    config = evaluation.read_config(out)
-    if config.get("source") != describe_code()["source"]:
-        print(f"{out} was begun by other code, commit {config.get('commit')}: the rest may differ from what that gave", file=sys.stderr)
-    return config
+def simulate(options: Options, out: Path, open_folder: Callable[[torch.device], dict]) -> Run:
+    """Get all that a run needs, and make its rounds. Whatever can fail for want of input fails before the run folder is touched."""
+    load_kernels()
+    keep_memory()
+    log = tensorboard_log(out / "tensorboard") if options.log == "tensorboard" else lambda row: None
+    device = choose_device(options.device)
+    with ranks.process_group(device):
+        images = load_images(options.dataset, Path(options.data_root), options.image_size).to(device)
+        federation = build(options, images, device)
+        if RANK:
+            ranks.serve(partial(train_client, options, federation, None), federation.objective)
+            return Run(out, [])
+        with run_folder(out):
+            return run_rounds(options, out, open_folder(device), federation, images, log)
 
 
-def describe_code() -> dict:
-    """What the program is: a hash over its sources, and git's commit where there is one."""
-    here = Path(__file__).parent
-    sources = sorted(p for p in (*here.glob("*.py"), *here.glob("ops/*")) if p.suffix in (".py", ".h", ".cpp", ".cu"))
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    git = shutil.which("git") and subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
-    return {"source": hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16], "commit": git or None}
+def run_rounds(options: Options, out: Path, config: dict, federation: Federation, images: Images, log: Callable[[dict], None]) -> Run:
+    """All rounds, from the first one or from the run's checkpoint, and what the run folder holds afterwards."""
+    objective, device = federation.objective, images.x_train.device
+    rounds = options.rounds if METHODS[options.method].trains else 0
+    bank = Bank(kept_parts(objective, options), out / "bank.bin")
+    uploads = Uploads(objective, options, federation.segments, options.clients_per_round or len(federation.clients))
+    start, seconds = restore(federation, load_checkpoint(out, bank, device))
+    metrics, begun = read_metrics(out)[:start] if start else [], time.perf_counter()
+    if start:
+        print(f"{out}: continuing after {start} of {rounds} rounds")
+    print(f"{options.method} on {options.dataset}: {len(images.x_train)} images, {describe_clients(federation)}, {describe_device(device)}")
+    print(TABLE_HEADER, flush=True)
+    for round_ in range(start, rounds):
+        announce = partial(announce_time, options) if round_ == start and device.type == "cpu" else None
+        row = run_round(round_, options, federation, bank, uploads, announce)
+        if options.knn_every and ((round_ + 1) % options.knn_every == 0 or round_ + 1 == rounds):
+            row["knn"] = mean([knn(load(federation, server), images) for server in federation.servers])
+        metrics.append(row)
+        write_metrics(out, metrics)
+        passed = time.perf_counter() - begun
+        save_checkpoint(out, checkpoint(federation, round_ + 1, seconds + passed), bank)
+        log(row)
+        print(round_line(row, passed / (round_ + 1 - start) * (rounds - round_ - 1)), flush=True)
+
+    save_encoders(out, options.encoder, federation)
+    write_config(out, config | {"seconds": round(seconds + time.perf_counter() - begun, 1)})
+    if any(row["clients"] for row in metrics):
+        plot([out], out / "divergence.png")
+        print(dapu_notice(metrics, options.predictor, options.mu), end="")
+    print(f"\n{out} holds the run. Next:\n  python eval.py {out}" + f"\n  python eval.py --plot {out}" * bool(metrics))
+    return Run(out, metrics)
 
 
-def write_config(out: Path, config: dict) -> None:
-    """config.json: what was run, by which code, on what; on --resume it stays that of the start, but for the seconds."""
-    write_atomic(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode() + b"\n"))
-
-
-def write_metrics(out: Path, metrics: list[dict]) -> None:
-    write_atomic(out / "metrics.jsonl", lambda file: file.write("".join(json.dumps(row) + "\n" for row in metrics).encode()))
-
-
-def save_checkpoint(out: Path, rounds_done: int, federations: list[Federation], bank: Bank, seconds: float) -> None:
-    """checkpoint.pt: all that the next round depends on, but for the clients' networks, whose rows in the bank it names.
-
-    Random generators are keyed by (seed, round, client) and have no state.
-    """
-    servers = [[*f.server, f.shared] for f in federations]
-    fields = {name: [getattr(c, name) for f in federations for c in f.clients] for name in CLIENT_FIELDS}
-    content = {"round": rounds_done, "seconds": seconds, "servers": servers, "clients": fields, "rows_before": sorted(bank.named)}
-    content["checksum"] = checksum(t for server in servers for t in server)
-    bank.flush()
-    write_atomic(out / "checkpoint.pt", lambda file: torch.save(content, file), keep_as=out / "checkpoint-previous.pt")
-    bank.protect(row for row in fields["row"] if row is not None)
-
-
-def load_checkpoint(out: Path, federations: list[Federation], bank: Bank) -> tuple[int, float]:
-    """Restore the federations in place; returns the number of rounds done and the seconds that they took, 0 without a checkpoint.
-
-    Falls back to the previous checkpoint if the last one is damaged, and says so, or missing.
-    """
-    paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
-    for path, other in zip(paths, [*paths[1:], None]):
-        try:
-            done = read_checkpoint(path, federations, bank)
-        except InputError as error:
-            if other is None:
-                raise
-            print(f"{error}; falling back to {other}", file=sys.stderr)
-        else:
-            with os_errors(f"cannot replace {out}/checkpoint.pt"):
-                os.replace(path, out / "checkpoint.pt")  # else the next one would put the damaged one in the place of this
-            return done
-    return 0, 0.0  # not begun, or interrupted before the first round's end
-
-
-def read_checkpoint(path: Path, federations: list[Federation], bank: Bank) -> tuple[int, float]:
-    clients = [client for federation in federations for client in federation.clients]
+def load_kernels() -> None:
+    """Build the fused kernels first, so that a build error leaves no run folder."""
     try:
-        content = torch.load(path, map_location=federations[0].server.vector.device, weights_only=True)
-        for federation, (*server, shared) in zip(federations, content["servers"], strict=True):
-            federation.server, federation.shared = Part(*server), shared
-        for name in CLIENT_FIELDS:
-            for client, value in zip(clients, content["clients"][name], strict=True):
-                setattr(client, name, value)
-        intact = content["checksum"] == checksum(t for server in content["servers"] for t in server)
-        rounds_done, seconds, rows_before = content["round"], content["seconds"], content["rows_before"]
-    except Exception as error:  # whatever a damaged archive makes torch raise
-        raise InputError(f"{path} is not a readable checkpoint ({first_line(error)})") from None
-    if not intact:
-        raise InputError(f"{path} is damaged: its tensors do not have the checksum that they were saved with")
-    rows = {client.row: client.digest for client in clients if client.row is not None}
-    for row, digest in rows.items():
-        bank.verify(row, digest)
-    bank.protect(rows_before)
-    bank.protect(rows)
-    return rounds_done, seconds
+        ops.load()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise InputError(str(error)) from None
 
 
-def save_encoder(out: Path, name: str, objective: Objective, federations: list[Federation]) -> None:
+def build(options: Options, images: Images, device: torch.device) -> Federation:
+    """The servers of a method with their clients, all starting from the one network that the seed initialises."""
+    method = METHODS[options.method]
+    order = np.random.default_rng([options.seed, *b"public"]).permutation(len(images.y_train))
+    count = max(options.batch_size, round(method.public * len(order))) if method.public else 0
+    public, private = np.sort(order[:count]), np.sort(order[count:])
+    dealt = (1, "iid") if method.servers == "pooled" else (options.clients, options.partition)
+    parts = partition(
+        images.y_train.cpu().numpy()[private], *dealt, options.seed,
+        options.classes_per_client, options.alpha, at_least=options.batch_size,
+    )  # fmt: skip
+    clients = [Client(k, torch.from_numpy(private[part]).to(device)) for k, part in enumerate(parts)]
+    objective = build_objective(options, images.y_train, device)
+    if count:
+        align_with_base(objective, images.x_train[torch.from_numpy(public).to(device)], options)
+    groups = [[client] for client in clients] if method.servers == "each" else [clients]
+    servers = [Server(objective.online.vector.clone(), objective.shared, group) for group in groups]
+    return Federation(servers, objective, images.x_train, divergence_segments(objective, options.divergence))
+
+
+def build_objective(options: Options, labels: Tensor, device: torch.device) -> Objective:
+    """The method's objective with its networks, initialised by the seed."""
+    torch.manual_seed(options.seed)
+    ablation = {name: False for name in ("predictor", "stop_gradient") if getattr(options, f"no_{name}")}
+    return OBJECTIVES[METHODS[options.method].objective](options.encoder, device, labels, **ablation)
+
+
+def align_with_base(objective: FedCA, public: Tensor, options: Options) -> None:
+    """Train a base model by SimCLR on the public images, as many epochs as a client will make in the run, and align with it."""
+    device, epochs = public.device, options.rounds * options.local_epochs
+    base = SimCLR(copy.deepcopy(objective.online.module.encoder), device)
+    generator = keyed_generator(device, options.seed, "public")
+    everything = torch.arange(len(public), device=device)
+    batches = local_batches(everything, epochs, options.batch_size, generator)
+    local_training(base, public, batches, generator, options.lr, options.precision)
+    objective.align(public, extract_features(base.online.module, public).clone())
+
+
+def checkpoint(federation: Federation, rounds: int, seconds: float) -> Checkpoint:
+    """All that the next round depends on."""
+    tensors = [tensor for server in federation.servers for tensor in (server.model, server.dictionary)]
+    remembered = {name: [getattr(client, name) for client in federation.clients] for name in REMEMBERED}
+    rows = [client.row for client in federation.clients]
+    return Checkpoint(tensors, rows, {"round": rounds, "seconds": seconds, "clients": remembered})
+
+
+def restore(federation: Federation, saved: Checkpoint | None) -> tuple[int, float]:
+    """Put a checkpoint's content back in place; returns the rounds that are done and the seconds that they took."""
+    if saved is None:
+        return 0, 0.0
+    for server, model, dictionary in zip(federation.servers, saved.tensors[::2], saved.tensors[1::2], strict=True):
+        server.model, server.dictionary = model, dictionary
+    for k, client in enumerate(federation.clients):
+        client.row = saved.rows[k]
+        for name in REMEMBERED:
+            setattr(client, name, saved.values["clients"][name][k])
+    return saved.values["round"], saved.values["seconds"]
+
+
+def load(federation: Federation, server: Server) -> torch.nn.Module:
+    """Load a server's model into the networks; returns their backbone."""
+    federation.objective.online.vector.copy_(server.model)
+    return federation.objective.online.module.encoder.backbone
+
+
+def save_encoders(out: Path, name: str, federation: Federation) -> None:
     """encoder.pt: `{"encoder": name, "head": projector's widths, "encoders": [{"backbone", "projector"}, ...]}`, one for each server."""
-    head = list(objective.online.module.encoder.head)
-    encoders = []
-    for _ in backbones(objective, federations):
-        modules = objective.online.module.encoder.named_children()
-        encoders.append({part: {k: v.clone() for k, v in module.state_dict().items()} for part, module in modules})
-    write_atomic(out / "encoder.pt", lambda file: torch.save({"encoder": name, "head": head, "encoders": encoders}, file))
+    encoder, encoders = federation.objective.online.module.encoder, []
+    for server in federation.servers:
+        load(federation, server)
+        encoders.append({part: {k: v.clone() for k, v in module.state_dict().items()} for part, module in encoder.named_children()})
+    content = {"encoder": name, "head": list(encoder.head), "encoders": encoders}
+    write_atomic(out / "encoder.pt", lambda file: torch.save(content, file))
 
 
-def backbones(objective: Objective, federations: list[Federation]) -> Iterator[torch.nn.Module]:
-    """The objective's backbone, holding each server's global model in turn."""
-    for federation in federations:
-        objective.online.state.copy_(federation.server)
-        yield objective.online.module.encoder.backbone
-
-
-# ------------------------------------------------------------------------------------------------------- the log
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def describe(clients: list[Client], device: torch.device) -> str:
-    sizes = sorted(c.num_examples for c in clients)
+def describe_clients(federation: Federation) -> str:
+    sizes = sorted(client.num_examples for client in federation.clients)
     spread = f"{sizes[0]}" if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
-    return f"{len(clients)} client{'s' * (len(clients) > 1)} of {spread}, {describe_device(device)}"
+    return f"{len(sizes)} client{'s' * (len(sizes) > 1)} of {spread}"
 
 
-def describe_device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+def announce_time(options: Options, seconds: float) -> None:
+    """Say how long a round and the run will take, and what to run on a CPU if that is more than a day."""
+    total = seconds * options.rounds
+    smaller = "; --encoder small --batch-size 32 --local-epochs 1 --rounds 20 is a run for a CPU" if total > 24 * 3600 else ""
+    print(f"a round will take about {duration(seconds)} here, and {options.rounds} rounds {duration(total)}{smaller}", flush=True)
 
 
-def round_line(row: dict) -> str:
-    taken = "".join(p[0] for p in row["predictor"]) or "nobody reported: the global model stays as it was"
-    knn = "" if row["knn"] is None else f"{100 * row['knn']:.2f}"
-    return (
-        f"{row['round']:>7}{row['lr']:>10.5f}{mean(row['loss']):>9.4f}{mean(row['divergence']):>12.4f}{knn:>8}{row['seconds']:>9.1f}  "
-        + (taken if len(row["clients"]) <= 20 else ", ".join(f"{taken.count(p)} {p}" for p in "glm-" if p in taken))
-    )
+def main(command: Command) -> Run:
+    """The command line's work."""
+    if command.resume:
+        return resume(command.resume, **command.given)
+    return train(Options(**command.given), command.out, command.overwrite)
 
 
 if __name__ == "__main__":
     with user_errors("fedu.py"):
-        main(GIVEN)
+        main(COMMAND)

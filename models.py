@@ -96,39 +96,47 @@ class Segment(NamedTuple):
     end: int
 
 
-class Part(NamedTuple):
-    """The state of a network, or of a piece of one: parameters `[P]`, BatchNorm's running statistics `[Q]` and batch counters `[C]`.
+class Flat:
+    """A module whose parameters and BatchNorm statistics are views into one contiguous float32 vector: writing to either changes both.
 
-    Slices of a `Flat` are views: writing to them changes the network.
+    `vector` is `[buffers | parameters | buffers of top]`, where `top` is the last piece of the module: with an encoder and a predictor
+    on top of it, each of them is one slice. `weights` is the slice of the parameters, and `segments` names each one's place. BatchNorm's
+    batch counters are left out: its momentum is fixed, so nothing reads them. A convolution's weights lie channels-last, the order in
+    which a channels-last convolution reads them and gives their gradient.
+
+    With `trainable`, `weight` is `vector[weights]` as a single Parameter whose gradient the modules' own gradients are views of, so an
+    optimizer sees one tensor. Moving the module or assigning a parameter's `.data` would break the views; `check_views` asserts that
+    nothing did.
     """
 
-    vector: Tensor
-    buffers: Tensor
-    counters: Tensor
+    def __init__(self, module: nn.Module, top: nn.Module | None = None, trainable: bool = True):
+        self.module = module.requires_grad_(trainable)
+        for m in module.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.num_batches_tracked = None
+        parameters, last = dict(module.named_parameters()), list(top.buffers()) if top else []
+        first = list(module.buffers())[: -len(last) or None]
+        tensors = [*first, *parameters.values(), *last]
+        self.vector = torch.cat([in_memory_order(t.detach()).flatten() for t in tensors])
+        for tensor, piece in zip(tensors, self.vector.split([t.numel() for t in tensors])):
+            tensor.data = shaped_like(tensor, piece)
+        ends = [sum(b.numel() for b in first)]
+        for p in parameters.values():
+            ends.append(ends[-1] + p.numel())
+        self.parameters, self.weights = parameters, slice(ends[0], ends[-1])
+        self.segments = [Segment(name, *span) for name, span in zip(parameters, pairwise(ends))]
+        if trainable:
+            self.weight = nn.Parameter(self.vector[self.weights])
+            self.weight.grad = torch.zeros_like(self.weight)
+            for p, gradient in zip(parameters.values(), self.weight.grad.split([p.numel() for p in parameters.values()])):
+                p.grad = shaped_like(p, gradient)
 
-    def clone(self) -> Part:
-        return Part(*(t.clone() for t in self))
-
-    def copy_(self, other: Part) -> None:
-        for mine, theirs in zip(self, other):
-            mine.copy_(theirs)
-
-    def zeros(self) -> Part:
-        return Part(*map(torch.zeros_like, self))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self)
-
-
-def kinds_of_state(module: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """What the three vectors of a Part are made of: parameters, float buffers, integer buffers."""
-    buffers = list(module.buffers())
-    return (
-        list(module.parameters()),
-        [b for b in buffers if b.is_floating_point()],
-        [b for b in buffers if not b.is_floating_point()],
-    )
+    def check_views(self) -> None:
+        for (name, begin, _), p in zip(self.segments, self.parameters.values()):
+            assert p.data_ptr() == self.vector[begin:].data_ptr(), f"{name} is no longer a view into the network's vector"
+            if p.grad is not None:
+                gradient = self.weight.grad[begin - self.weights.start :]
+                assert p.grad.data_ptr() == gradient.data_ptr(), f"the gradient of {name} is no longer a view"
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -140,38 +148,6 @@ def shaped_like(tensor: Tensor, piece: Tensor) -> Tensor:
     """A piece of a Flat's vector as a view of the tensor's shape."""
     view = piece.view(in_memory_order(tensor).shape)
     return view.permute(0, 3, 1, 2) if tensor.ndim == 4 else view
-
-
-class Flat:
-    """A module whose parameters are views into one contiguous float32 vector, and its float buffers into a second one.
-
-    `state` holds them with the integer batch counters; `segments` names each parameter's place. With `trainable`, `weight` is the
-    vector as a single Parameter whose gradient the modules' own gradients are views of, so an optimizer sees one tensor.
-    A convolution's weights lie there channels-last, the order in which a channels-last convolution reads them and gives their gradient.
-    Moving the module or assigning a parameter's `.data` would break the views; `check_views` asserts that nothing did.
-    """
-
-    def __init__(self, module: nn.Module, trainable: bool = True):
-        self.module = module.requires_grad_(trainable)
-        self.parameters = dict(module.named_parameters())
-        kinds = kinds_of_state(module)
-        self.state = Part(*(torch.cat([in_memory_order(t.detach()).flatten() for t in tensors]) for tensors in kinds))
-        for vector, tensors in zip(self.state, kinds):
-            for tensor, piece in zip(tensors, vector.split([t.numel() for t in tensors])):
-                tensor.data = shaped_like(tensor, piece)
-        ends = torch.tensor([0] + [p.numel() for p in self.parameters.values()]).cumsum(0).tolist()
-        self.segments = [Segment(name, *span) for name, span in zip(self.parameters, pairwise(ends))]
-        if trainable:
-            self.weight = nn.Parameter(self.state.vector)
-            self.weight.grad = torch.zeros_like(self.state.vector)
-            for (_, begin, end), p in zip(self.segments, self.parameters.values()):
-                p.grad = shaped_like(p, self.weight.grad[begin:end])
-
-    def check_views(self) -> None:
-        for (name, begin, _), p in zip(self.segments, self.parameters.values()):
-            assert p.data_ptr() == self.state.vector[begin:].data_ptr(), f"{name} is no longer a view into the network's vector"
-            if p.grad is not None:
-                assert p.grad.data_ptr() == self.weight.grad[begin:].data_ptr(), f"the gradient of {name} is no longer a view"
 
 
 def conv_segments(network: Flat) -> list[Segment]:
@@ -202,21 +178,26 @@ class Online(nn.Module):
 class Objective:
     """What a client minimises on two views of its images, and the networks that it needs for that.
 
-    `parts` are the states that a client and the server exchange or keep, as views. `encoder` and `predictor` make up the online network;
+    `parts` are the pieces that a client and the server exchange or keep, as views. `encoder` and `predictor` make up the online network;
     the predictor is empty where the objective has none. Each part that an objective adds has an entry in `own`: what a client begins
     with when it takes part for the first time. `trained` are the tensors that the optimizer sees.
     """
 
     def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = False):
-        self.online = Flat(Online(encoder, predictor).to(device))
-        ends = [sum(t.numel() for t in kind) for kind in kinds_of_state(encoder)]  # in the online network's vectors the encoder comes first
-        self.parts = {
-            "encoder": Part(*(t[:end] for t, end in zip(self.online.state, ends))),
-            "predictor": Part(*(t[end:] for t, end in zip(self.online.state, ends))),
-        }
-        self.own: dict[str, Part] = {}
+        module = Online(encoder, predictor).to(device)
+        self.online = Flat(module, module.predictor)
+        end = sum(t.numel() for t in encoder.state_dict().values())
+        self.parts = {"encoder": self.online.vector[:end], "predictor": self.online.vector[end:]}
+        weights = self.online.weights
+        # where in each part its parameters lie: BatchNorm's statistics come before the encoder's, and after the predictor's
+        self.weights = {"encoder": slice(weights.start, end), "predictor": slice(0, weights.stop - end)}
+        self.own: dict[str, Tensor] = {}
         self.trained = [self.online.weight]
         self.shared = torch.empty(0, 0, device=device)  # what clients shared through the server in the last round
+
+    def networks(self) -> list[Tensor]:
+        """All that training changes, as views."""
+        return [self.online.vector, *(self.parts[name] for name in self.own)]
 
     def check_views(self) -> None:
         """Assert that the networks still are views into their vectors."""
@@ -241,10 +222,12 @@ class WithTarget(Objective):
     """An objective with a target encoder f_xi, which follows the online encoder and gets no gradient."""
 
     def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = False, stop_gradient: bool = True):
+        target = copy.deepcopy(encoder).to(device)
         super().__init__(encoder, device, predictor)
         self.stop_gradient = stop_gradient
-        self.target = Flat(copy.deepcopy(encoder), trainable=not stop_gradient)
-        self.parts["target"] = self.target.state
+        self.target = Flat(target, trainable=not stop_gradient)
+        self.parts["target"] = self.target.vector
+        self.weights["target"] = self.target.weights
         self.own["target"] = self.parts["encoder"]  # a copy of what the client received
         if not stop_gradient:
             self.trained.append(self.target.weight)
@@ -261,7 +244,8 @@ class WithTarget(Objective):
     @torch.no_grad()
     def update_target(self, ema_decay: float) -> None:
         """`xi <- m xi + (1 - m) theta`, over parameters only."""
-        ops.ema_(self.target.state.vector, self.parts["encoder"].vector, ema_decay)
+        weights = self.target.weights
+        ops.ema_(self.target.vector[weights], self.parts["encoder"][weights], ema_decay)
 
 
 class BYOL(WithTarget):
@@ -369,10 +353,9 @@ class MoCo(WithTarget):
         super().__init__(encoder, device)
         self.temperature, self.keys = temperature, []
         start = normalize(torch.randn(queue, encoder.head[-1])).to(device)
-        nothing = torch.empty(0, device=device)
-        self.own["queue"] = Part(start.flatten(), nothing, nothing.long())
+        self.own["queue"] = start.flatten()
         self.parts["queue"] = self.own["queue"].clone()
-        self.queue = self.parts["queue"].vector.view(start.shape)
+        self.queue = self.parts["queue"].view(start.shape)
 
     def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
         return [partial(self.direction, view1, view2), partial(self.direction, view2, view1)]

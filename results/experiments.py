@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import InputError, Parser, number, user_errors  # noqa: E402
+from runtime.cli import InputError, Parser, number, user_errors  # noqa: E402
 
 # What all runs of a table have in common. Beside the paper's recipe: a smaller encoder, batches of 32, fewer rounds of one epoch.
 SCALE = "--dataset cifar10 --encoder small --local-epochs 1 --batch-size 32"
@@ -115,7 +115,7 @@ def training(name: str, seed: int) -> list[str]:
 
 def experiment(name: str, seed: int) -> bool:
     """Train and evaluate one run, as far as that is not done; returns whether all of it ended well."""
-    from eval import read_evaluations  # here, since it loads torch
+    from report import read_evaluations  # here, since it loads torch
 
     run, results = folder(name, seed), ROOT / "results/cifar10" / f"{name}-s{seed}"
     run.parent.mkdir(parents=True, exist_ok=True)

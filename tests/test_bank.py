@@ -3,29 +3,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from bank import Bank
-from cli import InputError
-from models import Part
+from runtime.bank import Bank, Row
+from runtime.cli import InputError
 
 
-def state(value: float) -> dict[str, Part]:
-    return {
-        "target": Part(
-            torch.full((1000,), float(value)), torch.full((10,), float(value)), torch.tensor([7 if value != value else int(value)])
-        ),
-        "queue": Part(torch.full((5,), -float(value)), torch.empty(0), torch.empty(0, dtype=torch.int64)),
-    }
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"target": torch.full((1010,), float(value)), "queue": torch.full((5,), -float(value))}
 
 
-def holds(bank: Bank, written: tuple[int, str], value: float) -> bool:
-    return all(torch.equal(a, b) for name, part in bank.read(*written).items() for a, b in zip(part, state(value)[name], strict=True))
+def holds(bank: Bank, row: Row, value: float) -> bool:
+    return all(torch.equal(tensor, state(value)[name]) for name, tensor in bank.read(row).items())
 
 
 def test_what_a_row_was_given_it_gives_back(tmp_path):
     bank = Bank(state(0), tmp_path / "bank.bin")
     rows = [bank.write(state(value)) for value in (1, 2, float("nan"))]
-    assert [row for row, _ in rows] == [0, 1, 2]
-    assert holds(bank, rows[0], 1) and holds(bank, rows[1], 2) and bank.read(*rows[2])["target"].vector.isnan().all()
+    assert [row.index for row in rows] == [0, 1, 2]
+    assert holds(bank, rows[0], 1) and holds(bank, rows[1], 2) and bank.read(rows[2])["target"].isnan().all()
     bank.flush()
     assert (tmp_path / "bank.bin").stat().st_size == 3 * bank.row_bytes
     assert holds(Bank(state(0), tmp_path / "bank.bin"), rows[1], 2)
@@ -34,14 +28,14 @@ def test_what_a_row_was_given_it_gives_back(tmp_path):
 def test_rows_of_the_last_two_checkpoints_are_not_touched():
     """Three clients, all of them in every round, for a hundred rounds: nine rows, for both checkpoints and the round at work."""
     bank = Bank(state(0))
-    checkpoints: list[list[tuple[int, str]]] = [[], []]
+    checkpoints: list[list[Row]] = [[], []]
     for round_ in range(100):
         rows = []
         for client in range(3):
             rows.append(bank.write(state(10 * round_ + client)))
             for age, checkpoint in enumerate(checkpoints, 1):
                 assert all(holds(bank, row, 10 * (round_ - age) + k) for k, row in enumerate(checkpoint))
-        bank.protect(row for row, _ in rows)
+        bank.protect(row.index for row in rows)
         checkpoints = [rows, checkpoints[0]]
     assert bank.count == 9
 
@@ -51,39 +45,25 @@ def test_one_who_is_absent_keeps_his_row_and_adds_none():
     first = [bank.write(state(k)) for k in range(50)]
     rows = dict(enumerate(first))
     for round_ in range(20):
-        bank.protect(row for row, _ in rows.values())
+        bank.protect(row.index for row in rows.values())
         rows[round_] = bank.write(state(100 + round_))
     assert all(holds(bank, rows[k], k + 100 if k < 20 else k) for k in range(50)) and bank.count <= 52
-
-
-def test_memory_holds_what_it_has_room_for_and_the_file_holds_all(tmp_path):
-    path = tmp_path / "bank.bin"
-    bank = Bank(state(0), path, memory=2 * Bank(state(0)).row_bytes + 1)
-    rows = [bank.write(state(k)) for k in range(3)]
-    bank.flush()
-    assert all(holds(Bank(state(0), path), row, k) for k, row in enumerate(rows))
-    path.write_bytes(b"")
-    assert holds(bank, rows[1], 1) and holds(bank, bank.write(state(3)), 3)  # the second took the room of the first
-    for row in rows[1:]:
-        with pytest.raises(InputError, match="bank.bin is damaged"):
-            bank.read(*row)
-    assert holds(bank, rows[0], 0) and not bank.held
 
 
 def test_damage_and_absence_are_one_sentence(tmp_path):
     path = tmp_path / "bank.bin"
     bank = Bank(state(0), path)
-    row, digest = bank.write(state(3))
+    row = bank.write(state(3))
     bank.flush()
     with pytest.raises(InputError, match="bank.bin is damaged: row 1 "):
-        bank.read(1, digest)
+        bank.read(Row(1, row.digest))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(InputError, match="bank.bin is damaged: row 0 "):
-        Bank(state(0), path).read(row, digest)
+        Bank(state(0), path).read(row)
     full = Bank(state(0), Path("/dev/full"))
-    row, digest = full.write(state(3))  # so little that it is still in a buffer
+    row = full.write(state(3))  # so little that it is still in a buffer
     with pytest.raises(InputError, match="cannot read or write /dev/full: No space left on device"):
-        full.read(row, digest)
+        full.read(row)
     with pytest.raises(InputError, match="cannot open .*: No such file or directory"):
         Bank(state(0), tmp_path / "absent/bank.bin")
 

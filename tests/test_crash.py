@@ -21,8 +21,8 @@ def contents(run) -> tuple[list[dict], list[torch.Tensor], list[dict]]:
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     assert (run / "divergence.png").read_bytes().endswith(b"IEND\xaeB`\x82")
     tensors = [t for module in encoder.values() for t in module.values()]
-    clients = {k: v for k, v in checkpoint["clients"].items() if k != "row"}  # the checksums of their networks among them
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics], [*tensors, *checkpoint["servers"]], clients
+    clients = checkpoint["values"]["clients"] | {"digests": [digest for _, digest in checkpoint["rows"]]}
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics], [*tensors, *checkpoint["tensors"]], clients
 
 
 def equal(a, b) -> bool:

@@ -9,7 +9,7 @@ from PIL import Image
 
 import data
 import ops
-from cli import InputError, locked
+from runtime.cli import InputError, locked
 
 CPU = torch.device("cpu")
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 
 import eval as evaluation
 from data import Images, balanced_subset, load_npz
-from models import build_backbone
+from models import Encoder, build_backbone
+from options import parse_evaluation
+from runtime.cli import InputError
 
 
 @pytest.fixture
@@ -140,30 +143,6 @@ def test_single_reports_the_mean_over_its_clients(runs, command):
     assert "(mean of" in done.stdout
 
 
-def test_table_has_a_row_a_setting_with_mean_and_deviation(runs, command):
-    for run, accuracies in (("s0", (0.1, 0.5)), ("s1", (0.6,)), ("single", (0.4,))):
-        lines = [json.dumps({"evaluation": "linear", "features": "backbone", "dataset": "x", "accuracy": a}) for a in accuracies]
-        lines += [json.dumps({"evaluation": "linear", "features": "pixels", "dataset": "x", "accuracy": 0.3})] * (run == "s0")
-        lines += [json.dumps({"evaluation": "linear", "epochs": 1, "dataset": "x", "accuracy": 0.2})] * (run == "single")
-        (runs / "runs" / run / "eval.jsonl").write_text("\n".join(lines) + "\n")
-        config = json.loads((runs / "runs" / run / "config.json").read_text())
-        config["options"]["dataset"] = "x"
-        (runs / "runs" / run / "config.json").write_text(json.dumps(config))
-    done = command("eval.py", "--table", cwd=runs)
-    assert done.returncode == 0, done.stderr
-    caption, _, *lines = done.stdout.splitlines()
-    assert caption.startswith("On x, small, 3 rounds of 1 local epoch, B = 8, lr 0.05, 2 clients, 1/K of the classes each")
-    row = json.loads((runs / "runs/s0/metrics.jsonl").read_text().splitlines()[0])
-    sent = f"{row['upload_bytes'] / 1e6:.1f} + {row['download_bytes'] / 1e6:.1f}"
-    assert lines == [
-        "| method | seeds | up and down, MB a round | linear | linear, epochs 1 |",
-        "| --- | --- | --- | --- | --- |",
-        f"| fedu | 2 | {sent} | 55.00 ± 7.07 | - |",  # the latest linear result counts
-        f"| single | 1 | {sent} | 40.00 | 20.00 |",
-        "| raw pixels | - | - | 30.00 | - |",
-    ]
-
-
 def test_output_that_nobody_reads_ends_silently(finished):
     read, write = os.pipe()
     os.close(read)
@@ -171,58 +150,6 @@ def test_output_that_nobody_reads_ends_silently(finished):
     done = subprocess.run(line, cwd=finished, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert done.returncode == 141 and not done.stderr
-
-
-def test_table_shows_the_options_that_differ(runs, command):
-    """And the published accuracies beside runs of the papers' setting."""
-    for run, changes in (("s0", {"partition": "iid"}), ("s1", {"partition": "classes"})):
-        config = json.loads((runs / "runs" / run / "config.json").read_text())
-        config["options"] |= {"dataset": "cifar10", "clients": 5, "predictor": "dapu", "method": "fedu", **changes}
-        (runs / "runs" / run / "config.json").write_text(json.dumps(config))
-    done = command("eval.py", "--table", "runs/s0", "runs/s1", cwd=runs)
-    header, _, iid, classes = done.stdout.splitlines()[2:]
-    assert header.startswith("| method | partition | seeds |") and "linear, published" in header
-    assert iid.startswith("| fedu | iid | 1 |") and iid.endswith("| 83.96 |")
-    assert classes.startswith("| fedu | 1/K of the classes each | 1 |") and classes.endswith("| 80.52 |")
-    for run, changes in (("s0", {"ema_decay": 1}), ("s1", {"classes_per_client": 4})):  # which the papers' runs do not have
-        (runs / "runs" / run / "config.json").write_text(json.dumps(config | {"options": config["options"] | changes}))
-        assert "published" not in command("eval.py", "--table", f"runs/{run}", cwd=runs).stdout
-    for run, changes in (("s0", {"update": "both"}), ("s1", {"update": "target", "predictor": "local"})):
-        config["options"] |= {"method": "fedbyol", "aggregate": "online", "predictor": "global", **changes}
-        (runs / "runs" / run / "config.json").write_text(json.dumps(config))
-    done = command("eval.py", "--table", "runs/s0", "runs/s1", cwd=runs)
-    header, _, both, target = done.stdout.splitlines()[2:]
-    assert header.startswith("| method | update | predictor | seeds |")
-    assert both.startswith("| fedbyol | both | global | 1 |") and both.endswith("| 81.24 |") and target.endswith("| 19.22 |")
-
-
-def test_plots(runs, command):
-    rows = [json.loads(line) for line in (runs / "runs/single/metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        del row["own_share"]  # as a run has it from before it was told
-    (runs / "runs/single/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for arguments, out in ((["runs/s0"], "runs/s0/divergence.png"), (["runs/s0", "runs/single"], "comparison.png")):
-        (runs / out).unlink(missing_ok=True)
-        done = command("eval.py", "--plot", *arguments, cwd=runs)
-        assert done.returncode == 0 and out in done.stdout
-        assert (runs / out).read_bytes().startswith(b"\x89PNG")
-
-
-def test_accuracies_against_rounds_options_and_the_ablation(runs, command):
-    shutil.copytree(runs / "runs/single", runs / "runs/untrained")
-    for run, mu, method in (("s0", 0.4, "fedu"), ("s1", float("inf"), "fedu"), ("single", 0.4, "single"), ("untrained", 0.4, "untrained")):
-        (runs / "runs" / run / "eval.jsonl").write_text(json.dumps({"evaluation": "linear", "accuracy": 0.5}) + "\n")
-        config = json.loads((runs / "runs" / run / "config.json").read_text())
-        config["options"] |= {"mu": mu, "method": method}
-        (runs / "runs" / run / "config.json").write_text(json.dumps(config))
-    for option in ("round", "mu", "clients_per_round", "ablation"):
-        done = command("eval.py", "--against", option, "runs/s0", "runs/s1", "runs/single", "runs/untrained", cwd=runs)
-        assert done.returncode == 0, done.stderr
-        assert (runs / f"{option}.png").read_bytes().startswith(b"\x89PNG")
-    assert refused(command("eval.py", "--against", "beta", "runs/s0", cwd=runs), "--against got 'beta'")
-    assert refused(command("eval.py", "--against", "ablation", "runs/untrained", cwd=runs), "runs/untrained has no rounds to draw")
-    (runs / "runs/s0/eval.jsonl").unlink()
-    assert refused(command("eval.py", "--against", "mu", "runs/s0", cwd=runs), "runs/s0", "--linear")
 
 
 def test_representations_are_exported(runs, npz, command):
@@ -236,6 +163,56 @@ def test_representations_are_exported(runs, npz, command):
         assert (arrays["y_train"] == images.y_train.numpy()).all()
     done = command("eval.py", "--export", "p.npz", "runs/single", "--features", "projector", cwd=runs)
     assert "test [2, 16, 256]" in done.stdout
+
+
+def save_encoders(run: Path, name: str, count: int, counters: bool) -> None:
+    """encoder.pt of `count` encoders whose BatchNorm statistics are not the initial ones, with or without its batch counters."""
+    encoders = []
+    for _ in range(count):
+        encoder = Encoder(name, (8,))
+        encoder(torch.rand(4, 3, 16, 16))
+        states = {part: module.state_dict() for part, module in encoder.named_children()}
+        encoders.append({p: {k: v for k, v in s.items() if counters or "num_batches" not in k} for p, s in states.items()})
+    run.mkdir(exist_ok=True)
+    (run / "config.json").write_text(json.dumps({"options": {"method": "fedu"}}))
+    torch.save({"encoder": name, "head": [8], "encoders": encoders}, run / "encoder.pt")
+
+
+@pytest.mark.parametrize("counters", [False, True])
+def test_exported_weights_are_those_of_torchvisions_resnet(images, tmp_path, monkeypatch, capsys, counters):
+    """They load with strict=True, whether or not the run's encoder.pt has BatchNorm's batch counters, as those of old runs have."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    torchvision = pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    save_encoders(Path("run"), "resnet18", 1, counters)
+    evaluation.main(parse_evaluation(["--export", "backbone.safetensors", "run"]))
+    assert capsys.readouterr().out == "backbone.safetensors holds the backbone, 120 tensors\n"
+    backbone = torchvision.models.resnet18()
+    backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    backbone.maxpool = backbone.fc = nn.Identity()
+    backbone.load_state_dict(safetensors.load_file("backbone.safetensors"), strict=True)
+    (encoder,) = evaluation.load_encoders(Path("run"))
+    with torch.inference_mode():
+        features = backbone.eval()(images.x_test / 255)
+    torch.testing.assert_close(features, evaluation.extract_features(encoder.backbone, images.x_test), rtol=1e-4, atol=1e-6)
+    assert features.std(0).mean() > 1e-3
+
+
+def test_exported_weights_of_single_are_a_file_a_client(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    monkeypatch.chdir(tmp_path)
+    save_encoders(Path("run"), "tiny", 2, counters=False)
+    evaluation.main(parse_evaluation(["--export", "b.safetensors", "run"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b-0.safetensors", "b-1.safetensors", "run"]
+    for k, encoder in enumerate(evaluation.load_encoders(Path("run"))):
+        saved = safetensors.load_file(f"b-{k}.safetensors")
+        assert torch.equal(saved["0.weight"], encoder.backbone[0].weight)
+
+
+def test_missing_safetensors_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(InputError, match="--export b.safetensors wants .* `pip install -r requirements-optional.txt`"):
+        evaluation.export_weights([Encoder("tiny", (8,))], Path("b.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -252,24 +229,13 @@ def test_representations_are_exported(runs, npz, command):
         (["--plot", "--out", "none/x.png"], ["cannot write none/x.png"]),
         (["--plot", "--out", "x.xyz"], ["--out got x.xyz", ".png"]),
         (["--seed", "18446744073709551616"], ["--seed", "at most"]),
+        (["--knn", "--seed", "1"], ["--seed goes with --linear or --semi, not with --knn"]),
+        (["--export", "f.txt"], ["--export got f.txt", ".npz or .safetensors"]),
+        (["--export", "f.safetensors", "--features", "projector"], ["--features goes with", "not with --export FILE.safetensors"]),
     ],
 )
 def test_bad_options_are_one_sentence(finished, command, options, words):
     assert refused(command("eval.py", *options, cwd=finished), *words)
-
-
-def test_runs_are_named_by_themselves_or_by_a_folder_of_them(runs, command):
-    (runs / "figures").mkdir()
-    (runs / "notes.txt").write_text("")
-    whole = command("eval.py", "--table", "runs", cwd=runs)
-    some = command("eval.py", "--table", "runs/s1", "figures", "notes.txt", "runs", cwd=runs)
-    assert whole.returncode == some.returncode == 0 and whole.stdout.splitlines() == some.stdout.splitlines()
-    assert some.stderr == "figures holds no run and was passed over\n"
-    assert refused(command("eval.py", "--table", "runs", "absent", cwd=runs), "absent is not a run folder")
-    assert refused(command("eval.py", "--table", "figures", cwd=runs), "figures is not a run folder")
-    (runs / "runs").rename(runs / "figures/runs")
-    (runs / "figures").rename(runs / "runs")  # a folder deeper, as those of results/experiments.py
-    assert sorted(command("eval.py", "--table", cwd=runs).stdout.splitlines()) == sorted(whole.stdout.splitlines())
 
 
 def test_no_run_and_damaged_runs_are_one_sentence(finished, command, tmp_path):

@@ -5,8 +5,8 @@ import shutil
 import pytest
 from conftest import ROOT, refused
 
-import fedu
-from cli import user_errors
+from options import Options, parse
+from runtime.cli import user_errors
 
 spec = importlib.util.spec_from_file_location("experiments", ROOT / "results/experiments.py")
 experiments = importlib.util.module_from_spec(spec)
@@ -18,14 +18,14 @@ def test_every_command_is_one_that_fedu_takes(command, tmp_path):
     lines = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 0 and len(lines) == sum(seeds for _, seeds in experiments.EXPERIMENTS.values())
     for line in lines:
-        fedu.prepare(fedu.parse_options(line[2:]))
+        Options(**parse(line[2:]).given)
     assert [line[line.index("--seed") + 1] for line in lines] == sorted(line[line.index("--seed") + 1] for line in lines)
     assert refused(command("results/experiments.py", "fedprox", cwd=tmp_path), "'fedprox'", "fedbyol")
 
 
 def test_a_run_is_made_once_and_then_continued(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for script in ("fedu.py", "eval.py", "cli.py", "data.py", "models.py", "ops"):
+    for script in ("fedu.py", "eval.py", "report.py", "options.py", "data.py", "models.py", "runtime", "ops"):
         (tmp_path / script).symlink_to(ROOT / script)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.setattr(experiments, "ROOT", tmp_path)

@@ -54,8 +54,8 @@ def test_parameter_counts_with_resnet18():
     encoder, predictor = objective.online.module.encoder, objective.online.module.predictor
     assert count(encoder.backbone) == 11_168_832
     assert count(encoder.projector) == 10_500_096
-    assert count(predictor) == len(objective.parts["predictor"].vector) == 16_791_552
-    assert len(objective.online.state.vector) == 38_460_480
+    assert count(predictor) == len(objective.parts["predictor"][objective.weights["predictor"]]) == 16_791_552
+    assert len(objective.online.vector[objective.online.weights]) == 38_460_480
 
 
 def test_initialisation_is_pytorchs_default():
@@ -70,7 +70,7 @@ def test_exported_backbone_loads_into_torchvisions_resnet():
     theirs = torchvision.models.resnet18()
     theirs.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
     theirs.fc = torch.nn.Identity()
-    theirs.load_state_dict(objective.online.module.encoder.backbone.state_dict(), strict=True)
+    theirs.load_state_dict(dict(objective.online.module.encoder.backbone.state_dict()), strict=True)  # a plain dict, as in encoder.pt
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -79,8 +79,9 @@ def test_parameters_are_views_and_segments_name_their_places(name):
     for network in (objective.online, objective.target):
         network.check_views()
         assert [s.begin for s in network.segments[1:]] == [s.end for s in network.segments[:-1]]
-        assert (network.segments[0].begin, network.segments[-1].end) == (0, len(network.state.vector))
-    assert objective.online.state.vector.dtype == torch.float32
+        assert (network.segments[0].begin, network.segments[-1].end) == (network.weights.start, network.weights.stop)
+        assert network.weights.stop - network.weights.start == sum(p.numel() for p in network.module.parameters())
+    assert objective.online.vector.dtype == torch.float32
     names = [s.name for s in objective.online.segments[: len(objective.target.segments)]]
     assert names == [f"encoder.{s.name}" for s in objective.target.segments]
 
@@ -88,15 +89,26 @@ def test_parameters_are_views_and_segments_name_their_places(name):
 def test_the_vector_and_the_module_are_one():
     objective = byol()
     encoder = objective.online.module.encoder
-    objective.online.state.vector.fill_(2)
-    objective.online.state.buffers.fill_(3)
-    objective.online.state.counters.fill_(4)
+    objective.online.vector.fill_(3)
+    objective.online.vector[objective.online.weights] = 2
     assert all((p == 2).all() for p in objective.online.module.parameters())
-    assert (encoder.backbone[1].running_var == 3).all() and encoder.backbone[1].num_batches_tracked == 4
-    assert objective.parts["predictor"].vector.data_ptr() == objective.online.module.predictor[0].weight.data_ptr()
-    assert objective.parts["predictor"].buffers.data_ptr() == objective.online.module.predictor[1].running_mean.data_ptr()
+    assert all((b == 3).all() for b in objective.online.module.buffers()) and encoder.backbone[1].num_batches_tracked is None
+    first, last = objective.online.module.predictor[0].weight, objective.online.module.predictor[1].running_var
+    assert (
+        objective.parts["predictor"].data_ptr() == first.data_ptr() and objective.parts["predictor"][-1:].data_ptr() == last[-1:].data_ptr()
+    )
+    assert objective.parts["encoder"].data_ptr() == encoder.backbone[1].running_mean.data_ptr()
     encoder(torch.rand(4, 3, 16, 16))
-    assert objective.parts["encoder"].counters.eq(5).all() and objective.parts["predictor"].counters.eq(4).all()
+    assert not objective.parts["encoder"][: objective.weights["encoder"].start].eq(3).any() and last.eq(3).all()
+
+
+def test_each_part_names_its_parameters():
+    objective = byol()
+    objective.online.vector.zero_()
+    for name in ("encoder", "predictor"):
+        objective.parts[name][objective.weights[name]] = 1
+    assert objective.online.vector.eq(1).sum() == sum(p.numel() for p in objective.online.module.parameters())
+    assert all((p == 1).all() for p in objective.online.module.parameters())
 
 
 def test_flattening_keeps_the_values_and_lays_convolutions_channels_last():
@@ -108,7 +120,7 @@ def test_flattening_keeps_the_values_and_lays_convolutions_channels_last():
         assert torch.equal(mine, theirs)
     assert module[0].weight.is_contiguous(memory_format=torch.channels_last) and not module[0].weight.is_contiguous()
     assert module[0].weight.grad.stride() == module[0].weight.stride()
-    assert torch.equal(flat.state.vector[: 32 * 27].view(32, 3, 3, 3), before[0].weight.permute(0, 2, 3, 1))
+    assert torch.equal(flat.vector[flat.weights][: 32 * 27].view(32, 3, 3, 3), before[0].weight.permute(0, 2, 3, 1))
 
 
 def test_broken_views_are_noticed():
@@ -150,10 +162,12 @@ def test_loss_by_hand():
 
 
 def test_each_view_has_its_own_batch_statistics():
-    objective = byol()
-    views = torch.rand(2, 8, 3, 16, 16)
-    loss(objective, *views)
-    assert objective.online.state.counters.eq(2).all() and objective.target.state.counters.eq(2).all()
+    """One forward pass for both would update the running statistics once, and by other numbers."""
+    objective, calls = byol(), []
+    for network in (objective.online.module.encoder, objective.target.module):
+        network.backbone[1].register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    loss(objective, *torch.rand(2, 8, 3, 16, 16))
+    assert calls == [8, 8, 8, 8]
 
 
 def test_differentiating_a_direction_before_the_next_gives_the_whole_gradient():
@@ -171,11 +185,12 @@ def test_differentiating_a_direction_before_the_next_gives_the_whole_gradient():
 def test_target_follows_and_has_no_gradient():
     objective = byol()
     optimizer = torch.optim.SGD([objective.online.weight], 0.1)
-    before = objective.target.state.vector.clone()
+    before = objective.target.vector.clone()
     loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
     optimizer.step()
     objective.update_target(0.99)
-    online, target = objective.parts["encoder"].vector, objective.target.state.vector
+    weights = objective.target.weights
+    online, target, before = objective.parts["encoder"][weights], objective.target.vector[weights], before[weights]
     assert all(p.grad is None and not p.requires_grad for p in objective.target.module.parameters())
     assert (objective.online.weight.grad != 0).float().mean() > 0.8
     assert not torch.equal(target, online) and not torch.equal(target, before)
@@ -185,12 +200,13 @@ def test_target_follows_and_has_no_gradient():
 def test_ema_steps_have_the_closed_form():
     """After n steps towards a fixed theta: `xi_n = m^n xi_0 + (1 - m^n) theta`."""
     objective = byol()
-    start = torch.randn(objective.target.state.vector.shape)
-    objective.target.state.vector.copy_(start)
+    weights = objective.target.weights
+    start = torch.randn(objective.target.vector[weights].shape)
+    objective.target.vector[weights] = start
     for _ in range(7):
         objective.update_target(0.9)
-    expected = 0.9**7 * start + (1 - 0.9**7) * objective.parts["encoder"].vector
-    torch.testing.assert_close(objective.target.state.vector, expected, rtol=1e-5, atol=1e-6)
+    expected = 0.9**7 * start + (1 - 0.9**7) * objective.parts["encoder"][weights]
+    torch.testing.assert_close(objective.target.vector[weights], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_without_stop_gradient_the_target_is_trained_too():
@@ -202,7 +218,7 @@ def test_without_stop_gradient_the_target_is_trained_too():
 
 def test_without_a_predictor_the_projections_meet():
     objective = byol(predictor=False)
-    assert len(objective.parts["predictor"].vector) == 0 and len(objective.online.segments) == len(objective.target.segments)
+    assert len(objective.parts["predictor"]) == 0 and len(objective.online.segments) == len(objective.target.segments)
     view = torch.rand(8, 3, 16, 16)
     assert loss(objective, view, view).item() == pytest.approx(0, abs=1e-5)  # the target is a copy of the online encoder
 
@@ -252,7 +268,7 @@ def test_moco_by_hand():
     assert loss(objective, view, view).item() == pytest.approx(2 * expected)
     objective.update_target(0.99)
     assert objective.queue.tolist() == [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]
-    assert objective.parts["queue"].vector.tolist() == objective.queue.flatten().tolist() and not objective.keys
+    assert objective.parts["queue"].tolist() == objective.queue.flatten().tolist() and not objective.keys
 
 
 def test_supervised_sees_the_labels_of_its_batch():
@@ -265,7 +281,7 @@ def test_supervised_sees_the_labels_of_its_batch():
 def test_heads_of_the_other_objectives(kind, widths, targets):
     objective = OBJECTIVES[kind]("small", CPU, torch.arange(10))
     assert objective.online.module.encoder.head == widths
-    assert len(objective.own) == targets and len(objective.parts["predictor"].vector) == 0
+    assert len(objective.own) == targets and len(objective.parts["predictor"]) == 0
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)

@@ -5,12 +5,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as some
 
-import fedu
 import ops
-from bank import Bank
-from cli import InputError
 from data import balanced_subset, partition
-from models import Part
+from options import Options, parse
+from runtime.bank import Bank, Row
+from runtime.cli import InputError
 
 settings.register_profile("here", deadline=None, max_examples=100, derandomize=True)  # the same on every run; remove it to look further
 settings.load_profile("here")
@@ -57,28 +56,26 @@ def test_the_mean_lies_within_the_clients_range_and_norms_are_those_of_the_segme
     slack = 1e-6 * rows.abs().max(0).values + 1e-38  # the smallest floats have no digits to spare
     assert (mean >= rows.min(0).values - slack).all() and (mean <= rows.max(0).values + slack).all()
     assert drift.shape == spread.shape == (clients, len(segments)) and not drift[0].any()
-    total = Part(torch.zeros(size), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    uploads = [Part(row, total.buffers, total.counters) for row in rows]
-    for upload, weight in zip(uploads, weights):  # folded in, as a round does
-        fedu.aggregate(total, upload, weight.item(), uploads[0], segments)
-    assert torch.equal(total.vector, mean)
+    total = torch.zeros(size)
+    for row, weight in zip(rows, weights):  # the sum so far as one more row
+        total, *_ = ops.aggregate(torch.stack([total, row]), torch.tensor([1, weight]), rows[0].clone(), segments)
+    assert torch.equal(total, mean)
 
 
-@given(turns=some.lists(some.sets(some.integers(0, 7), max_size=5), max_size=12), memory=some.integers(0, 200))
-def test_a_bank_keeps_what_the_last_two_checkpoints_name(turns, memory):
-    def state(value: int) -> dict[str, Part]:
-        return {"target": Part(torch.full((3,), float(value)), torch.zeros(0), torch.tensor([value]))}
+@given(turns=some.lists(some.sets(some.integers(0, 7), max_size=5), max_size=12))
+def test_a_bank_keeps_what_the_last_two_checkpoints_name(turns):
+    def state(value: int) -> dict[str, torch.Tensor]:
+        return {"target": torch.tensor([float(value), 0])}
 
-    bank, rows, before, value = Bank(state(0), memory=memory), {}, {}, 0
+    bank, rows, before, value = Bank(state(0)), {}, {}, 0
     for members in turns:
-        now = dict(rows)
+        now: dict[int, tuple[Row, int]] = dict(rows)
         for client in members:
             value += 1
-            now[client] = (*bank.write(state(value)), value)
-            for row, digest, expected in [*rows.values(), *before.values(), *now.values()]:
-                assert bank.read(row, digest)["target"].counters.item() == expected
-            assert len(bank.held) * bank.row_bytes <= memory
-        bank.protect(row for row, *_ in now.values())
+            now[client] = bank.write(state(value)), value
+            for row, expected in [*rows.values(), *before.values(), *now.values()]:
+                assert bank.read(row)["target"][0].item() == expected
+        bank.protect(row.index for row, _ in now.values())
         before, rows = rows, now
     assert bank.count <= 8 + 2 * 5
 
@@ -94,14 +91,10 @@ values = some.sampled_from(["0", "-1", "1", "5", "nan", "inf", "1e400", "fedu", 
 @given(some.lists(some.tuples(words, values), max_size=5))
 def test_any_command_line_is_options_or_one_sentence(pairs):
     try:
-        given_ = fedu.parse_options([word for pair in pairs for word in pair])
+        command = parse([word for pair in pairs for word in pair])
     except SystemExit as end:
         assert end.code == 2
         return
-    assume("resume" not in given_)
-    try:
-        options = fedu.prepare(given_)[1]
-    except InputError as error:
-        assert "\n" not in str(error)
-        return
-    assert options["clients"] >= 1 and options["lr"] > 0 and 0 <= options["dropout"] <= 1
+    assume(command.resume is None)
+    options = Options(**command.given)
+    assert options.clients >= 1 and options.lr > 0 and 0 <= options.dropout <= 1

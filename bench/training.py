@@ -1,4 +1,7 @@
-"""Times local training against the other ways to do it: `python bench.py [views|start|server|epoch|memory|growth|clients|ranks ...]`.
+"""Times local training against the other ways to do it.
+
+    python -m bench.training [views|start|server|epoch|memory|growth|clients|ranks ...]
+
 
 Medians; every row's ways are timed in turns in this one run, each way of `epoch`, `memory` and `clients` in a process of its own. `x` is
 that way's time (or memory) over ours: above 1, ours is better. `epoch` trains the same network on the same images:
@@ -17,7 +20,7 @@ of one thread for each core, against one process with all threads. The operation
 the share of the device's peak that they make up.
 
     pip install -r requirements-dev.txt kornia lightly
-    python bench.py
+    python -m bench.training
 """
 
 from __future__ import annotations
@@ -36,46 +39,33 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from cli import Parser, number, user_errors
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
 
+import fedu
+import models
+import ops
+import report
+from bench.ops import time_ways
+from data import Images, draw_views, load_images, two_views
+from models import BYOL, HEADS, Encoder, Online, build_backbone, feature_dim
+from options import Options
+from runtime.bank import Bank
+from runtime.cli import Parser, number, user_errors
+from runtime.device import as_graph, keep_memory
+from runtime.run import describe_code, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
 PARTS = ("views", "start", "server", "epoch", "memory", "growth", "clients", "ranks")
 RECIPES = {"tiny": (32, 1184), "small": (64, 1920), "resnet18": (128, 256)}  # batch size, images of the epoch timed on a CPU
-
-
-def parse_options() -> dict:
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}  [all]")
-    parser.add_argument("--encoder", action="append", choices=RECIPES, help="for epoch, may be repeated  [all]")
-    parser.add_argument("--repeats", type=number(int, 3), help="of each way  [5]")
-    parser.add_argument("--peak-tflops", type=number(float, 0, open_low=True), help="of this device, for the MFU of epoch  [not shown]")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw growth and clients there  [not drawn]")
-    given = {"parts": [], "encoder": list(RECIPES), "repeats": 5, "peak_tflops": None, "figures": None} | vars(parser.parse_args())
-    for part in given["parts"]:
-        if part not in PARTS:
-            parser.error(f"got {part!r}, wants one of {', '.join(PARTS)}")
-    return given | {"parts": given["parts"] or list(PARTS)}
-
-
-OPTIONS = parse_options() if __name__ == "__main__" else {}
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-from torchvision import transforms  # noqa: E402
-
-import fedu  # noqa: E402
-import models  # noqa: E402
-import ops  # noqa: E402
-from data import Images, draw_views, load_images, two_views  # noqa: E402
-from models import BYOL, HEADS, Encoder, Online, build_backbone, feature_dim  # noqa: E402
-from ops.bench import time_ways  # noqa: E402
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 JITTER = dict(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
 PIL_VIEW = transforms.Compose(
@@ -135,7 +125,7 @@ def peak_resident_bytes() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def report(what: str, seconds: dict[str, float], images: int, notes: dict[str, str] | None = None) -> None:
+def print_rows(what: str, seconds: dict[str, float], images: int, notes: dict[str, str] | None = None) -> None:
     ours = next(iter(seconds.values()))
     for way, median in seconds.items():
         rate = f"{images / median:12.0f}" if images else f"{'':12}"
@@ -173,7 +163,7 @@ def bench_views(images: Tensor, repeats: int) -> None:
     threads = torch.get_num_threads()
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
-        report(f"views, B = 128, {count} thread{'s' * (count > 1)}", timed(ways, 2 * repeats), 128)
+        print_rows(f"views, B = 128, {count} thread{'s' * (count > 1)}", timed(ways, 2 * repeats), 128)
     torch.set_num_threads(threads)
 
 
@@ -204,7 +194,7 @@ def some_images(count: int) -> Tensor:
 def ours(
     encoder: str, count: int, batch_size: int, views: Callable = two_views, ema: bool = True, precision: str = "fp32"
 ) -> Callable[[], object]:
-    fedu.keep_memory()
+    keep_memory()
     objective, images = BYOL(Encoder(encoder), DEVICE), some_images(count)
     if not ema:
         objective.update_target = lambda _: None
@@ -302,7 +292,7 @@ def lightly(encoder: str, count: int, batch_size: int, threads: int | None = Non
 
 def floor(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
     """An epoch's convolutions and matrix products, one by one: online forwards and backwards on two views, target forwards."""
-    fedu.keep_memory()
+    keep_memory()
     network = models.Flat(Online(Encoder(encoder), predictor=True).to(DEVICE)).module
     calls: list[tuple[nn.Module, Tensor, bool]] = []  # module, input, whether the input wants a gradient
 
@@ -330,7 +320,7 @@ def floor(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
 
     def epoch() -> None:
         batch = torch.zeros((), device=DEVICE)  # that this step does not look at
-        with fedu.as_graph(step, torch.Generator(DEVICE)) if DEVICE.type == "cuda" else nullcontext(step) as run:
+        with as_graph(step, torch.Generator(DEVICE)) if DEVICE.type == "cuda" else nullcontext(step) as run:
             for _ in range(count // batch_size):
                 run(batch)
 
@@ -367,7 +357,7 @@ def bench_epoch(encoder: str, repeats: int, peak_tflops: float | None) -> None:
     counted = operations(encoder)
     rates = {way: sum(counted.values()) * count / s / 1e12 for way, s in seconds.items()}
     notes = {way: f"{rate:.3f} TFLOP/s" + (f", MFU {rate / peak_tflops:.0%}" if peak_tflops else "") for way, rate in rates.items()}
-    report(f"epoch, {encoder}, B = {batch_size}", seconds, count, notes)
+    print_rows(f"epoch, {encoder}, B = {batch_size}", seconds, count, notes)
     print(f"{f'operations, {encoder}':28} {', '.join(f'{k} {v / 1e6:,.1f} million' for k, v in counted.items())} an image", flush=True)
     for worker in ways.values():
         worker.stop()
@@ -381,19 +371,20 @@ def simulation(images: Images, folder: Path | None = None, per_client: int | Non
 
     With a folder, each round ends with a checkpoint in it.
     """
-    options = fedu.prepare({"dataset": "cifar10", **given})[1]
+    options = Options(**{"dataset": "cifar10"} | given)
     images = images.to(DEVICE)
-    federations, objective = fedu.build(options, images, DEVICE)
-    for client in federations[0].clients:
+    federation = fedu.build(options, images, DEVICE)
+    for client in federation.clients:
         client.indices = client.indices[:per_client]
-    segments = fedu.divergence_segments(objective, "layer-mean")
     rounds = itertools.count()
-    bank = fedu.Bank(fedu.kept_parts(objective, options), folder and folder / "bank.bin")
+    bank = Bank(fedu.kept_parts(federation.objective, options), folder and folder / "bank.bin")
+    members = options.clients_per_round or options.clients
+    uploads = fedu.Uploads(federation.objective, options, federation.segments, members)
 
     def run() -> None:
-        fedu.run_round(next(rounds), options, federations, objective, images.x_train, segments, bank)
+        fedu.run_round(next(rounds), options, federation, bank, uploads)
         if folder:
-            fedu.save_checkpoint(folder, 1, federations, bank, 0.0)
+            save_checkpoint(folder, fedu.checkpoint(federation, 1, 0.0), bank)
 
     return run
 
@@ -405,7 +396,7 @@ def as_large_as_cifar10() -> Images:
 
 
 def rounds_of_ours(folder: Path, rounds: int) -> Callable[[], object]:
-    fedu.keep_memory()
+    keep_memory()
     run = simulation(as_large_as_cifar10(), folder, per_client=256, local_epochs=1)
     return lambda: [run() for _ in range(rounds)]
 
@@ -459,18 +450,18 @@ def bench_memory() -> None:
 
 def bench_server(repeats: int) -> None:
     """All that a round of 5 clients does besides training: the stages' copies, aggregation, divergences, checkpoint."""
-    fedu.keep_memory()
+    keep_memory()
     training, fedu.local_training = fedu.local_training, lambda *_, **__: torch.zeros(())
     with tempfile.TemporaryDirectory(dir=".") as folder:
         images = as_large_as_cifar10()
         ways = {"all": simulation(images, Path(folder)), "without checkpoint": simulation(images)}
-        report("server, resnet18, K = 5", timed(ways, repeats), 5 * 5 * 78 * 128)  # images of the paper's round
+        print_rows("server, resnet18, K = 5", timed(ways, repeats), 5 * 5 * 78 * 128)  # images of the paper's round
     fedu.local_training = training
 
 
 def bench_growth(repeats: int, figure: Path | None) -> None:
     """A round of two clients with 256 images each and the tiny encoder, B = 32, and what becomes of its time as one of these grows."""
-    fedu.keep_memory()
+    keep_memory()
     images = load_images("fashion")
     base = {"clients": 2, "per_client": 256, "batch_size": 32, "width": 1}
     seconds: dict[str, list[float]] = {}
@@ -479,15 +470,25 @@ def bench_growth(repeats: int, figure: Path | None) -> None:
         for factor in (1, 2, 4, 8):
             size = base | {of: base[of] * factor}
             width, total = size.pop("width"), size["clients"] * size["per_client"]
-            name = f"tiny, {width} times as wide"
-            models.WIDTHS[name], HEADS[name] = (tuple(width * w for w in row["tiny"]) for row in (models.WIDTHS, HEADS))
             part = images._replace(x_train=images.x_train[:total], y_train=images.y_train[:total])
-            ways[f"x {factor}"] = simulation(part, encoder=name, partition="iid", local_epochs=1, **size)
+            with tiny_encoder(width):
+                ways[f"x {factor}"] = simulation(part, encoder="tiny", partition="iid", local_epochs=1, **size)
         measured = timed(ways, repeats)
         seconds[what] = list(measured.values())
-        report(f"growth, {what}", measured, 0, {"x 8": f"slope {slope(seconds[what]):.2f}"})
+        print_rows(f"growth, {what}", measured, 0, {"x 8": f"slope {slope(seconds[what]):.2f}"})
     if figure:
         draw_growth(seconds, figure)
+
+
+@contextmanager
+def tiny_encoder(width: int) -> Iterator[None]:
+    """Let networks that are built meanwhile be `width` times as wide as the tiny encoder's."""
+    usual = models.WIDTHS["tiny"], HEADS["tiny"]
+    models.WIDTHS["tiny"], HEADS["tiny"] = (tuple(width * w for w in widths) for widths in usual)
+    try:
+        yield
+    finally:
+        models.WIDTHS["tiny"], HEADS["tiny"] = usual
 
 
 def slope(seconds: list[float]) -> float:
@@ -496,8 +497,8 @@ def slope(seconds: list[float]) -> float:
 
 
 def draw_growth(seconds: dict[str, list[float]], path: Path) -> None:
-    figure, axis = fedu.evaluation.pyplot().subplots(figsize=(7, 4.5), layout="constrained")
-    for (what, times), colour, marker in zip(seconds.items(), fedu.evaluation.COLOURS, "osD^"):
+    figure, axis = report.pyplot().subplots(figsize=(7, 4.5), layout="constrained")
+    for (what, times), colour, marker in zip(seconds.items(), report.COLOURS, "osD^"):
         label = f"{what}: slope {slope(times):.2f}"
         axis.plot([2**i for i in range(len(times))], times, color=colour, marker=marker, linewidth=2, label=label)
     axis.set_xscale("log", base=2)
@@ -507,7 +508,7 @@ def draw_growth(seconds: dict[str, list[float]], path: Path) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
-    fedu.evaluation.save_figure(figure, path)
+    report.save_figure(figure, path)
 
 
 def bench_clients(repeats: int, figure: Path | None) -> None:
@@ -530,24 +531,24 @@ def bench_clients(repeats: int, figure: Path | None) -> None:
 
 
 def rounds_of_many(clients: int, per_round: int, folder: Path) -> Callable[[], object]:
-    fedu.keep_memory()
+    keep_memory()
     options = {"clients": clients, "clients_per_round": per_round, "encoder": "small", "partition": "iid"}
     return simulation(as_large_as_cifar10(), folder, per_client=5, batch_size=5, local_epochs=20, **options)
 
 
 def draw_clients(sizes: list[tuple[int, int]], seconds: dict, peaks: dict, path: Path) -> None:
-    figure, axes = fedu.evaluation.pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, axes = report.pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for axis, values, label in zip(axes, (seconds, peaks), ("seconds a round", "peak resident memory (MiB)")):
-        axis.plot([k for k, _ in sizes], [values[size] for size in sizes], color=fedu.evaluation.COLOURS[0], marker="o", linewidth=2)
+        axis.plot([k for k, _ in sizes], [values[size] for size in sizes], color=report.COLOURS[0], marker="o", linewidth=2)
         axis.set(xlabel="clients K", ylabel=label, xscale="log", ylim=(0, 1.25 * max(values[size] for size in sizes)))
         axis.grid(alpha=0.25)
     figure.suptitle("Ten clients a round, drawn of K; small encoder, 20 steps each")
-    fedu.evaluation.save_figure(figure, path)
+    report.save_figure(figure, path)
 
 
 def bench_ranks(repeats: int) -> None:
     """A round by its own clock, the first left out, of processes that share this machine's cores."""
-    fedu_py, cores = str(Path(__file__).with_name("fedu.py")), os.cpu_count() or 1
+    fedu_py, cores = str(ROOT / "fedu.py"), os.cpu_count() or 1
     for clients in (5, 10):
         options = f"--encoder small --clients {clients} --classes-per-client 2 --rounds 2 --knn-every 0 --overwrite --out".split()
         seconds: dict[str, list[float]] = {}
@@ -560,26 +561,38 @@ def bench_ranks(repeats: int) -> None:
                 row = json.loads((out / "metrics.jsonl").read_text().splitlines()[1])
                 seconds.setdefault(f"{count} x {cores // count}", []).append(row["seconds"])
         medians = {way: float(np.median(times)) for way, times in reversed(seconds.items())}
-        report(f"ranks, small, K = {clients}", medians, 6000 * 2)
+        print_rows(f"ranks, small, K = {clients}", medians, 6000 * 2)
 
 
 # ------------------------------------------------------------------------------------------------------- start-up
 
 
 def bench_start(repeats: int) -> None:
-    here = Path(__file__).parent
-
     def first_step() -> None:
         """From the command to the first training step: the table's header is printed just before it."""
-        command = [sys.executable, str(here / "fedu.py"), "--overwrite", "--out", "runs/bench-start", "--device", DEVICE.type]
+        command = [sys.executable, str(ROOT / "fedu.py"), "--overwrite", "--out", "runs/bench-start", "--device", DEVICE.type]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
             while "predictor taken" not in process.stdout.readline():
                 assert process.poll() is None, "fedu.py ended before its first step"
             process.kill()
 
-    help_ = partial(subprocess.run, [sys.executable, str(here / "fedu.py"), "--help"], stdout=subprocess.DEVNULL, check=True)
+    help_ = partial(subprocess.run, [sys.executable, str(ROOT / "fedu.py"), "--help"], stdout=subprocess.DEVNULL, check=True)
     for name, way in (("--help", help_), ("to the first step", first_step)):
-        report("start-up", timed({name: way}, repeats), 0)
+        print_rows("start-up", timed({name: way}, repeats), 0)
+
+
+def parse_options() -> dict:
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}  [all]")
+    parser.add_argument("--encoder", action="append", choices=RECIPES, help="for epoch, may be repeated  [all]")
+    parser.add_argument("--repeats", type=number(int, 3), help="of each way  [5]")
+    parser.add_argument("--peak-tflops", type=number(float, 0, open_low=True), help="of this device, for the MFU of epoch  [not shown]")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw growth and clients there  [not drawn]")
+    given = {"parts": [], "encoder": list(RECIPES), "repeats": 5, "peak_tflops": None, "figures": None} | vars(parser.parse_args())
+    for part in given["parts"]:
+        if part not in PARTS:
+            parser.error(f"got {part!r}, wants one of {', '.join(PARTS)}")
+    return given | {"parts": given["parts"] or list(PARTS)}
 
 
 def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float | None, figures: Path | None) -> None:
@@ -587,8 +600,8 @@ def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float 
     if figures:
         figures.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {describe_cpu()}"
-    print("$", shlex.join(["python", "bench.py", *sys.argv[1:]]))
-    print(f"torch {torch.__version__}, {DEVICE.type}: {where}; commit {fedu.describe_code()['commit']}; medians of {repeats}")
+    print("$", shlex.join(["python", "-m", "bench.training", *sys.argv[1:]]))
+    print(f"torch {torch.__version__}, {DEVICE.type}: {where}; commit {describe_code()['commit']}; medians of {repeats}")
     print(f"{'what':28} {'way':10} {'ms':>12} {'x':>8} {'images/s':>12}")
     warnings.filterwarnings("ignore", module="lightly|torch.utils.data")
     if "views" in parts:
@@ -616,5 +629,5 @@ def describe_cpu() -> str:
 
 
 if __name__ == "__main__":
-    with user_errors("bench.py"):
-        main(**OPTIONS)
+    with user_errors("bench.training"):
+        main(**parse_options())

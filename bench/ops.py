@@ -1,4 +1,4 @@
-"""Times each op against the other ways to the same result: `python -m ops.bench`.
+"""Times each op against the other ways to the same result: `python -m bench.ops`.
 
 One table, medians of interleaved repetitions. `x` is that way's time over the op's: above 1, the op is faster. GB/s counts the bytes
 that the op must move, and `copy` is the share of the bandwidth of a plain `copy_` in the same run. `error` is the worst relative
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ops
-from cli import Parser, number
+from runtime.cli import Parser, number
 
 
 def resnet18() -> list[tuple[str, int]]:
@@ -203,7 +203,7 @@ def main() -> int:
     if not ops.load():
         print("ops: there is no library to time: without FEDU_OPS=reference, the warning says why", file=sys.stderr)
         return 2
-    print("$ python -m ops.bench", *sys.argv[1:])
+    print("$ python -m bench.ops", *sys.argv[1:])
     on_cpu = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     print(f"torch {torch.__version__}, {options.device}: {torch.cuda.get_device_name() if options.device == 'cuda' else on_cpu}")
     print(f"{'network':9} {'K':>3} {'op':14} {'way':12} {'ms':>10} {'x':>7} {'GB/s':>6} {'copy':>5}  error")

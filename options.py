@@ -1,0 +1,384 @@
+"""What a run can be told: typed options, the table of methods, recipes, and the command line that is made from them.
+
+Only the standard library is imported here, so that `--help` and a mistyped option are answered before torch is loaded.
+The options of eval.py are here for the same reason. `python options.py` prints what docs/options.md holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.cli import InputError, Parser, number
+
+# ------------------------------------------------------------------------------------------------ methods and recipes
+
+
+class Method(NamedTuple):
+    """A method is a row: what a client minimises, who averages with whom, and what a client takes when the average arrives.
+
+    `aggregate`, `update` and `predictor` are options too: giving one of them makes an ablation.
+    """
+
+    objective: str = "byol"  # a key of models.OBJECTIVES
+    servers: str = "one"  # one: all clients share a server; each: every client has its own; pooled: one client holds all images
+    aggregate: str = "online"
+    update: str = "online"
+    predictor: str = "global"
+    trains: bool = True
+    public: float = 0.0  # share of the training images that no client has, for a base model and the alignment with it
+    dictionary: int = 0  # representations that clients share through the server
+
+
+METHODS = {
+    "fedu": Method(predictor="dapu"),
+    "fedbyol": Method(),
+    "fedema": Method(update="ema", predictor="ema"),
+    "fedsimsiam": Method("simsiam"),
+    "fedsimclr": Method("simclr"),
+    "fedmoco-v1": Method("moco-v1"),
+    "fedmoco-v2": Method("moco-v2"),
+    "fedca": Method("fedca", public=0.02, dictionary=4096),
+    "fedavg-supervised": Method("supervised"),
+    "single": Method(servers="each"),
+    "central": Method(servers="pooled"),
+    "untrained": Method(trains=False),
+}
+ABLATED = ("aggregate", "update", "predictor")  # the columns of a method's row that are options too
+
+PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
+RECIPES = {"fashion": {"encoder": "tiny", "rounds": 12, "local_epochs": 2, "batch_size": 32, "lr": 0.032, "knn_every": 2}}
+CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
+
+
+# ------------------------------------------------------------------------------------------------------- the options
+
+
+def option(
+    default: object, help: str, choices: Sequence[str] = (), type: Callable[[str], Any] = str, shown: str = "", host: bool = False
+) -> Any:
+    """A field of Options. type: checks a value and converts its text. shown: the default in words, where it depends on other options.
+
+    host: says where a run computes and not what, so it may change when the run is resumed.
+    """
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "type": type, "shown": shown, "host": host})
+
+
+COUNT, PROBABILITY = number(int, 1), number(float, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The images, and how they are dealt to the clients."""
+
+    dataset: str = option("fashion", "fashion (embedded), cifar10, cifar100, a file PATH.npz or a folder PATH/{train,test}/CLASS/*")
+    data_root: str = option("~/.cache/fedu", "where CIFAR lies, as NAME.npz or torchvision's archive, or is downloaded to", host=True)
+    image_size: int = option(32, "side in pixels to which a folder's images are resized and cropped", type=number(int, 8))
+    partition: str = option("classes", "how images are dealt to the clients", ("classes", "iid", "dirichlet"))
+    classes_per_client: int | None = option(None, "for --partition classes", type=COUNT, shown="1/K of the classes")
+    alpha: float = option(0.5, "concentration, for --partition dirichlet", type=number(float, 1e-3, 1e6))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """The method: what passes between clients and server, and what a client takes from it."""
+
+    method: str = option("fedu", "a row of the table of methods; it sets the next three", tuple(METHODS))
+    aggregate: str = option(None, "the encoder that clients upload", ("online", "target"), shown="by method")
+    update: str = option(
+        None, "what the average becomes: the online encoder, the target, both; ema: mixed into the client's online encoder",
+        ("online", "target", "both", "ema"), shown="by method",
+    )  # fmt: skip
+    predictor: str = option(
+        None, "the predictor a client takes: the average, its own, dapu: the average if the divergence is below mu, ema: mixed",
+        ("global", "local", "dapu", "ema"), shown="by method",
+    )  # fmt: skip
+    mu: float = option(None, "DAPU's threshold; 0: never the average after a first round, inf: always", type=number(float, 0), shown="0.4")
+    tau: float = option(0.7, "FedEMA's share of a client's own model at its first measured divergence", type=PROBABILITY)
+    divergence: str = option("layer-mean", "the authors' code's, or the paper's, which wants a --mu", ("layer-mean", "squared"))
+    divergence_from: str = option("received", "of a trained encoder: from what it began as, or the next average", ("received", "global"))
+    first_target: str = option("copy", "shared: no EMA in a client's first round, as in the authors' code", ("copy", "shared"))
+    no_predictor: bool = option(False, "BYOL and SimSiam without a predictor")
+    no_stop_gradient: bool = option(False, "BYOL and SimSiam with the gradient of the target's projections too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clients:
+    """The federation: how many clients there are, who takes part in a round, and what happens when one fails."""
+
+    clients: int = option(5, "K", type=COUNT)
+    clients_per_round: int | None = option(None, "clients drawn for each round", type=COUNT, shown="all")
+    dropout: float = option(0.0, "probability that a drawn client fails to report", type=PROBABILITY)
+    on_nonfinite: str = option("skip", "if an upload is not finite: leave the client out, or stop", ("skip", "error"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Local training: networks, rounds and steps."""
+
+    encoder: str = option(None, "backbone", ("tiny", "small", "resnet18", "resnet50"), shown="resnet18; fashion: tiny")
+    rounds: int = option(None, "R", type=COUNT, shown="100; fashion: 12")
+    local_epochs: int = option(None, "E", type=COUNT, shown="5; fashion: 2")
+    batch_size: int = option(None, "B; the last partial batch of an epoch is dropped", type=number(int, 2), shown="128; fashion: 32")
+    lr: float = option(None, "learning rate of round 0, cosine over rounds", type=number(float, 0, open_low=True), shown="0.032")
+    ema_decay: float = option(0.99, "m of the target's moving average; 1: the target stays as it was", type=PROBABILITY)
+    precision: str = option("fp32", "of the networks' arithmetic", ("fp32", "bf16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """The run: its seed, where it computes, and what it tells."""
+
+    seed: int = option(0, "random numbers are keyed by (seed, purpose, round, client)", type=number(int, 0, 2**63 - 1))
+    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"), host=True)
+    knn_every: int = option(None, "rounds between kNN measurements, 0 for none", type=number(int, 0), shown="10; fashion: 2")
+    log: str = option("none", "a further log of the rounds, in RUN/tensorboard", ("none", "tensorboard"), host=True)
+
+
+GROUPS = {"data": Data, "method": Exchange, "federation": Clients, "training": Training, "run": Host}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Host, Training, Clients, Exchange, Data):
+    """All options of a run; what is None, or not given, takes its value from the method's row and the data set's recipe.
+
+    Raises InputError for a value out of its range, and for an option that changes nothing together with the others.
+    """
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if getattr(self, f.name) is not f.default:
+                object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name)))
+        if self.divergence == "squared" and self.mu is None and (self.predictor or METHODS[self.method].predictor) == "dapu":
+            raise InputError("--divergence squared wants a --mu of its own, since 0.4 belongs to layer-mean")
+        usual = self.usual()
+        for name, value in usual.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self.refuse_idle(name for name, value in usual.items() if getattr(self, name) != value)
+        if (self.clients_per_round or 1) > self.clients:
+            raise InputError(f"--clients-per-round got {self.clients_per_round}, there are {self.clients} clients")
+
+    def usual(self) -> dict[str, object]:
+        """The value that each option has where nobody gives it, for this method and data set."""
+        row = METHODS[self.method]
+        usual = {f.name: f.default for f in fields(self)} | {name: getattr(row, name) for name in ABLATED} | {"mu": 0.4}
+        usual |= RECIPES.get(self.dataset, PAPER)
+        return usual | ({"predictor": "global"} if self.no_predictor else {})
+
+    def refuse_idle(self, given: Sequence[str]) -> None:
+        """Refuse an option among `given` that changes nothing together with the others: raises InputError."""
+        row = METHODS[self.method]
+        has_predictor, has_target = row.objective in ("byol", "simsiam"), row.objective in ("byol", "moco-v1", "moco-v2")
+        idle = {
+            "predictor": not has_predictor or self.no_predictor or row.servers != "one",
+            "no_predictor": not has_predictor,
+            "no_stop_gradient": not has_predictor,
+            "aggregate": self.aggregate == "target" and not has_target,
+            "update": self.update in ("target", "both") and not has_target,
+            "mu": self.predictor != "dapu",
+            "tau": "ema" not in (self.update, self.predictor),
+            "divergence_from": not {"dapu", "ema"} & {self.update, self.predictor},
+            "ema_decay": not has_target,
+            "first_target": not has_target,
+            "classes_per_client": self.partition != "classes",
+            "alpha": self.partition != "dirichlet",
+            "clients_per_round": row.servers == "pooled",
+            "image_size": self.dataset in ("fashion", *CIFAR_CLASSES) or self.dataset.endswith(".npz"),
+        }
+        for name in given:
+            if idle.get(name):
+                value = getattr(self, name)
+                got = flag(name) + ("" if value is True else f" {value}")
+                raise InputError(f"{got} changes nothing in --method {self.method} with its other options")
+
+
+OPTIONS = {f.name: f for f in fields(Options)}
+HOST_OPTIONS = tuple(name for name, f in OPTIONS.items() if f.metadata["host"])
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def checked(name: str, value: object) -> object:
+    """An option's value after its conversion; raises InputError if it is none of the choices, or out of range."""
+    f = OPTIONS[name]
+    choices = (True, False) if isinstance(f.default, bool) else f.metadata["choices"]
+    if choices and value not in choices:
+        raise InputError(f"{flag(name)} got {value!r}, wants one of {', '.join(map(str, choices))}")
+    if choices:
+        return value
+    try:
+        return f.metadata["type"](str(value))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{flag(name)} {error}") from None
+
+
+def defaults(method: str) -> dict[str, object]:
+    """The options that no recipe sets, as they are for a method where nobody gives them."""
+    return {name: value for name, value in asdict(Options(method=method)).items() if name not in PAPER}
+
+
+# ------------------------------------------------------------------------------------------ the command line of fedu.py
+
+
+class Command(NamedTuple):
+    """What a command line says: the options that were given, and the folder that they are for."""
+
+    given: dict[str, Any]
+    out: Path | None
+    resume: Path | None
+    overwrite: bool
+
+
+def parse(argv: Sequence[str] | None = None, description: str | None = None) -> Command:
+    """Read the command line of fedu.py. A mistake ends the process with one sentence and exit status 2."""
+    parser = training_parser(description)
+    given = vars(parser.parse_args(argv))
+    out, resume, overwrite = given.pop("out", None), given.pop("resume", None), given.pop("overwrite", False)
+    if resume and (out or overwrite):
+        parser.error("--resume continues a run in its own folder; it goes with neither --out nor --overwrite")
+    if not resume:
+        try:
+            Options(**given).refuse_idle(given)
+        except InputError as error:
+            parser.error(str(error))
+    return Command(given, out, resume, overwrite)
+
+
+def training_parser(description: str | None = None) -> Parser:
+    """The parser of fedu.py: the fields of Options in their groups, and the run folder."""
+    parser = Parser(description)
+    for title, group in GROUPS.items():
+        section = parser.add_argument_group(title, group.__doc__)
+        for f in fields(group):
+            if isinstance(f.default, bool):
+                section.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
+            else:
+                section.add_argument(flag(f.name), help=f"{f.metadata['help']}  [{shown(f)}]", **argument(f))
+    section.add_argument("--out", type=Path, help="run folder  [runs/DATASET-METHOD-Kclients-sSEED]")
+    section.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    section.add_argument("--overwrite", action="store_true", help="replace the run in an existing folder")
+    return parser
+
+
+def argument(f: Any) -> dict[str, Any]:
+    return {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"type": f.metadata["type"]}
+
+
+def shown(f: Any) -> str:
+    return f.metadata["shown"] or str(f.default)
+
+
+# ------------------------------------------------------------------------------------------ the command line of eval.py
+
+EVALUATION_EPOCHS = {"linear": 200, "semi": 100}
+# the tasks of eval.py, of which a command line has one
+TASKS = {
+    "linear": "--linear",
+    "knn": "--knn",
+    "semi": "--semi",
+    "export": "--export FILE.npz",
+    "weights": "--export FILE.safetensors",
+    "table": "--table",
+    "plot": "--plot",
+    "against": "--against",
+}
+EVALUATIONS = ("linear", "knn", "semi")
+# each further option of eval.py: its value where it is not given, and the tasks in which it changes something
+TASK_OPTIONS = {
+    "features": ("backbone", ("linear", "knn", "export")),
+    "head": ("linear", ("semi",)),
+    "epochs": (None, ("linear", "semi")),
+    "transfer": (None, (*EVALUATIONS, "export")),
+    "seed": (0, ("linear", "semi")),
+    "data_root": (None, (*EVALUATIONS, "export")),
+    "device": ("auto", (*EVALUATIONS, "export")),
+    "out": (None, ("plot", "against")),
+}
+
+
+def evaluation_parser(description: str | None = None) -> Parser:
+    """The parser of eval.py, whose namespace holds only what was given."""
+    parser = Parser(description)
+    runs = parser.add_argument_group("runs")
+    runs.add_argument("runs", nargs="*", type=Path, metavar="RUN", default=[],
+        help="run folders, or folders of them  [the newest run under runs/; for --table and --against all of them]")  # fmt: skip
+    group = parser.add_argument_group("tasks", "What to do with the runs: one of these.")
+    task = group.add_mutually_exclusive_group()
+    task.add_argument("--linear", action="store_true",
+        help="train one linear layer on the frozen encoder's standardised features: Adam 3e-3, batches of 512 (the default)")  # fmt: skip
+    task.add_argument("--knn", action="store_true", help="vote of the 200 nearest training images, weighted by exp(cosine / 0.1)")
+    task.add_argument("--semi", type=number(float, 0, 1, open_low=True), metavar="F",
+        help="fine-tune backbone and a new head on a class-balanced fraction F of the labels: Adam 1e-3, batches of 128")  # fmt: skip
+    task.add_argument("--table", action="store_true", help="print the runs' evaluations as Markdown, a row for each setting")
+    task.add_argument("--plot", action="store_true", help="draw divergence, predictors, loss and kNN accuracy of every round")
+    task.add_argument("--against", metavar="OPTION",
+        help="draw linear accuracy against an option of fedu.py, as `mu`; `round`: kNN accuracy as it rose; `ablation`: bars")  # fmt: skip
+    task.add_argument("--export", type=Path, metavar="FILE",
+        help=".npz: representations and labels of all images, as train, test, y_train and y_test; .safetensors: the backbone's weights, "
+        "of `single` one file for each client k, NAME-k.safetensors")  # fmt: skip
+    how = parser.add_argument_group("settings", "How to do it; an option that changes nothing in the task is refused.")
+    how.add_argument("--features", choices=("backbone", "projector", "pixels"),
+        help="what represents an image; pixels: without any encoder  [backbone]")  # fmt: skip
+    how.add_argument("--head", choices=("linear", "mlp"), help="for --semi; mlp: Linear-BN-ReLU-Linear of hidden width 4096  [linear]")
+    how.add_argument("--epochs", type=number(int, 1), help="of --linear and --semi  [200 and 100]")
+    how.add_argument("--transfer", metavar="DATASET", help="evaluate on another data set than the run was trained on")
+    how.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="of the head, the batches and the labelled subset  [0]")
+    how.add_argument("--data-root", help="where CIFAR lies or is downloaded to  [the run's]")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute  [auto]")
+    how.add_argument("--out", type=Path, help="the figure's file  [RUN/divergence.png; of several runs comparison.png; OPTION.png]")
+    return parser
+
+
+def parse_evaluation(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """Read the command line of eval.py: its `task`, a key of TASKS, and a value for each option.
+
+    A mistake ends the process with one sentence and exit status 2.
+    """
+    parser = evaluation_parser(description)
+    given = vars(parser.parse_args(argv))
+    task = next((name for name in TASKS if name in given), "linear")
+    if task == "export" and given["export"].suffix == ".safetensors":
+        task = "weights"
+    elif task == "export" and given["export"].suffix != ".npz":
+        parser.error(f"--export got {given['export']}, wants a name that ends in .npz or .safetensors")
+    for name, (_, tasks) in TASK_OPTIONS.items():
+        if name in given and task not in tasks:
+            parser.error(f"{flag(name)} goes with {' or '.join(TASKS[t] for t in tasks)}, not with {TASKS[task]}")
+    usual = {name: value for name, (value, _) in TASK_OPTIONS.items()} | {"epochs": EVALUATION_EPOCHS.get(task)}
+    return argparse.Namespace(task=task, **usual | given)
+
+
+# ----------------------------------------------------------------------------------------------------- documentation
+
+
+def as_markdown(parser: argparse.ArgumentParser) -> str:
+    """A parser's options as Markdown, a table for each group. A help text gives its default at its end, in brackets after two spaces."""
+    lines = []
+    for group in parser._action_groups:
+        actions = [action for action in group._group_actions if action.dest != "help"]
+        if actions:
+            lines += [f"### {group.title.capitalize()}", "", *([group.description, ""] if group.description else [])]
+            lines += ["| option | default | |", "|---|---|---|"]
+        for action in actions:
+            text, _, default = action.help.partition("  [")
+            names = " ".join(filter(None, (*action.option_strings, action.metavar)))
+            values = ", ".join(f"`{value}`" for value in action.choices) + ": " if action.choices else ""
+            lines.append(f"| `{names}` | {default.removesuffix(']')} | {values}{text} |")
+        lines += [""] if actions else []
+    return "\n".join(lines).rstrip()
+
+
+def documentation() -> str:
+    """What docs/options.md holds: `python options.py > docs/options.md`."""
+    training, evaluation = as_markdown(training_parser()), as_markdown(evaluation_parser())
+    return "\n\n".join(["# Options", "## Options of `fedu.py`", training, "## Options of `eval.py`", evaluation])
+
+
+if __name__ == "__main__":
+    print(documentation())

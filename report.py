@@ -1,0 +1,470 @@
+"""What runs gave, for people: the progress table, figures, tables beside published numbers, and a log for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import stdev
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from options import ABLATED, EVALUATION_EPOCHS, HOST_OPTIONS, OPTIONS, defaults
+from runtime.cli import InputError, first_line, os_errors, write_atomic
+from runtime.run import read_config, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Group = tuple[dict, list[Path]]  # a setting, which is what `by_setting` keeps of the options, and the runs that have it
+
+# ------------------------------------------------------------------------------------------------- while a run trains
+
+TABLE_HEADER = (
+    f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}{'left':>11}  predictor taken (global, local, mixed, -)"
+)
+
+
+def round_line(row: dict, seconds_left: float | None) -> str:
+    """A round's line under TABLE_HEADER. row: as in metrics.jsonl. seconds_left: until the run's end; None leaves the column empty."""
+    taken = "".join(predictor[0] for predictor in row["predictor"]) or "nobody reported: the global model stays as it was"
+    if len(row["clients"]) > 20:
+        taken = ", ".join(f"{taken.count(letter)} {letter}" for letter in "glm-" if letter in taken)
+    knn = "" if row["knn"] is None else f"{100 * row['knn']:.2f}"
+    left = "" if seconds_left is None else duration(seconds_left)
+    return (
+        f"{row['round']:>7}{row['lr']:>10.5f}{mean(row['loss']):>9.4f}{mean(row['divergence']):>12.4f}"
+        f"{knn:>8}{row['seconds']:>9.1f}{left:>11}  {taken}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time in words, to two digits: `0.4 s`, `12 s`, `3.4 min`, `2.7 h`, `11 days`."""
+    for unit, length, end in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 48)):
+        text = two_digits(seconds / length)
+        if float(text) < end:
+            return f"{text} {unit}"
+    return f"{two_digits(seconds / 86400)} days"
+
+
+def two_digits(value: float) -> str:
+    return f"{value:.1f}" if 0 < value < 9.95 else f"{value:.0f}"
+
+
+def dapu_notice(metrics: list[dict], predictor: str, mu: float) -> str:
+    """A sentence for the case that DAPU decided the same every time, so that mu made no difference; otherwise nothing.
+
+    metrics: the rows of metrics.jsonl. predictor, mu: the run's options.
+    """
+    decided = [(taken, d) for row in metrics for taken, d in zip(row["predictor"], row["decided_on"]) if d is not None]
+    decisions, divergences = {taken for taken, _ in decided}, [d for _, d in decided]
+    if predictor != "dapu" or len(decisions) != 1:
+        return ""
+    consequence = "predictors were as in FedBYOL" if decisions == {"global"} else "clients shared a predictor in their first round only"
+    span = f"divergences {min(divergences):.3g} to {max(divergences):.3g}"
+    return f"\nmu = {mu:g} never bound: every DAPU decision was {decisions.pop()} ({span}), so {consequence}.\n"
+
+
+def tensorboard_log(folder: Path) -> Callable[[dict], None]:
+    """A function that writes a row of metrics.jsonl to TensorBoard's files in `folder`, which the first row makes.
+
+    It writes the mean loss, kNN accuracy in %, and for every client its loss, divergence and the share of its own predictor. What the
+    folder already has of the first row's round and later ones, as from a run that this one replaces, is no longer shown. Raises InputError
+    if TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--log tensorboard wants the package tensorboard: `pip install -r requirements-optional.txt`") from None
+    writer = None
+
+    def write(row: dict) -> None:
+        nonlocal writer
+        with os_errors(f"cannot write to {folder}"):
+            writer = writer or SummaryWriter(folder, purge_step=row["round"])
+            values = {"loss/mean": mean(row["loss"])} if row["clients"] else {}
+            for key in ("loss", "divergence", "own_share"):
+                values |= {f"{key}/client {client}": value for client, value in zip(row["clients"], row[key])}
+            if row["knn"] is not None:
+                values["knn/accuracy (%)"] = 100 * row["knn"]
+            for name, value in values.items():
+                writer.add_scalar(name, value, row["round"])
+            writer.flush()
+
+    return write
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, or nan if there are no values."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample deviation, or nan for a single value, which leaves it undrawn."""
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+# ------------------------------------------------------------------------------------------------- evaluations of runs
+
+PIXELS = "linear, pixels"  # an evaluation without any encoder
+
+
+def read_evaluations(run: Path) -> dict[str, float]:
+    """The latest accuracy, in [0, 1], of each evaluation in RUN/eval.jsonl, under a name that tells its unusual settings.
+
+    Raises InputError if a line is damaged.
+    """
+    path = run / "eval.jsonl"
+    trained_on = read_config(run)["options"]["dataset"]
+    results = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            epochs = EVALUATION_EPOCHS.get(row["evaluation"].split()[0])
+            usual = {"features": "backbone", "head": "linear", "dataset": trained_on, "seed": 0, "epochs": epochs}
+            unusual = [row[k] if isinstance(row[k], str) else f"{k} {row[k]}" for k in usual if row.get(k, usual[k]) != usual[k]]
+            results[", ".join([row["evaluation"], *unusual])] = row["accuracy"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not readable ({first_line(error)})") from None
+    return results
+
+
+def linear_accuracy(run: Path) -> float:
+    """A run's linear accuracy in %. Raises InputError if it was not measured."""
+    try:
+        return 100 * read_evaluations(run)["linear"]
+    except KeyError:
+        raise InputError(f"{run} has no linear accuracy: measure it with `python eval.py --linear {run}`") from None
+
+
+# --------------------------------------------------------------------------------------------------- settings in words
+
+
+def read_options(run: Path) -> dict:
+    """A run's options as this version knows them: one that is newer than the run has its default, one that is gone is left out."""
+    options = read_config(run)["options"]
+    return {name: value for name, value in (defaults(options["method"]) | options).items() if name in OPTIONS}
+
+
+def by_setting(runs: list[Path]) -> list[Group]:
+    """The runs in groups that differ in nothing but the seed, the host, and how often kNN was measured."""
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        setting = {k: v for k, v in read_options(run).items() if k not in ("seed", "knn_every", *HOST_OPTIONS)}
+        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
+    return [(json.loads(setting), members) for setting, members in groups.items()]
+
+
+def is_trained(setting: dict) -> bool:
+    return setting["method"] != "untrained"
+
+
+def trained_among(settings: list[dict]) -> list[dict]:
+    """The settings of trained encoders; all settings if none is trained. Training's options say nothing about an untrained encoder."""
+    return list(filter(is_trained, settings)) or settings
+
+
+def differing(settings: list[dict]) -> list[str]:
+    """The options in which trained settings differ by more than by their methods."""
+    trained = trained_among(settings)
+    names = [k for k in trained[0] if len({json.dumps(s.get(k)) for s in trained}) > 1 and k not in ("method", *ABLATED)]
+    return names + [k for k in ABLATED if any(s[k] != defaults(s["method"])[k] for s in trained)]
+
+
+def describe_scale(settings: list[dict]) -> str:
+    """What runs of these settings have in common, in words."""
+    trained = trained_among(settings)
+    first = trained[0]
+    words = {
+        ("dataset",): f"on {Path(first['dataset']).stem}",
+        ("encoder",): first["encoder"],
+        ("rounds", "local_epochs"): f"{first['rounds']} rounds of {first['local_epochs']} local epoch" + "s" * (first["local_epochs"] > 1),
+        ("batch_size",): f"B = {first['batch_size']}",
+        ("lr",): f"lr {first['lr']:g}",
+        ("clients",): f"{first['clients']} clients",
+        ("partition", "classes_per_client", "alpha"): describe_partition(first),
+    }
+    return ", ".join(text for names, text in words.items() if all(s[k] == first[k] for s in trained for k in names))
+
+
+def capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def describe_partition(setting: dict) -> str:
+    classes = "1/K of the" if setting["classes_per_client"] is None else setting["classes_per_client"]
+    return {"classes": f"{classes} classes each", "iid": "iid"}.get(setting["partition"], f"dirichlet {setting['alpha']}")
+
+
+def describe_option(setting: dict, name: str) -> str:
+    value = setting.get(name)
+    if name == "partition":
+        return describe_partition(setting)
+    if value is None:
+        return {"clients_per_round": "all", "classes_per_client": "1/K"}.get(name, "-")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def name_setting(setting: dict, differ: list[str]) -> str:
+    """A setting's method, and its values of the options in `differ`."""
+    options = (describe_option(setting, k) if k == "partition" else f"{k.replace('_', ' ')} {describe_option(setting, k)}" for k in differ)
+    return ", ".join([setting["method"], *options])
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+# Linear evaluation, top-1 %, of ResNet-18 after 100 rounds of 5 local epochs on CIFAR-10: non-IID (2 classes each of 5 clients), IID.
+# From FedEMA's paper (Zhuang et al. 2022), table 1 and appendix; rows with another encoder are from FedU's (Zhuang et al. 2021).
+PUBLISHED = {
+    "single": ("74.95", "82.42"),
+    "fedsimclr": ("78.09", "-"),
+    "fedmoco-v1": ("78.21", "-"),
+    "fedmoco-v2": ("79.14", "-"),
+    "fedsimsiam": ("76.27", "-"),
+    "fedbyol": ("79.44", "84.29"),
+    "fedu": ("80.52", "83.96"),
+    "fedema": ("83.34", "86.26"),
+    "fedca": ("68.01 (ResNet-50)", "71.25 (ResNet-50)"),
+    "fedavg-supervised": ("67.74 (ResNet-50)", "91.51 (ResNet-50)"),
+    "central": ("90.46", "90.46"),
+}
+# From FedU's paper, by the encoder that is averaged, what it becomes at the clients, and whether the predictor is averaged.
+PUBLISHED_ABLATION = {
+    "online online global": "84.07", "online online local": "82.18",
+    "online both global": "81.24", "online both local": "18.23",
+    "online target global": "9.99", "online target local": "19.22",
+    "target online global": "82.10", "target online local": "78.06",
+    "target target global": "9.99", "target target local": "25.02",
+    "target both global": "82.32", "target both local": "29.03",
+}  # fmt: skip
+
+
+def table(runs: list[Path]) -> str:
+    """Markdown: a row for each setting, with the options in which settings differ, and a last row for raw pixels if a run has them.
+
+    An evaluation is the mean and, over several seeds, the sample deviation, in % of the test images. Traffic is that of all clients.
+    """
+    groups = by_setting(runs)
+    settings = [setting for setting, _ in groups]
+    differ = differing(settings)
+    found = {run: read_evaluations(run) for run in runs}
+    columns = sorted({name for evaluations in found.values() for name in evaluations} - {PIXELS}, key=lambda n: ("linear" not in n, n))
+    lines = [["method", *differ, "seeds", "up and down, MB a round", *columns]]
+    for setting, members in groups:
+        rounds = read_metrics(members[0])
+        cells = [setting["method"], *(describe_option(setting, k) for k in differ), str(len(members))]
+        megabytes = (f"{mean([row[way] for row in rounds]) / 1e6:.1f}" for way in ("upload_bytes", "download_bytes") if rounds)
+        cells.append(" + ".join(megabytes) or "-")
+        for column in columns:
+            values = [100 * found[run][column] for run in members if column in found[run]]
+            cells.append("-" if not values else f"{mean(values):.2f}" + (f" ± {deviation(values):.2f}" if len(values) > 1 else ""))
+        lines.append(cells)
+    for line, cell in zip(lines, published_column(settings, differ)):
+        line.append(cell)
+    for accuracy in {evaluations[PIXELS] for evaluations in found.values() if PIXELS in evaluations}:
+        row = {"method": "raw pixels", "linear": f"{100 * accuracy:.2f}"}
+        lines.append([row.get(column, "-") for column in lines[0]])
+    lines.insert(1, ["---"] * len(lines[0]))
+    caption = f"{capitalized(describe_scale(settings))}; accuracies in % of the test images.\n\n"
+    return caption + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def published_column(settings: list[dict], differ: list[str]) -> list[str]:
+    """The papers' numbers: a title and a cell for each setting, or nothing if they have none of these settings.
+
+    A cell is `-` where the papers' run differs in more than its scale. differ: the options in which the settings differ.
+    """
+    ablation = any(k in ABLATED for k in differ)
+
+    def cell(setting: dict) -> str:
+        changed = {k for k, usual in defaults(setting["method"]).items() if setting.get(k, usual) != usual}
+        changed -= {"method", "dataset", "partition", "classes_per_client", *(ABLATED if ablation else ())}
+        column = {("classes", None): 0, ("classes", 2): 0, ("iid", None): 1}.get((setting["partition"], setting["classes_per_client"]))
+        if Path(setting["dataset"]).stem != "cifar10" or column is None or changed:
+            return "-"
+        if not ablation:
+            return PUBLISHED.get(setting["method"], ("-", "-"))[column]
+        return PUBLISHED_ABLATION.get(" ".join(setting[k] for k in ABLATED), "-") if setting["method"] == "fedbyol" and not column else "-"
+
+    cells = [cell(setting) for setting in settings]
+    title = "linear, published: " + ("at a scale that the paper does not state" if ablation else "ResNet-18, 100 rounds of 5 epochs")
+    return [title, *cells] if set(cells) != {"-"} else []
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+# Okabe and Ito's palette, which the colour-blind can tell apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LOOKS = [(colour, dashes) for dashes in ("-", "--", ":") for colour in COLOURS]
+UNITS = {"layer-mean": "mean L2 norm per convolution", "squared": "squared L2 norm of the encoder"}
+
+
+def pyplot():
+    """matplotlib.pyplot without a display, imported only by those who draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def save_figure(figure: Figure, out: Path) -> None:
+    """Write a figure in the format that the name of `out` ends in. Raises InputError if there is no such format."""
+    kind, known = out.suffix[1:] or "png", figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise InputError(f"--out got {out}, wants a name that ends in one of .{', .'.join(known)}")
+    write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=kind))
+    pyplot().close(figure)
+
+
+def plot(runs: list[Path], out: Path) -> None:
+    """Draw divergence, the share of clients' own predictors, loss and kNN accuracy against rounds, a colour for each run.
+
+    A thick line is the mean of the clients. Of one run, a thin line is a client; of several, a band reaches from the smallest client to the
+    largest. Raises InputError if a run has no rounds.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    plt = pyplot()
+    settings = [read_options(run) for run in runs]
+    names = [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else list(map(str, runs))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(4, 1, figsize=(9, 11), height_ratios=(2, 0.8, 1, 1), sharex=True, layout="constrained")
+        divergence, own, loss, accuracy = axes
+        for place, (run, name, colour) in enumerate(zip(runs, names, COLOURS * len(runs))):
+            rows = [row for row in read_metrics(run) if row["clients"]]
+            if not rows:
+                raise InputError(f"{run} has no rounds to draw")
+            rounds = [row["round"] for row in rows]
+            for axis, key in ((divergence, "divergence"), (loss, "loss")):
+                label, width = (name, 1.8) if len(runs) > 1 else ("mean of the clients", 2.4)
+                axis.plot(rounds, [mean(row[key]) for row in rows], color=colour, linewidth=width, label=label, zorder=3)
+                (draw_clients if len(runs) == 1 else draw_band)(axis, rows, key, colour)
+            # an older run tells only whose predictor it was
+            shares = [100 * mean(row.get("own_share", [taken == "local" for taken in row["predictor"]])) for row in rows]
+            size = 4 + 1.5 * min(len(runs) - 1 - place, 5)  # so that markers at the same place show around each other
+            own.plot(rounds, shares, color=colour, marker="o", markersize=size)
+            measured = [(row["round"], 100 * row["knn"]) for row in rows if row["knn"] is not None]
+            accuracy.plot([round_ for round_, _ in measured], [knn for _, knn in measured], color=colour, marker="o", markersize=size)
+        if len(runs) > 1:
+            divergence.fill_between([], [], color="0.5", alpha=0.3, linewidth=0, label="from the smallest client to the largest")
+        draw_thresholds(divergence, settings)
+        units = " / ".join(sorted({UNITS[setting["divergence"]] for setting in settings}))
+        divergence.set(ylabel=f"divergence in a round\n({units})", ylim=(0, None))
+        own.set(ylabel="predictor: the\nclient's own (%)", ylim=(-6, 106))
+        loss.set(ylabel="loss")
+        accuracy.set(ylabel="kNN accuracy (%)", xlabel="round")
+        accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
+        scale = describe_scale(settings)
+        figure.suptitle(f"{settings[0]['method']} {scale}" if len(runs) == 1 else capitalized(scale), fontsize=10)
+        handles = {label: handle for handle, label in zip(*divergence.get_legend_handles_labels())}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 if len(runs) == 1 else 3, frameon=False)
+        save_figure(figure, out)
+
+
+def draw_clients(axis: Axes, rows: list[dict], key: str, colour: str) -> None:
+    """A thin line for each client through its rounds, with a circle where it began a round with its own predictor."""
+    lines: dict[int, list[tuple[int, float]]] = {}
+    for row in rows:
+        for client, value in zip(row["clients"], row[key]):
+            lines.setdefault(client, []).append((row["round"], value))
+    for line in lines.values():
+        axis.plot(*zip(*line), color=colour, linewidth=0.8, alpha=0.45, label="one client")
+    own = [(row["round"], value) for row in rows for value, taken in zip(row[key], row["predictor"]) if taken == "local"]
+    if own and key == "divergence":
+        axis.scatter(*zip(*own), s=42, facecolors="none", edgecolors=colour, label="began the round with its own predictor")
+
+
+def draw_band(axis: Axes, rows: list[dict], key: str, colour: str) -> None:
+    """A band from the smallest client to the largest."""
+    low, high = ([extreme(row[key]) for row in rows] for extreme in (min, max))
+    axis.fill_between([row["round"] for row in rows], low, high, color=colour, alpha=0.15, linewidth=0.8)
+
+
+def draw_thresholds(axis: Axes, settings: list[dict]) -> None:
+    """A dashed line for each mu of DAPU, in the colour of its run, or grey if several runs have the same."""
+    of_value: dict[float, list[str]] = {}
+    for setting, colour in zip(settings, COLOURS * len(settings)):
+        if setting["predictor"] == "dapu" and 0 < setting["mu"] < math.inf:
+            of_value.setdefault(setting["mu"], []).append(colour)
+    for mu, colours in of_value.items():
+        colour = colours[0] if len(colours) == 1 else "0.3"
+        axis.axhline(mu, color=colour, linestyle="--", linewidth=1.2, label=f"$\\mu$ = {mu:g}")
+
+
+def plot_against(option: str, runs: list[Path], out: Path) -> None:
+    """Draw accuracies with their deviation over seeds.
+
+    option: `round` draws the kNN accuracy of each setting against rounds, `ablation` bars of linear accuracy by aggregate, update and
+    predictor, any option of fedu.py the linear accuracy against its values, a line for each method. In the last two, a dashed line is an
+    untrained encoder. Raises InputError for another option, and if no run has rounds.
+    """
+    plt = pyplot()
+    groups = by_setting(runs)
+    if option not in ("round", "ablation") and any(option not in setting for setting, _ in groups):
+        raise InputError(f"--against got {option!r}, wants round, ablation or an option of fedu.py as it is in config.json")
+    trained = [group for group in groups if is_trained(group[0])]
+    if not trained:
+        raise InputError(f"{runs[0]} has no rounds to draw")
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+        figure.suptitle(capitalized(describe_scale([setting for setting, _ in groups])), fontsize=9)
+        if option == "round":
+            draw_knn(axis, trained)
+        else:
+            accuracies = [[linear_accuracy(run) for run in members] for _, members in trained]
+            (draw_bars if option == "ablation" else partial(draw_sweep, option=option))(axis, trained, accuracies)
+            for _, members in (group for group in groups if not is_trained(group[0])):
+                line = axis.axvline if option == "ablation" else axis.axhline
+                level = mean([linear_accuracy(run) for run in members])
+                line(level, color=COLOURS[-1], linestyle="--", linewidth=1.2, label="untrained encoder")
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        save_figure(figure, out)
+
+
+def draw_knn(axis: Axes, groups: list[Group]) -> None:
+    """A line for each setting: kNN accuracy in the rounds that all of its seeds measured, with a band of the deviation over seeds."""
+    differ = differing([setting for setting, _ in groups])
+    for (colour, dashes), (setting, members) in zip(LOOKS * len(groups), groups):
+        curves = [{row["round"] + 1: 100 * row["knn"] for row in read_metrics(run) if row["knn"] is not None} for run in members]
+        rounds = sorted(set.intersection(*map(set, curves)))
+        centre = np.array([mean([curve[round_] for curve in curves]) for round_ in rounds])
+        spread = np.array([deviation([curve[round_] for curve in curves]) for round_ in rounds])
+        axis.plot(rounds, centre, color=colour, linestyle=dashes, marker="o", markersize=3.5, label=name_setting(setting, differ))
+        axis.fill_between(rounds, centre - spread, centre + spread, color=colour, alpha=0.2, linewidth=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel="rounds", ylabel="kNN accuracy of the backbone (%)")
+
+
+def draw_bars(axis: Axes, groups: list[Group], accuracies: list[list[float]]) -> None:
+    """A bar for each setting. accuracies: of each setting's seeds, in %."""
+    settings = [setting for setting, _ in groups]
+    differ = [name for name in differing(settings) if name not in ABLATED]
+    with_setting = differ or len({s["method"] for s in settings}) > 1
+    names = [f"{name_setting(s, differ)}: " * bool(with_setting) + f"{s['aggregate']} to {s['update']}, {s['predictor']}" for s in settings]
+    places, spread = range(len(names)), [deviation(values) for values in accuracies]
+    bars = axis.barh(places, [mean(values) for values in accuracies], xerr=spread, color=COLOURS[0], label="trained")
+    axis.bar_label(bars, fmt="%.1f", padding=4)
+    axis.set_yticks(places, names)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.margins(x=0.1)
+    axis.set(xlabel="linear accuracy (%)", ylabel="aggregated encoder to updated encoder, predictor")
+
+
+def draw_sweep(axis: Axes, groups: list[Group], accuracies: list[list[float]], option: str) -> None:
+    """A point for each setting, at equal distances for the option's values that occur, so that 0 and infinity have a place."""
+    values = sorted({setting[option] for setting, _ in groups}, key=lambda value: (value is not None, value))
+    for colour, method in zip(COLOURS * len(groups), dict.fromkeys(setting["method"] for setting, _ in groups)):
+        measured = [(setting[option], reached) for (setting, _), reached in zip(groups, accuracies) if setting["method"] == method]
+        points = sorted((values.index(value), mean(reached), deviation(reached)) for value, reached in measured)
+        places, centre, spread = zip(*points)
+        axis.errorbar(places, centre, spread, color=colour, marker="o", capsize=4, label=method)
+    axis.set_xticks(range(len(values)), [describe_option({option: value}, option) for value in values])
+    axis.set(xlabel=option.replace("_", " "), ylabel="linear accuracy (%)")

@@ -1,0 +1,110 @@
+"""Several processes: rank 0 holds the federation and alone writes, the others train the clients that it sends them.
+
+`torchrun` starts them, and without it there is rank 0 alone. What travels is what a client trains from and what became of it, so a rank
+needs nothing but the images: gloo carries it between CPUs, nccl between GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from runtime.cli import RANK, InputError, first_line
+
+COUNT = int(os.environ.get("WORLD_SIZE", 1))
+ORDER = 3  # whole numbers that tell a rank what to train: round, client, whether the client joins
+STOP = -1
+Turn = TypeVar("Turn")
+
+
+class Trainable(Protocol):
+    """What the ranks train: `networks()` are tensors of fixed shape, changed in place; `shared` is one more of any shape `[N, d]`."""
+
+    shared: Tensor
+
+    def networks(self) -> list[Tensor]: ...
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the other processes, if there are any, each with a GPU of its own; at the end rank 0 dismisses them."""
+    if COUNT == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # a rank that dies is noticed by its closed connection, so a wait may be as long as a client's training
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30))
+    try:
+        yield
+        for rank in range(1, COUNT) if RANK == 0 else ():
+            send([torch.tensor([STOP] + [0] * (ORDER + 1), device=device)], rank)
+    finally:
+        distributed.destroy_process_group()
+
+
+def train_all(
+    turns: Sequence[Turn], load: Callable[[Turn], tuple[int, ...]], train: Callable[..., tuple[float, Tensor]], trainable: Trainable
+) -> Iterator[tuple[Turn, float, Tensor]]:
+    """Train every turn, one on each rank at a time, and yield them in their order with the loss and what the client shares.
+
+    load: fills the networks with what a turn starts from, and returns its order. train: takes the order and trains the networks.
+    When a turn is yielded, the networks hold what became of it.
+    """
+    for first in range(0, len(turns), COUNT):
+        wave = turns[first : first + COUNT]
+        for rank, turn in reversed(list(enumerate(wave))):  # this rank's own turn is loaded last, and stays in the networks
+            order = load(turn)
+            if rank:
+                header = torch.tensor([*order, *trainable.shared.shape], device=trainable.shared.device)
+                send([header, *trainable.networks(), trainable.shared], rank)
+        for rank, turn in enumerate(wave):
+            yield turn, *(receive_result(rank, trainable) if rank else train(*order))
+
+
+def receive_result(rank: int, trainable: Trainable) -> tuple[float, Tensor]:
+    """Take what a rank trained into the networks; returns the loss and what the client shares."""
+    result = torch.empty(3, dtype=torch.float64, device=trainable.shared.device)
+    receive([result, *trainable.networks()], rank)
+    loss, *shape = result.tolist()
+    share = trainable.shared.new_empty([int(size) for size in shape])
+    receive([share], rank)
+    return loss, share
+
+
+def serve(train: Callable[..., tuple[float, Tensor]], trainable: Trainable) -> None:
+    """The other ranks' work: train what rank 0 sends, until it sends no more."""
+    header = torch.empty(ORDER + 2, dtype=torch.int64, device=trainable.shared.device)
+    while True:
+        receive([header], 0)
+        order, shape = header[:ORDER].tolist(), header[ORDER:].tolist()
+        if order[0] == STOP:
+            return
+        trainable.shared = trainable.shared.new_empty(shape)
+        receive([*trainable.networks(), trainable.shared], 0)
+        loss, share = train(*order)
+        result = torch.tensor([loss, *share.shape], dtype=torch.float64, device=header.device)
+        send([result, *trainable.networks(), share], 0)
+
+
+def send(tensors: list[Tensor], rank: int) -> None:
+    transfer(distributed.send, tensors, rank)
+
+
+def receive(tensors: list[Tensor], rank: int) -> None:
+    transfer(distributed.recv, tensors, rank)
+
+
+def transfer(send_or_receive: Callable[[Tensor, int], object], tensors: list[Tensor], rank: int) -> None:
+    try:
+        for tensor in tensors:
+            if tensor.numel():
+                send_or_receive(tensor, rank)
+    except RuntimeError as error:  # its connection is closed
+        raise InputError(f"rank {rank} has ended: --resume continues after the last full round ({first_line(error)})") from None

@@ -1,0 +1,255 @@
+"""The run folder: what was run (config.json), what happened (metrics.jsonl), and where it can go on (checkpoint.pt).
+
+Every file appears whole or not at all. docs/run-folder.md describes them for their readers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from runtime.bank import Bank, Row, checksum
+from runtime.cli import InputError, first_line, locked, os_errors, write_atomic
+from runtime.device import describe_device
+
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin", "encoder.pt")
+RUN_FILES += ("divergence.png", "eval.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------- runs that are there
+
+
+def find_runs(root: Path = Path("runs")) -> list[Path]:
+    """The finished runs under `root`, newest first."""
+    runs = sorted((p.parent for p in root.rglob("encoder.pt")), key=lambda run: (run / "encoder.pt").stat().st_mtime, reverse=True)
+    if not runs:
+        raise InputError(f"there is no finished run under {root}/: train one with `python fedu.py`, or name its folder")
+    return runs
+
+
+def runs_among(paths: list[Path]) -> list[Path]:
+    """The run folders that are named, or lie in folders that are, each once.
+
+    Passes over what else a shell's `*` names, and says so of folders. Raises InputError if a path does not exist, or none holds a run.
+    """
+    found = {path: sorted(config.parent for config in path.rglob("config.json")) for path in paths}
+    for path in paths:
+        if not found[path] and (not path.exists() or not any(found.values())):
+            raise InputError(f"{path} is not a run folder: it has no config.json")
+        if not found[path] and path.is_dir():
+            print(f"{path} holds no run and was passed over", file=sys.stderr)
+    return list(dict.fromkeys(run for path in paths for run in found[path]))
+
+
+def read_config(run: Path) -> dict:
+    """config.json. Raises InputError if it is missing or damaged."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        config["options"]["method"]
+        return config
+    except FileNotFoundError:
+        raise InputError(f"{run} is not a run folder: it has no config.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run}/config.json is not readable ({first_line(error)})") from None
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The rounds of a run, one dict each; docs/run-folder.md describes their keys."""
+    try:
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run}/metrics.jsonl is not readable ({first_line(error)})") from None
+
+
+# ----------------------------------------------------------------------------------------------------- a run's own folder
+
+
+@contextmanager
+def run_folder(out: Path) -> Iterator[None]:
+    """Hold the run folder for this process alone, and end on SIGTERM as on Ctrl-C: with the command that continues the run."""
+    with os_errors(f"--out {out} cannot be made"):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out, f"{out} is in use by another fedu.py: wait for it, or choose another --out"):
+        for fragment in (path for name in RUN_FILES for path in out.glob(f".{name}.*")):
+            fragment.unlink()  # of a run that was killed while it wrote
+        with interrupts_on_sigterm():
+            try:
+                yield
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"continue with `python fedu.py --resume {shlex.quote(str(out))}`") from None
+
+
+@contextmanager
+def interrupts_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt. Does nothing outside the main thread, where Python cannot set a signal's handler."""
+    try:
+        former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> dict:
+    """Begin a run in its folder; returns its config.
+
+    A folder in use is refused unless `overwrite`, which removes a former run's files and no others.
+    """
+    config = {
+        "options": options,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": describe_device(device),
+        **describe_code(),
+        "seconds": 0.0,
+    }
+    with os_errors(f"--out {out} cannot be used"):
+        if holds_run(out, overwrite):
+            for name in reversed(RUN_FILES):  # config.json last, by which an interrupted removal can be repeated
+                (out / name).unlink(missing_ok=True)
+    write_config(out, config)
+    write_metrics(out, [])
+    return config
+
+
+def holds_run(out: Path, overwrite: bool) -> bool:
+    """Whether a former run is there, to be replaced. Raises InputError if there is something that must not be replaced."""
+    with os_errors(f"--out {out} cannot be used"):
+        if not out.is_dir() or not any(out.iterdir()):
+            return False
+    if not overwrite:
+        raise InputError(f"{out} is not empty: choose another --out, or --resume {out}, or --overwrite it")
+    read_config(out)  # not a run folder? then nothing in it is ours to remove
+    return True
+
+
+def reopen_run(out: Path) -> dict:
+    """The config of a run that was begun; says so on stderr if other code began it."""
+    config = read_config(out)
+    if config.get("source") != describe_code()["source"]:
+        print(f"{out} was begun by other code, commit {config.get('commit')}: the rest may differ from what that gave", file=sys.stderr)
+    return config
+
+
+def describe_code() -> dict:
+    """What the program is: a hash over the sources that can change a result, and git's commit where there is one."""
+    here = Path(__file__).parent.parent
+    sources = sorted(p for p in (*here.glob("*.py"), *here.glob("runtime/*.py"), *here.glob("ops/*")) if p.is_file())
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    git = shutil.which("git") and subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
+    return {"source": hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16], "commit": git or None}
+
+
+def write_config(out: Path, config: dict) -> None:
+    """config.json: what was run, by which code, on what. On --resume it stays as it was at the start, except for the seconds."""
+    write_atomic(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode() + b"\n"))
+
+
+def write_metrics(out: Path, metrics: list[dict]) -> None:
+    write_atomic(out / "metrics.jsonl", lambda file: file.write("".join(json.dumps(row) + "\n" for row in metrics).encode()))
+
+
+class Progress:
+    """A bar of a round's steps where there is a terminal; after the first steps, `announce` gets an estimate of the round's seconds."""
+
+    def __init__(self, title: str, steps: int, announce: Callable[[float], None] | None = None):
+        self.bar = tqdm(total=steps, desc=title, unit="step", leave=False, disable=not sys.stderr.isatty())
+        self.steps, self.done, self.announce = steps, 0, announce
+
+    def update(self) -> None:
+        """Count a step."""
+        self.bar.update()
+        self.done += 1
+        if self.done == 1:  # which warms up
+            self.warm = time.perf_counter()
+        passed = time.perf_counter() - self.warm
+        if self.announce and self.done > 2 and passed > 1:
+            self.announce(passed / (self.done - 1) * self.steps)
+            self.announce = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Checkpoint(NamedTuple):
+    """All that the next round depends on. Random generators are keyed by (seed, round, client) and have no state."""
+
+    tensors: list[Tensor]
+    rows: list[Row | None]  # each client's row in the bank
+    values: dict  # numbers, strings, and lists of them
+
+    def checksum(self) -> str:
+        """SHA-256 of all of it."""
+        return hashlib.sha256(repr((checksum(self.tensors), self.rows, self.values)).encode()).hexdigest()
+
+
+def save_checkpoint(out: Path, checkpoint: Checkpoint, bank: Bank) -> None:
+    """Write checkpoint.pt with a checksum; the former one becomes checkpoint-previous.pt."""
+    content = checkpoint._asdict() | {"rows": [row and tuple(row) for row in checkpoint.rows]}
+    content |= {"checksum": checkpoint.checksum(), "rows_before": sorted(bank.named)}
+    bank.flush()
+    write_atomic(out / "checkpoint.pt", lambda file: torch.save(content, file), keep_as=out / "checkpoint-previous.pt")
+    bank.protect(row.index for row in checkpoint.rows if row)
+
+
+def load_checkpoint(out: Path, bank: Bank, device: torch.device) -> Checkpoint | None:
+    """The last checkpoint, or None if the run was interrupted before its first round's end.
+
+    Falls back to the previous one if the last is missing or damaged, and says so on stderr.
+    """
+    paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
+    for path, other in zip(paths, [*paths[1:], None]):
+        try:
+            checkpoint = read_checkpoint(path, bank, device)
+        except InputError as error:
+            if other is None:
+                raise
+            print(f"{error}; falling back to {other}", file=sys.stderr)
+        else:
+            with os_errors(f"cannot replace {out}/checkpoint.pt"):
+                os.replace(path, out / "checkpoint.pt")  # else the next one would put the damaged one in the place of this
+            return checkpoint
+    return None
+
+
+def read_checkpoint(path: Path, bank: Bank, device: torch.device) -> Checkpoint:
+    """A checkpoint whose tensors and rows have the checksums that they were saved with; raises InputError otherwise."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        rows = [None if row is None else Row(*row) for row in content["rows"]]
+        checkpoint = Checkpoint(content["tensors"], rows, content["values"])
+        intact, rows_before = content["checksum"] == checkpoint.checksum(), content["rows_before"]
+    except Exception as error:  # whatever a damaged archive makes torch raise
+        raise InputError(f"{path} is not a readable checkpoint ({first_line(error)})") from None
+    if not intact:
+        raise InputError(f"{path} is damaged: it does not have the checksum that it was saved with")
+    for row in filter(None, rows):
+        bank.verify(row)
+    bank.protect(rows_before)
+    bank.protect(row.index for row in rows if row)
+    return checkpoint
