@@ -74,20 +74,9 @@ def load_images(name: str, root: Path = Path("~/.cache/fedu"), image_size: int =
 
 def load_npz(path: Path) -> Images:
     """Load x_train, y_train, x_test, y_test from an .npz: uint8 `[N, S, S, 3]` or grey `[N, S, S]`, and integer labels `[N]`."""
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = [archive[key] for key in keys]
-    except FileNotFoundError:
-        raise InputError(f"data set {path} does not exist") from None
-    except KeyError as error:
-        raise InputError(f"{path} has no array {error.args[0].split()[0]}; it wants {', '.join(keys)}") from None
-    except Exception as error:  # whatever a damaged archive makes numpy raise, a tokenizer's error among it
-        raise InputError(f"{path} is not a readable .npz of plain arrays ({first_line(error)})") from None
+    arrays = read_arrays(path, "x_train", "y_train", "x_test", "y_test")
     for split, x, y in (("train", *arrays[:2]), ("test", *arrays[2:])):
-        grey = x.ndim == 3
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or not (grey or x.shape[3] == 3) or x.shape[1] != x.shape[2] or x.size == 0:
-            raise InputError(f"{path}: x_{split} is {x.dtype} {list(x.shape)}, it wants uint8 [N, S, S, 3] or [N, S, S]")
+        check_images(path, f"x_{split}", x)
         if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1] or y.min() < 0:
             raise InputError(f"{path}: y_{split} is {y.dtype} {list(y.shape)}, it wants one class 0, 1, ... for each of {len(x)} images")
     if arrays[0].shape[1:3] != arrays[2].shape[1:3]:
@@ -95,6 +84,53 @@ def load_npz(path: Path) -> Images:
     if set(np.unique(arrays[1])) != set(range(int(arrays[1].max()) + 1)) or arrays[3].max() > arrays[1].max():
         raise InputError(f"{path}: y_train must hold every class 0..C-1 and y_test no other")
     return to_images(*arrays)
+
+
+def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
+    """The arrays of these names in an .npz."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return [archive[key] for key in keys]
+    except FileNotFoundError:
+        raise InputError(f"data set {path} does not exist") from None
+    except KeyError as error:
+        raise InputError(f"{path} has no array {error.args[0].split()[0]}; it wants {', '.join(keys)}") from None
+    except Exception as error:  # whatever a damaged archive makes numpy raise, a tokenizer's error among it
+        raise InputError(f"{path} is not a readable .npz of plain arrays ({first_line(error)})") from None
+
+
+def check_images(path: Path, name: str, x: np.ndarray) -> None:
+    grey = x.ndim == 3
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or not (grey or x.shape[3] == 3) or x.shape[1] != x.shape[2] or x.size == 0:
+        raise InputError(f"{path}: {name} is {x.dtype} {list(x.shape)}, it wants uint8 [N, S, S, 3] or [N, S, S]")
+
+
+def load_unlabelled(path: Path, size: int) -> Tensor:
+    """A party's own training images, uint8 `[N, 3, S, S]`: x_train of an .npz, or all images under PATH/train, or under PATH.
+
+    Neither labels nor test images need to be there. A folder's images are resized to `size` pixels; those of an .npz must have it.
+    Raises InputError if they are missing, unreadable or of another form.
+    """
+    if path.suffix != ".npz":
+        return load_image_files(path / "train" if (path / "train").is_dir() else path, size)
+    (x,) = read_arrays(path, "x_train")
+    check_images(path, "x_train", x)
+    if x.shape[1] != size:
+        raise InputError(f"{path}: x_train is {x.shape[1]} pixels wide, the federation's images are {size}")
+    return channels_first(x)
+
+
+def load_image_files(folder: Path, size: int) -> Tensor:
+    """All images under a folder in the order of their paths, uint8 `[N, 3, S, S]`."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    if not paths:
+        raise InputError(f"{folder} is neither a file PATH.npz nor a folder with images in it")
+    try:
+        return channels_first(np.stack([np.asarray(square(size)(default_loader(path))) for path in paths]))
+    except Exception as error:  # whatever a damaged image makes PIL raise: a broken PNG is a SyntaxError
+        raise InputError(f"{folder} holds an image that cannot be read ({first_line(error)})") from None
 
 
 def load_cifar(name: str, root: Path) -> Images:
@@ -119,11 +155,9 @@ def load_cifar(name: str, root: Path) -> Images:
 def load_folder(path: Path, size: int) -> Images:
     """Load PATH/{train,test}/CLASS/*.png|jpg, the shorter side resized to `size` pixels and the centre cut out."""
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms import CenterCrop, Compose, Resize
 
-    fit = Compose([Resize(size), CenterCrop(size)])
     try:
-        train, test = (ImageFolder(path / split, fit) for split in ("train", "test"))
+        train, test = (ImageFolder(path / split, square(size)) for split in ("train", "test"))
         if train.classes != test.classes:
             raise InputError(f"{path}: train holds the classes {train.classes} and test {test.classes}, they want the same")
         arrays = []
@@ -136,13 +170,22 @@ def load_folder(path: Path, size: int) -> Images:
     return to_images(*arrays)
 
 
-def to_images(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Images:
-    def images(x: np.ndarray) -> Tensor:
-        x = x if x.ndim == 4 else np.repeat(x[..., None], 3, axis=3)
-        return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+def square(size: int) -> Callable:
+    """What brings an image's shorter side to `size` pixels and cuts the centre out."""
+    from torchvision.transforms import CenterCrop, Compose, Resize
 
+    return Compose([Resize(size), CenterCrop(size)])
+
+
+def channels_first(x: np.ndarray) -> Tensor:
+    """uint8 `[N, S, S, 3]` or grey `[N, S, S]` -> `[N, 3, S, S]`."""
+    x = x if x.ndim == 4 else np.repeat(x[..., None], 3, axis=3)
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def to_images(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Images:
     labels = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
-    return Images(images(x_train), next(labels), images(x_test), next(labels), int(y_train.max()) + 1)
+    return Images(channels_first(x_train), next(labels), channels_first(x_test), next(labels), int(y_train.max()) + 1)
 
 
 # ------------------------------------------------------------------------------------------------------ partition

@@ -147,7 +147,7 @@ def run_round(
     clock, objective = time.perf_counter(), federation.objective
     turns, dropped = draw_turns(federation.servers, options, round_)
     last_turn = {id(turn.server): turn for turn in turns}
-    sent = sum(objective.parts[name].nbytes for name in ("encoder", "predictor") if name == "encoder" or options.predictor != "local")
+    sent = num_exchanged(objective, options) * objective.online.vector.itemsize
     download_bytes = sum(sent + turn.server.dictionary.nbytes for turn in turns if exchanges(turn))
     reported: list[Turn] = []
 
@@ -180,6 +180,13 @@ def run_round(
         raise InputError(f"round {round_}: {who} finite; lower --lr, or check the images")
     for k in nonfinite:
         print(f"round {round_}: the upload of client {k} is not finite and was left out", file=sys.stderr)
+    row = describe_round(round_, options, reported, dropped, nonfinite)
+    row |= {"upload_bytes": sum(sent + turn.share.nbytes for turn in reported if exchanges(turn)), "download_bytes": download_bytes}
+    return row | {"seconds": round(time.perf_counter() - clock, 2)}
+
+
+def describe_round(round_: int, options: Options, reported: list[Turn], dropped: Iterable[int], nonfinite: Iterable[int]) -> dict:
+    """A round as its line in metrics.jsonl tells of it, but for what was measured of its bytes and seconds."""
     return {
         "round": round_,
         "lr": cosine(options.lr, round_, options.rounds),
@@ -191,11 +198,11 @@ def run_round(
         "num_examples": [turn.client.num_examples for turn in reported],
         "clients": [turn.client.id for turn in reported],
         "dropped": sorted(dropped),
-        "nonfinite": nonfinite,
-        "upload_bytes": sum(sent + turn.share.nbytes for turn in reported if exchanges(turn)),
-        "download_bytes": download_bytes,
+        "nonfinite": sorted(nonfinite),
+        "upload_bytes": 0,
+        "download_bytes": 0,
         "knn": None,
-        "seconds": round(time.perf_counter() - clock, 2),
+        "seconds": 0.0,
     }
 
 
@@ -225,6 +232,11 @@ def drops_out(client: int, probability: float, seed: int, round_: int) -> bool:
 def exchanges(turn: Turn) -> bool:
     """Whether anything travels: a client alone has nobody to exchange anything with."""
     return len(turn.server.clients) > 1
+
+
+def num_exchanged(objective: Objective, exchange: Exchange) -> int:
+    """How many numbers of a model travel: the predictor's, its last ones, stay where each client keeps its own."""
+    return len(objective.online.vector) if exchange.predictor != "local" else len(objective.parts["encoder"])
 
 
 def begins_apart(exchange: Exchange) -> bool:
@@ -509,8 +521,14 @@ def simulate(options: Options, out: Path, open_folder: Callable[[torch.device], 
             return run_rounds(options, out, open_folder(device), federation, images, log)
 
 
-def run_rounds(options: Options, out: Path, config: dict, federation: Federation, images: Images, log: Callable[[dict], None]) -> Run:
-    """All rounds, from the first one or from the run's checkpoint, and what the run folder holds afterwards."""
+def run_rounds(
+    options: Options, out: Path, config: dict, federation: Federation, images: Images, log: Callable[[dict], None],
+    make_round: Callable[..., dict] = run_round,
+) -> Run:  # fmt: skip
+    """All rounds, from the first one or from the run's checkpoint, and what the run folder holds afterwards.
+
+    make_round: what a round is, where its clients are elsewhere; called as `run_round` is.
+    """
     objective, device = federation.objective, images.x_train.device
     rounds = options.rounds if METHODS[options.method].trains else 0
     bank = Bank(kept_parts(objective, options), out / "bank.bin")
@@ -523,7 +541,7 @@ def run_rounds(options: Options, out: Path, config: dict, federation: Federation
     print(TABLE_HEADER, flush=True)
     for round_ in range(start, rounds):
         announce = partial(announce_time, options) if round_ == start and device.type == "cpu" else None
-        row = run_round(round_, options, federation, bank, uploads, announce)
+        row = make_round(round_, options, federation, bank, uploads, announce)
         if options.knn_every and ((round_ + 1) % options.knn_every == 0 or round_ + 1 == rounds):
             row["knn"] = mean([knn(load(federation, server), images) for server in federation.servers])
         metrics.append(row)
