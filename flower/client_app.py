@@ -1,0 +1,137 @@
+"""A party's side of FedU on Flower: it trains on its own images, and keeps its target encoder and its predictor on its own disk.
+
+A SuperNode starts it for each message. Its `--node-config` says which client it is (`client`, from 0), where its images lie (`data`, a file
+PATH.npz or a folder; labels are not needed), and, if need be, the folder for what it keeps (`state`) and the `device`. What it uploads is
+what `fedu.py` counts as upload_bytes, and seven numbers about the round.
+"""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+import fedu
+from data import load_unlabelled
+from options import Options
+from runtime.bank import Bank
+from runtime.cli import InputError, first_line, locked, os_errors
+from runtime.device import choose_device, keep_memory
+from runtime.run import load_checkpoint, save_checkpoint
+
+METHODS = ("fedu", "fedbyol", "fedema")
+
+
+def answer(message: Message, context: Context, call_next) -> Message:
+    """Say what the party can mend in one sentence, here and to the server, which goes on without it."""
+    try:
+        return call_next(message, context)
+    except InputError as error:
+        print(f"client {context.node_config.get('client')}: error: {error}", file=sys.stderr, flush=True)
+        return Message(Error(code=2, reason=str(error)), reply_to=message)
+
+
+app = ClientApp(mods=[answer])
+
+
+@app.query()
+def introduce(message: Message, context: Context) -> Message:
+    """Answer the server's first question: which client this is, and how many images it has."""
+    config = message.content["config"]
+    client = open_client(context, read_options(config, context), config)[0]
+    return Message(RecordDict({"client": ConfigRecord({"id": client.id, "num-examples": client.num_examples})}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round: take what the server sends, train, and upload the online encoder, and the predictor unless it is local."""
+    config = message.content["config"]
+    options = read_options(config, context)
+    client, images = open_client(context, options, config)
+    received = torch.from_numpy(message.content["model"]["model"].numpy()).to(images.device)
+    state = Path(str(context.node_config.get("state", "fedu-state"))).expanduser()
+    folder = state / Path(config["run"]).name / f"client-{client.id}"  # the name alone: the server does not choose where this writes
+    turn, upload = take_turn(client, images, received, options, config["round"], config["last-round"], folder)
+    divergence = math.nan if client.divergence is None else client.divergence  # of an upload that is not finite
+    told = {"loss": turn.loss, "divergence": divergence, "predictor": turn.update.predictor, "own-share": turn.update.own_share}
+    if turn.update.divergence is not None:
+        told["decided-on"] = turn.update.divergence
+    model = ArrayRecord({"model": Array(upload.cpu().numpy())})
+    return Message(RecordDict({"model": model, "turn": ConfigRecord(told)}), reply_to=message)
+
+
+def take_turn(
+    client: fedu.Client, images: Tensor, received: Tensor, options: Options, round_: int, last_round: int, folder: Path
+) -> tuple[fedu.Turn, Tensor]:
+    """A client's part in a round, as that of a federation with this one client, whose checkpoint lies in `folder`.
+
+    received: the server's model, without the predictor where that is local. last_round: the last one of which the server has this
+    client's upload, -1 for none; what the client kept after a later one is not used. Returns its turn and its upload.
+    """
+    objective = fedu.build_objective(options, torch.empty(0), images.device)  # labels are looked at by no method that runs here
+    sent = fedu.num_exchanged(objective, options)
+    if len(received) != sent:
+        raise InputError(f"the server sent a network of {len(received)} numbers, that of --encoder {options.encoder} has {sent} here")
+    server = fedu.Server(objective.online.vector.clone(), objective.shared, [client])
+    federation = fedu.Federation([server], objective, images, fedu.divergence_segments(objective, options.divergence))
+    with os_errors(f"the state folder {folder} cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, f"{folder} is in use by another SuperNode: give each client a folder of its own"):
+        bank = Bank(fedu.kept_parts(objective, options), folder / "bank.bin")
+        recall(federation, bank, folder, last_round)
+        server.model[: len(received)] = received
+        turn, kept = fedu.Turn(client, server, weight=1.0), bank.read(client.row) if client.row else {}
+        turn.update = fedu.model_update(client, kept, server.model, objective, options, federation.segments, round_)
+        turn.received = objective.online.vector.clone()
+        turn.loss, turn.share = fedu.train_client(options, federation, None, round_, client.id, client.last_round is None)
+        uploads = fedu.Uploads(objective, options, federation.segments, clients=1)
+        upload = fedu.model_upload(objective, options.aggregate, out=uploads.next_row(server))
+        if math.isfinite(turn.loss) and upload.isfinite().all():  # else it keeps what it had, and the server refuses the upload
+            uploads.add(turn)
+            uploads.settle(server)  # which measures the divergence
+            client.row, client.last_round = bank.write(fedu.kept_parts(objective, options)), round_
+            save_checkpoint(folder, fedu.checkpoint(federation, round_ + 1, 0.0), bank)
+        return turn, upload[:sent]
+
+
+def recall(federation: fedu.Federation, bank: Bank, folder: Path, last_round: int) -> None:
+    """Restore what the client kept after `last_round`; without it, or with -1, it begins as one that never took part."""
+    client = federation.clients[0]
+    for _ in range(2):  # the last checkpoint and the one before
+        saved = load_checkpoint(folder, bank, federation.images.device)
+        if saved and saved.values["clients"]["last_round"][0] == last_round:
+            fedu.restore(federation, saved)
+            return
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # its upload never reached the server
+    if last_round >= 0:
+        print(f"client {client.id}: {folder} does not hold what it kept after round {last_round}; it begins anew", file=sys.stderr)
+
+
+def read_options(config: ConfigRecord, context: Context) -> Options:
+    """The server's options, on this client's device. Raises InputError for one that would let private networks leave."""
+    try:
+        options = replace(Options(**json.loads(config["options"])), device=context.node_config.get("device", "auto"))
+    except TypeError as error:
+        raise InputError(f"the server's options are not known here ({first_line(error)}), its code is of another version") from None
+    if options.method not in METHODS or options.aggregate != "online":
+        raise InputError(f"the server wants --method {options.method} --aggregate {options.aggregate}, which this client does not upload")
+    return options
+
+
+def open_client(context: Context, options: Options, config: ConfigRecord) -> tuple[fedu.Client, Tensor]:
+    """This client and its images `[N, 3, S, S]`. Raises InputError for what the party has to mend."""
+    keep_memory()
+    node = context.node_config
+    if missing := {"client", "data"} - node.keys():
+        raise InputError(f"--node-config has no {min(missing)}; it wants at least 'client=0 data=\"PATH\"'")
+    if not isinstance(node["client"], int) or not 0 <= node["client"] < options.clients:
+        raise InputError(f"--node-config got client={node['client']}; the federation has the clients 0 to {options.clients - 1}")
+    images = load_unlabelled(Path(str(node["data"])).expanduser(), config["image-size"]).to(choose_device(options.device))
+    if len(images) < options.batch_size:
+        raise InputError(f"{node['data']} has {len(images)} images, a batch wants {options.batch_size}")
+    return fedu.Client(node["client"], torch.arange(len(images), device=images.device)), images

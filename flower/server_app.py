@@ -1,0 +1,76 @@
+"""The server's side of FedU on Flower: the run of `fedu.py`, whose rounds are made by parties on machines of their own.
+
+The SuperLink starts it for `flwr run`. `options` are those of the command line of `fedu.py`; their data set is the server's own, whose test
+images measure the encoder. The run folder, below where the SuperLink was started, is that of `fedu.py`, and `--resume` continues it.
+"""
+
+import json
+import secrets
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from client_app import METHODS
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from strategy import FedU
+
+import fedu
+from data import load_images
+from options import Command, Options, flag, parse
+from runtime.cli import InputError, locked, os_errors
+from runtime.device import choose_device
+from runtime.run import holds_run, open_run, read_config, reopen_run, write_config
+
+IDLE = ("partition", "classes_per_client", "alpha", "dropout", "log")  # options of the simulation alone
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """All rounds of a run, from the first one or from its checkpoint. Raises InputError for options that cannot be used here."""
+    command = read_command(str(context.run_config["options"]))
+    options = Options(**read_config(command.resume)["options"] if command.resume else command.given)
+    out = command.resume or command.out or Path("runs") / f"flower-{options.method}-{options.clients}clients-s{options.seed}"
+    if not command.resume:
+        holds_run(out, command.overwrite)
+    fedu.load_kernels()
+    device = choose_device(options.device)
+    images = load_images(options.dataset, Path(options.data_root), options.image_size).to(device)
+    objective = fedu.build_objective(options, images.y_train, device)
+    unknown = torch.empty(0, device="meta")  # how many images each client has, it tells when it comes
+    server = fedu.Server(objective.online.vector.clone(), objective.shared, [fedu.Client(k, unknown) for k in range(options.clients)])
+    federation = fedu.Federation([server], objective, images.x_train, fedu.divergence_segments(objective, options.divergence))
+    with os_errors(f"--out {out} cannot be made"):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out, f"{out} is in use by another run: wait for it, or choose another --out"):
+        if command.resume:
+            config = reopen_run(out)
+        else:
+            given = f"options={json.dumps(context.run_config['options'])}"
+            config = open_run(out, asdict(options), device, command.overwrite)
+            config |= {"command": shlex.join(["flwr", "run", "flower", "--run-config", given]), "run": secrets.token_hex(8)}
+            write_config(out, config)
+        least = int(context.run_config["min-clients"]) or options.clients
+        strategy = FedU(options, federation, config["run"], least, float(context.run_config["timeout"]))
+        strategy.roll_call(grid, set(range(options.clients)))
+        fedu.run_rounds(options, out, config, federation, images, log=lambda row: None, make_round=strategy.rounds(grid))
+
+
+def read_command(text: str) -> Command:
+    """What `options` says. Raises InputError for what `fedu.py` would refuse, and for what has no meaning between parties."""
+    try:
+        command = parse(shlex.split(text))
+    except SystemExit:
+        raise InputError(f"--run-config got options={text!r}; the line above says what is wrong with it") from None
+    if idle := [name for name in IDLE if name in command.given]:
+        raise InputError(f"{flag(idle[0])} changes nothing between parties, which have images, and failures, of their own")
+    if command.given.get("aggregate") == "target":
+        raise InputError("--aggregate got target, but target encoders do not leave the parties")
+    if command.resume and command.given:
+        raise InputError(f"--resume {command.resume} continues with the options that the run has, and got {flag(min(command.given))}")
+    if command.given.get("method", METHODS[0]) not in METHODS:
+        raise InputError(f"--method got {command.given['method']}, between parties it wants one of {', '.join(METHODS)}")
+    return command

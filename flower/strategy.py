@@ -1,0 +1,146 @@
+"""Flower's FedAvg, but that clients are drawn, and uploads averaged, as `fedu.py` does it; DAPU is each client's own decision."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+import fedu
+from options import Options
+from runtime.bank import Bank
+from runtime.cli import InputError, first_line
+
+ANSWER = 300  # seconds in which a node must say who it is
+
+
+class FedU(FedAvg):
+    """A run's strategy. run: its name at the clients; min_clients: how many a round waits for; timeout: seconds for an upload."""
+
+    def __init__(self, options: Options, federation: fedu.Federation, run: str, min_clients: int, timeout: float):
+        super().__init__(fraction_evaluate=0.0, min_available_nodes=min_clients)
+        self.options, self.federation, self.timeout = options, federation, timeout
+        self.server, self.clients = federation.servers[0], federation.clients
+        self.told = {"options": json.dumps(asdict(options)), "run": run, "image-size": federation.images.shape[-1]}
+        self.sent = fedu.num_exchanged(federation.objective, options)
+        self.nodes: dict[int, int] = {}  # of each client that is connected
+
+    def rounds(self, grid: Grid) -> Callable[..., dict]:
+        """What `run_rounds` calls for a round."""
+
+        def make_round(round_: int, options: Options, federation: fedu.Federation, bank: Bank, uploads: fedu.Uploads, _: object) -> dict:
+            clock, self.uploads = time.perf_counter(), uploads
+            messages = self.configure_train(round_ + 1, self.global_model(), ConfigRecord(), grid)
+            self.aggregate_train(round_ + 1, grid.send_and_receive(messages, timeout=self.timeout))
+            return self.row | {"seconds": round(time.perf_counter() - clock, 2)}
+
+        return make_round
+
+    def global_model(self) -> ArrayRecord:
+        """What clients download; the predictor is part of it unless each keeps its own."""
+        return ArrayRecord({"model": Array(self.server.model[: self.sent].cpu().numpy())})
+
+    def roll_call(self, grid: Grid, drawn: set[int]) -> None:
+        """Ask nodes who they are, until as many clients as a round wants are connected, and one of those drawn among them."""
+        asked: set[int] = set()
+        while True:
+            present = set(grid.get_node_ids())
+            if asked - present:
+                asked = set()  # one that was refused may come in the place of one that is lost
+            self.nodes = {client: node for client, node in self.nodes.items() if node in present}
+            unknown = present - asked - set(self.nodes.values())
+            asked |= present
+            question = RecordDict({"config": ConfigRecord(self.told)})
+            questions = [Message(question, dst_node_id=node, message_type=MessageType.QUERY) for node in unknown]
+            for reply in grid.send_and_receive(questions, timeout=ANSWER) if questions else ():
+                self.introduce(reply)
+            if len(self.nodes) >= self.min_available_nodes and drawn & self.nodes.keys():
+                return
+            time.sleep(1)
+
+    def introduce(self, reply: Message) -> None:
+        """Take a node in as the client that it says it is, unless another node is that client."""
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            print(f"node {node} was refused: {reply.error.reason}", file=sys.stderr, flush=True)
+            return
+        client, count = reply.content["client"]["id"], reply.content["client"]["num-examples"]
+        if client in self.nodes:
+            print(f"node {node} was refused: client {client} is node {self.nodes[client]}", file=sys.stderr, flush=True)
+            return
+        self.nodes[client], self.clients[client].indices = node, torch.empty(count, device="meta")
+        print(f"client {client} is node {node} and has {count} images", flush=True)
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """A message for each client that is drawn and connected. Flower counts rounds from 1, `fedu.py` from 0."""
+        round_ = server_round - 1
+        self.drawn = fedu.sample_clients(len(self.clients), self.options.clients_per_round, self.options.seed, round_)
+        self.roll_call(grid, self.drawn)
+        turns, _ = fedu.draw_turns(self.federation.servers, self.options, round_)
+        self.turns = [turn for turn in turns if turn.client.id in self.nodes]
+        messages = []
+        for turn in self.turns:
+            last_round = -1 if turn.client.last_round is None else turn.client.last_round
+            told = ConfigRecord(self.told | {"round": round_, "last-round": last_round})
+            content, node = RecordDict({"model": arrays, "config": told}), self.nodes[turn.client.id]
+            messages.append(Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=str(server_round)))
+        return messages
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The mean of the uploads that came and are finite, weighted by their clients' images, becomes the server's model."""
+        round_, server, answers = server_round - 1, self.server, {reply.metadata.src_node_id: reply for reply in replies}
+        uploads: dict[int, tuple[Tensor, float]] = {}
+        left_out, nonfinite = {}, []
+        for turn in self.turns:
+            client = turn.client.id
+            try:
+                uploads[client] = self.read_upload(answers.get(self.nodes[client]), turn)
+            except InputError as error:
+                left_out[client] = str(error)
+            else:
+                if not (math.isfinite(turn.loss) and uploads[client][0].isfinite().all()):
+                    left_out[client] = "its upload is not finite"
+                    nonfinite.append(client)
+                    del uploads[client]
+        for client, reason in left_out.items():
+            print(f"round {round_}: client {client} was left out: {reason}", file=sys.stderr, flush=True)
+        if not uploads or (nonfinite and self.options.on_nonfinite == "error"):
+            raise InputError(f"round {round_} cannot be made: {'; '.join(f'client {k}: {reason}' for k, reason in left_out.items())}")
+
+        reported = [turn for turn in self.turns if turn.client.id in uploads]
+        total = sum(turn.client.num_examples for turn in reported)
+        for turn in reported:
+            turn.weight, turn.received, turn.share = turn.client.num_examples / total, server.model, server.dictionary[:0]
+            self.uploads.next_row(server).copy_(server.model)[: self.sent] = uploads[turn.client.id][0]
+            self.uploads.add(turn)
+        self.uploads.settle(server)
+        for turn in reported:  # what the client measured: with FedEMA only it knows what it began with
+            turn.client.divergence, turn.client.last_round = uploads[turn.client.id][1], round_
+        reported.sort(key=lambda turn: turn.client.id)
+        size = self.sent * server.model.itemsize
+        self.row = fedu.describe_round(round_, self.options, reported, self.drawn - uploads.keys() - set(nonfinite), nonfinite)
+        self.row |= {"upload_bytes": size * len(reported), "download_bytes": size * len(self.turns)}
+        return self.global_model(), None
+
+    def read_upload(self, reply: Message | None, turn: fedu.Turn) -> tuple[Tensor, float]:
+        """A client's upload and divergence; its turn gets the loss, and what it took. Raises InputError if there is no such answer."""
+        if reply is None:
+            raise InputError("its node was lost, or did not answer in time")
+        if reply.has_error():
+            raise InputError(reply.error.reason)
+        try:
+            told, upload = reply.content["turn"], torch.from_numpy(reply.content["model"]["model"].numpy())
+            turn.loss, divergence = told["loss"], told["divergence"]
+            turn.update = fedu.Update(told["predictor"], told["own-share"], told.get("decided-on"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"its answer has another form ({first_line(error)}), perhaps by code of another version") from None
+        if upload.dtype != torch.float32 or upload.shape != (self.sent,):
+            raise InputError(f"it uploaded {upload.dtype} {list(upload.shape)}, --encoder {self.options.encoder} has {self.sent} numbers")
+        return upload.to(self.server.model.device), divergence
