@@ -1,0 +1,440 @@
+"""FedU between processes, by Flower: the same bits as the simulation, and what happens when a party fails."""
+
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip("flwr", reason="flwr is not installed: pip install -r flower/requirements-flower.txt")
+import client_app
+import server_app
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+import fedu
+from data import load_images, load_unlabelled, partition
+from options import Options, parse
+from runtime.cli import InputError
+from runtime.run import read_config, read_metrics
+
+RECIPE = "--encoder small --clients 3 --rounds 3 --local-epochs 1 --batch-size 8 --lr 0.05 --knn-every 3 --device cpu"
+FEDU = f"{RECIPE} --mu 0.45"  # of which both decisions come
+DEALT = {"partition": "dirichlet", "alpha": 5.0}  # to clients of different size, which is their order in the mean
+
+
+@pytest.fixture(scope="module")
+def parts(npz, tmp_path_factory) -> list[Path]:
+    """What three clients hold of the tiny data set: no labels, and no test images."""
+    folder, images = tmp_path_factory.mktemp("parts"), load_images(str(npz))
+    dealt = partition(images.y_train.numpy(), 3, DEALT["partition"], 0, alpha=DEALT["alpha"], at_least=8)
+    paths = [folder / f"{k}.npz" for k in range(3)]
+    for path, part in zip(paths, dealt):
+        np.savez(path, x_train=images.x_train[part].permute(0, 2, 3, 1).numpy())
+    return paths
+
+
+def simulate(npz: Path, out: Path, text: str = FEDU, absent: tuple[int, int] | None = None) -> Path:
+    """The run of fedu.py on the same parts. absent: a round, and the client that does not take part in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fedu, "partition", lambda labels, clients, kind, seed, *more, **kw: partition(labels, clients, kind, 0, *more, **kw))
+        patch.setattr(fedu, "drops_out", lambda client, probability, seed, round_: (round_, client) == absent)
+        return fedu.train(Options(**parse(shlex.split(text)).given, dataset=str(npz), **DEALT), out).folder
+
+
+def assert_same(run: Path, simulated: Path, lost: bool = False) -> None:
+    """The same global encoder, and the same rounds, to the bit.
+
+    lost: an upload was, whose download is counted where that of one who does not take part is not.
+    """
+    mine, theirs = (torch.load(path / "encoder.pt", weights_only=True)["encoders"][0] for path in (run, simulated))
+    for part, state in theirs.items():
+        assert all(torch.equal(tensor, mine[part][name]) for name, tensor in state.items()), part
+    measured = {"seconds": 0} | ({"download_bytes": 0} if lost else {})
+    for row, other in zip(read_metrics(run), read_metrics(simulated), strict=True):
+        assert row | measured == other | measured
+
+
+# ------------------------------------------------------------------------------- both sides in this process, without a network
+
+
+class LocalGrid:
+    """Flower's grid without a network: clients answer at once, and every message that passes is kept."""
+
+    def __init__(self, folder: Path, *configs: dict):
+        usual = {"state": str(folder / "state"), "device": "cpu"}
+        self.contexts = {100 + k: Context(1, 100 + k, usual | config, RecordDict(), {}) for k, config in enumerate(configs)}
+        self.messages: list[Message] = []
+        self.fault = lambda message, answer: answer()  # what becomes of a training message
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.contexts)
+
+    def send_and_receive(self, messages, timeout=None) -> list[Message]:
+        messages = list(messages)
+        replies = [reply for message in messages if (reply := self.deliver(message))]
+        self.messages += messages + replies
+        return replies
+
+    def deliver(self, message: Message) -> Message | None:
+        answer = partial(client_app.app, message, self.contexts[message.metadata.dst_node_id])
+        return self.fault(message, answer) if message.metadata.message_type == MessageType.TRAIN else answer()
+
+    def serve(self, text: str, min_clients: int = 0) -> None:
+        config = {"options": text, "min-clients": min_clients, "timeout": 60}
+        inspect.unwrap(server_app.main)(self, Context(1, 0, {}, RecordDict(), config))
+
+
+@pytest.fixture
+def grid(parts, tmp_path, monkeypatch) -> LocalGrid:
+    monkeypatch.chdir(tmp_path)
+    return LocalGrid(tmp_path, *({"client": k, "data": str(path)} for k, path in enumerate(parts)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FEDU,
+        f"{RECIPE} --method fedbyol",
+        f"{RECIPE} --method fedema",
+        f"{RECIPE} --predictor local",
+        f"{FEDU} --clients-per-round 2",
+        f"{FEDU} --seed 3",
+    ],
+)
+def test_the_bits_are_those_of_the_simulation(npz, grid, tmp_path, text):
+    grid.serve(f"{text} --dataset {npz} --out run")
+    assert_same(tmp_path / "run", simulate(npz, tmp_path / "simulated", text))
+
+
+def pieces_of(tensors) -> set[bytes]:
+    """64 bytes out of every 4096; those of few values, as zeros, would be found by chance."""
+    data = [np.ascontiguousarray(tensor).tobytes() for tensor in tensors]
+    return {piece for d in data for i in range(0, len(d) - 64, 4096) if len(set(piece := d[i : i + 64])) > 20}
+
+
+def contains(data: bytes, pieces: set[bytes]) -> bool:
+    """Whether one of the pieces lies anywhere in the data."""
+    heads = np.array([int.from_bytes(piece[:8], sys.byteorder) for piece in pieces], np.uint64)
+    for begin in range(8):
+        words = np.frombuffer(data[begin : begin + (len(data) - begin) // 8 * 8], np.uint64)
+        if any(data[at : at + 64] in pieces for at in begin + 8 * np.flatnonzero(np.isin(words, heads))):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("predictor", ["dapu", "local"])
+def test_nothing_private_leaves_a_client(npz, grid, tmp_path, predictor):
+    """Looked for in the bytes of every reply: the images, and what the clients keep on their disks."""
+    grid.serve(f"{RECIPE} --predictor {predictor} --dataset {npz} --out run")
+    objective = fedu.build_objective(Options(**read_config(tmp_path / "run")["options"]), torch.empty(0), torch.device("cpu"))
+    sizes = [len(objective.parts["target"]), len(objective.parts["predictor"])]
+    rows = [np.fromfile(path, np.float32).reshape(-1, sum(sizes)) for path in (tmp_path / "state").glob("*/*/bank.bin")]
+    assert len(rows) == 3
+    images = pieces_of(image for context in grid.contexts.values() for image in np.load(context.node_config["data"])["x_train"])
+    targets = pieces_of(row[: sizes[0]] for kept in rows for row in kept)
+    predictors = pieces_of(row[sizes[0] :] for kept in rows for row in kept)
+    assert min(len(images), len(targets), len(predictors)) > 60
+
+    replies = [message for message in grid.messages if message.metadata.dst_node_id == 1]
+    assert len(replies) == 3 + 9
+    sent = b""
+    for reply in replies:
+        if reply.metadata.message_type == MessageType.QUERY:
+            assert list(reply.content) == ["client"] and set(reply.content["client"]) == {"id", "num-examples"}
+            continue
+        assert set(reply.content) == {"model", "turn"} and list(reply.content["model"]) == ["model"]
+        assert set(reply.content["turn"]) <= {"loss", "divergence", "predictor", "own-share", "decided-on"}
+        sent += reply.content["model"]["model"].data
+    assert not contains(sent, images) and not contains(sent, targets)
+    assert contains(sent, predictors) == (predictor == "dapu")  # which is shared by DAPU
+
+
+def test_a_lost_upload_leaves_its_client_as_it_was(npz, grid, tmp_path, capfd):
+    """Twice: the client trained and kept what came of it, and the server never saw it."""
+
+    def lose(message: Message, answer) -> Message | None:
+        reply = answer()
+        return None if (message.content["config"]["round"], message.metadata.dst_node_id) == (1, 101) else reply
+
+    grid.fault = lose
+    grid.serve(f"{FEDU} --dataset {npz} --out run")
+    assert "round 1: client 1 was left out: its node was lost, or did not answer in time" in capfd.readouterr().err
+    assert_same(tmp_path / "run", simulate(npz, tmp_path / "simulated", absent=(1, 1)), lost=True)
+
+
+def test_a_run_that_was_interrupted_goes_on(npz, grid, tmp_path):
+    """In its second round, after some clients had trained and kept what came of it."""
+
+    def interrupt(message: Message, answer) -> Message:
+        if (message.content["config"]["round"], message.metadata.dst_node_id) == (1, 102):
+            raise KeyboardInterrupt
+        return answer()
+
+    grid.fault = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        grid.serve(f"{FEDU} --dataset {npz} --out run")
+    grid.fault = lambda message, answer: answer()
+    grid.serve("--resume run")
+    assert_same(tmp_path / "run", simulate(npz, tmp_path / "simulated"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_upload_that_is_not_finite_is_refused_by_name(npz, grid, tmp_path, capfd, value):
+    def spoil(message: Message, answer) -> Message:
+        reply = answer()
+        if (message.content["config"]["round"], message.metadata.dst_node_id) == (1, 101):
+            upload = reply.content["model"]["model"].numpy().copy()
+            upload[7] = value
+            reply.content["model"] = ArrayRecord({"model": Array(upload)})
+        return reply
+
+    grid.fault = spoil
+    grid.serve(f"{FEDU} --dataset {npz} --out run")
+    assert "round 1: client 1 was left out: its upload is not finite" in capfd.readouterr().err
+    assert read_metrics(tmp_path / "run")[1]["nonfinite"] == [1]
+    simulated = simulate(npz, tmp_path / "simulated", absent=(1, 1))
+    mine, theirs = (torch.load(path / "encoder.pt", weights_only=True)["encoders"][0]["backbone"] for path in (tmp_path / "run", simulated))
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+    with pytest.raises(InputError, match="round 1 cannot be made: client 1: its upload is not finite"):
+        grid.serve(f"{FEDU} --dataset {npz} --on-nonfinite error --out stopped")
+
+
+def test_what_a_client_has_to_mend_is_said_there_and_at_the_server_and_the_others_go_on(npz, parts, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few, large, grey = tmp_path / "few.npz", tmp_path / "large.npz", tmp_path / "empty"
+    np.savez(few, x_train=np.zeros((7, 16, 16, 3), np.uint8))
+    np.savez(large, x_train=np.zeros((9, 32, 32, 3), np.uint8))
+    grey.mkdir()
+    good = [{"client": k, "data": str(parts[k])} for k in range(2)]
+    wrong = {
+        "few.npz has 7 images, a batch wants 8": {"client": 2, "data": str(few)},
+        "large.npz: x_train is 32 pixels wide, the federation's images are 16": {"client": 2, "data": str(large)},
+        "absent.npz does not exist": {"client": 2, "data": "absent.npz"},
+        "neither a file PATH.npz nor a folder with images": {"client": 2, "data": str(grey)},
+        "--node-config has no client": {"data": str(parts[2])},
+        "--node-config got client=3; the federation has the clients 0 to 2": {"client": 3, "data": str(parts[2])},
+        "client 0 is node 100": {"client": 0, "data": str(parts[2])},
+    }
+    grid = LocalGrid(tmp_path, *good, *wrong.values())
+    grid.serve(f"{FEDU} --rounds 1 --dataset {npz} --out run", min_clients=2)
+    assert read_metrics(tmp_path / "run")[0]["clients"] == [0, 1]
+    said = capfd.readouterr().err.splitlines()
+    for k, sentence in enumerate(wrong):
+        assert any(f"node {102 + k} was refused:" in line and sentence in line for line in said), sentence
+        assert sentence.startswith("client 0") or any(line.startswith("client ") and sentence in line for line in said), sentence
+
+
+def test_a_client_of_another_architecture_is_left_out(npz, grid, tmp_path, capfd):
+    """At the client, which gets a network that is not its own, and at the server, which gets one."""
+
+    def shorten(message: Message, answer) -> Message:
+        node, round_ = message.metadata.dst_node_id, message.content["config"]["round"]
+        shortened = ArrayRecord({"model": Array(message.content["model"]["model"].numpy()[:-1])})
+        if (node, round_) == (100, 0):
+            told = RecordDict({"model": shortened, "config": message.content["config"]})
+            return client_app.app(Message(told, dst_node_id=node, message_type=MessageType.TRAIN), grid.contexts[node])
+        reply = answer()
+        if (node, round_) == (102, 1):
+            reply.content["model"] = shortened
+        return reply
+
+    grid.fault = shorten
+    grid.serve(f"{FEDU} --dataset {npz} --out run")
+    said = capfd.readouterr().err
+    assert "client 0: error: the server sent a network of" in said
+    assert "round 0: client 0 was left out: the server sent a network of" in said
+    assert "round 1: client 2 was left out: it uploaded torch.float32" in said
+    assert [row["clients"] for row in read_metrics(tmp_path / "run")] == [[1, 2], [0, 1], [0, 1, 2]]
+
+
+def test_a_client_whose_state_is_lost_says_so_and_begins_anew(npz, grid, tmp_path, capfd):
+    def forget(message: Message, answer) -> Message:
+        if (message.content["config"]["round"], message.metadata.dst_node_id) == (2, 100):
+            shutil.rmtree(tmp_path / "state")
+        return answer()
+
+    grid.fault = forget
+    grid.serve(f"{FEDU} --dataset {npz} --out run")
+    assert "does not hold what it kept after round 1; it begins anew" in capfd.readouterr().err
+    assert [d is None for d in read_metrics(tmp_path / "run")[2]["decided_on"]] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("--method fedsimclr", "--method got fedsimclr, between parties it wants one of fedu, fedbyol, fedema"),
+        ("--aggregate target", "target encoders do not leave the parties"),
+        ("--resume run --seed 1", "--resume run continues with the options that the run has, and got --seed"),
+        ("--partition iid", "--partition changes nothing between parties"),
+        ("--mu x", "says what is wrong with it"),
+        ("--dataset absent.npz", "absent.npz does not exist"),
+        ("--resume absent", "absent is not a run folder"),
+    ],
+)
+def test_options_that_the_server_refuses(grid, text, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        grid.serve(text)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"aggregate": "target"}, "the server wants --method fedu --aggregate target, which this client does not upload"),
+        ({"method": "fedsimclr", "predictor": "global", "mu": 0.4}, "the server wants --method fedsimclr"),
+        ({"unheard": 1}, "of another version"),
+        ({"batch_size": 0}, "--batch-size got '0'"),
+    ],
+)
+def test_what_a_client_refuses_a_server(npz, grid, capfd, change, sentence):
+    options = asdict(Options(dataset=str(npz), clients=3, encoder="small", batch_size=8)) | change
+    config = ConfigRecord({"options": json.dumps(options), "run": "x", "image-size": 16})
+    question = Message(RecordDict({"config": config}), dst_node_id=100, message_type=MessageType.QUERY)
+    assert sentence in grid.deliver(question).error.reason and sentence in capfd.readouterr().err
+
+
+def test_images_without_labels(tmp_path):
+    from PIL import Image
+
+    image = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
+    for place in ("a/1.png", "a/sub/2.jpg", "b/train/x/3.png", "b/test/4.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / place)
+    assert load_unlabelled(tmp_path / "a", 16).shape == (2, 3, 16, 16)
+    assert load_unlabelled(tmp_path / "b", 16).shape == (1, 3, 16, 16)
+    np.savez(tmp_path / "grey.npz", x_train=np.ones((4, 16, 16), np.uint8))
+    assert load_unlabelled(tmp_path / "grey.npz", 16).equal(torch.ones(4, 3, 16, 16, dtype=torch.uint8))
+    (tmp_path / "a" / "1.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="holds an image that cannot be read"):
+        load_unlabelled(tmp_path / "a", 16)
+
+
+# -------------------------------------------------------------------- real processes on this machine, with TLS and their own keys
+
+
+class Deployment:
+    """A SuperLink, and a SuperNode for each client; client 3 has a key that the SuperLink was not told of."""
+
+    def __init__(self, folder: Path, parts: list[Path]):
+        self.folder, self.parts, self.processes = folder, parts, []
+        self.environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "FLWR_HOME": str(folder / "home"),
+            "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        }  # fmt: skip
+        self.call(str(ROOT / "flower" / "certificates.sh"), "keys", "127.0.0.1,localhost", "4")
+        self.address = f"127.0.0.1:{free_port()}"
+        (folder / "home").mkdir()
+        (folder / "home" / "config.toml").write_text(
+            f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "{self.address}"\nroot-certificates = "{folder}/keys/ca.crt"\n'
+        )
+        tls = "--ssl-ca-certfile keys/ca.crt --ssl-certfile keys/server.crt --ssl-keyfile keys/server.key --enable-supernode-auth"
+        self.start("link", f"flower-superlink --port {self.address[10:]} {tls} --disable-runtime-dependency-installation")
+        wait_for(lambda: "Uvicorn running" in self.log("link"))
+        for k in range(3):
+            self.call("flwr", "supernode", "register", f"keys/client-{k}.pub", "local")
+        self.nodes = [self.start_node(k) for k in range(4)]
+
+    def call(self, *line: str) -> subprocess.CompletedProcess:
+        return subprocess.run(line, cwd=self.folder, env=self.environment, check=True, capture_output=True, text=True, timeout=300)
+
+    def start(self, name: str, line: str) -> subprocess.Popen:
+        with open(self.folder / f"{name}.log", "a") as log:
+            process = subprocess.Popen(
+                shlex.split(line), cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        self.processes.append(process)
+        return process
+
+    def start_node(self, k: int) -> subprocess.Popen:
+        """As README.md says: again and again while the SuperLink takes a node that was killed for alive."""
+        data = self.parts[min(k, 2)]
+        node = f"flower-supernode --superlink {self.address} --root-certificates keys/ca.crt --auth-supernode-private-key keys/client-{k}"
+        node += f""" --port {free_port()} --node-config 'client={k} data="{data}" device="cpu"'"""
+        return self.start(f"node{k}", f"sh -c {shlex.quote(f'until {node}; do sleep 1; done')}" if k < 3 else node)
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def run(self, name: str, text: str) -> subprocess.Popen:
+        line = ["flwr", "run", str(ROOT / "flower"), "local", "--stream", "--run-config", f'options="{text} --out {name}"']
+        return self.start(name, shlex.join(line))
+
+    def finish(self, name: str, run: subprocess.Popen) -> Path:
+        assert run.wait(timeout=400) == 0 and f"{name} holds the run" in self.log(name), self.log(name)
+        return self.folder / name
+
+    def end(self) -> None:
+        for signal_ in (signal.SIGTERM, signal.SIGKILL):
+            for process in self.processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal_)
+            with suppress(subprocess.TimeoutExpired):
+                for process in self.processes:
+                    process.wait(timeout=5)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def deployment(parts, tmp_path_factory):
+    deployment = Deployment(tmp_path_factory.mktemp("deployment"), parts)
+    try:
+        yield deployment
+    finally:
+        deployment.end()
+
+
+@pytest.mark.slow
+def test_three_processes_give_the_bits_of_the_simulation(npz, deployment, tmp_path, command):
+    run = deployment.finish("run", deployment.run("run", f"{FEDU} --dataset {npz}"))
+    assert_same(run, simulate(npz, tmp_path / "simulated"))
+    done = command("eval.py", run, "--device", "cpu", "--epochs", "2", cwd=tmp_path)
+    assert done.returncode == 0 and "linear" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_node_with_an_unknown_key_is_refused(deployment):
+    assert deployment.nodes[3].wait(timeout=60) != 0
+    assert "Failed to activate SuperNode" in deployment.log("node3") and "SuperNode ID" not in deployment.log("node3")
+    assert "No SuperNode found with the given public key" in deployment.log("link")
+
+
+@pytest.mark.slow
+def test_a_node_that_is_killed_and_restarted_takes_part_again(npz, deployment, tmp_path):
+    """In the second round, which ends without it; what it keeps is then that of its first round."""
+    trainings = deployment.log("node1").count("Receiving: train")
+    run = deployment.run("killed", f"{FEDU} --dataset {npz}")
+    wait_for(lambda: deployment.log("node1").count("Receiving: train") == trainings + 2)
+    os.killpg(deployment.nodes[1].pid, signal.SIGKILL)
+    deployment.nodes[1] = deployment.start_node(1)
+    folder = deployment.finish("killed", run)
+    assert "round 1: client 1 was left out: its node was lost" in deployment.log("killed")
+    assert [row["clients"] for row in read_metrics(folder)] == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert_same(folder, simulate(npz, tmp_path / "simulated", absent=(1, 1)), lost=True)
