@@ -1,4 +1,4 @@
-"""Times local training against the other ways to do it: `python bench.py [views|start|server|epoch|memory|growth|clients|ranks ...]`.
+"""Times local training: `python -m bench.training [views|start|server|epoch|memory|growth|clients|ranks ...]`.
 
 Medians; every row's ways are timed in turns in this one run, each way of `epoch`, `memory` and `clients` in a process of its own. `x` is
 that way's time (or memory) over ours: above 1, ours is better. `epoch` trains the same network on the same images:
@@ -17,7 +17,7 @@ of one thread for each core, against one process with all threads. The operation
 the share of the device's peak that they make up.
 
     pip install -r requirements-dev.txt kornia lightly
-    python bench.py
+    python -m bench.training
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from pathlib import Path
 
 from cli import Parser, number, user_errors
 
+ROOT = Path(__file__).parent.parent
 PARTS = ("views", "start", "server", "epoch", "memory", "growth", "clients", "ranks")
 RECIPES = {"tiny": (32, 1184), "small": (64, 1920), "resnet18": (128, 256)}  # batch size, images of the epoch timed on a CPU
 
@@ -72,9 +73,9 @@ from torchvision import transforms  # noqa: E402
 import fedu  # noqa: E402
 import models  # noqa: E402
 import ops  # noqa: E402
+from bench.ops import time_ways  # noqa: E402
 from data import Images, draw_views, load_images, two_views  # noqa: E402
 from models import BYOL, HEADS, Encoder, Online, build_backbone, feature_dim  # noqa: E402
-from ops.bench import time_ways  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 JITTER = dict(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
@@ -547,7 +548,7 @@ def draw_clients(sizes: list[tuple[int, int]], seconds: dict, peaks: dict, path:
 
 def bench_ranks(repeats: int) -> None:
     """A round by its own clock, the first left out, of processes that share this machine's cores."""
-    fedu_py, cores = str(Path(__file__).with_name("fedu.py")), os.cpu_count() or 1
+    fedu_py, cores = str(ROOT / "fedu.py"), os.cpu_count() or 1
     for clients in (5, 10):
         options = f"--encoder small --clients {clients} --classes-per-client 2 --rounds 2 --knn-every 0 --overwrite --out".split()
         seconds: dict[str, list[float]] = {}
@@ -567,17 +568,15 @@ def bench_ranks(repeats: int) -> None:
 
 
 def bench_start(repeats: int) -> None:
-    here = Path(__file__).parent
-
     def first_step() -> None:
         """From the command to the first training step: the table's header is printed just before it."""
-        command = [sys.executable, str(here / "fedu.py"), "--overwrite", "--out", "runs/bench-start", "--device", DEVICE.type]
+        command = [sys.executable, str(ROOT / "fedu.py"), "--overwrite", "--out", "runs/bench-start", "--device", DEVICE.type]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
             while "predictor taken" not in process.stdout.readline():
                 assert process.poll() is None, "fedu.py ended before its first step"
             process.kill()
 
-    help_ = partial(subprocess.run, [sys.executable, str(here / "fedu.py"), "--help"], stdout=subprocess.DEVNULL, check=True)
+    help_ = partial(subprocess.run, [sys.executable, str(ROOT / "fedu.py"), "--help"], stdout=subprocess.DEVNULL, check=True)
     for name, way in (("--help", help_), ("to the first step", first_step)):
         report("start-up", timed({name: way}, repeats), 0)
 
@@ -587,7 +586,7 @@ def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float 
     if figures:
         figures.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {describe_cpu()}"
-    print("$", shlex.join(["python", "bench.py", *sys.argv[1:]]))
+    print("$", shlex.join(["python", "-m", "bench.training", *sys.argv[1:]]))
     print(f"torch {torch.__version__}, {DEVICE.type}: {where}; commit {fedu.describe_code()['commit']}; medians of {repeats}")
     print(f"{'what':28} {'way':10} {'ms':>12} {'x':>8} {'images/s':>12}")
     warnings.filterwarnings("ignore", module="lightly|torch.utils.data")
@@ -616,5 +615,5 @@ def describe_cpu() -> str:
 
 
 if __name__ == "__main__":
-    with user_errors("bench.py"):
+    with user_errors("bench.training"):
         main(**OPTIONS)
