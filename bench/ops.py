@@ -1,9 +1,14 @@
 """Times each op against the other ways to the same result: `python -m bench.ops`.
 
 One table, medians of interleaved repetitions. `x` is that way's time over the op's: above 1, the op is faster. GB/s counts the bytes
-that the op must move, and `copy` is the share of the bandwidth of a plain `copy_` in the same run. `error` is the worst relative
-error of the norms against float64. The ways: ours; `reference` (FEDU_OPS=reference); `authors`, one tensor of a state dict at a time
-and `torch.dist`; `foreach`, `torch._foreach_*` over the same tensors; and the best plain torch over flat vectors.
+that the op must move; `copy` and `read` are the shares of the bandwidth of a plain `copy_` of a vector and of a plain sum over the
+clients in the same run. `error` is the worst relative error of the norms against float64. The ways: ours; the same with `out=`;
+`reference` (FEDU_OPS=reference); `authors`, one tensor of a state dict at a time and `torch.dist`; `foreach`, `torch._foreach_*` over the
+same tensors; the best plain torch over flat vectors; and for sgd_ema_ `separate`, the four passes of torch and `ema_` that it replaces.
+
+`round` is the server's work in one round on the whole online network, ResNet-18 with projector and predictor: `matrix`, one call on the
+uploads [K, P] with `out=`, against `folded`, each upload stacked with the sum so far and aggregated, as it came. Bytes are what each
+reads and writes in the vectors. Of 50 clients it takes 8 GB.
 """
 
 import statistics
@@ -29,6 +34,11 @@ def resnet18() -> list[tuple[str, int]]:
             tensors += [("shortcut", width * out), ("bn", out), ("bn", out)]
         width = out
     return tensors + [("linear", 512 * 4096), *[("bn", 4096)] * 3, ("linear", 4096 * 2048), ("bn", 2048)]
+
+
+def online() -> list[tuple[str, int]]:
+    """The whole network that a client uploads: that encoder and its predictor, 38,460,480 floats."""
+    return resnet18() + [("linear", 2048 * 4096), *[("bn", 4096)] * 3, ("linear", 4096 * 2048), ("bn", 2048)]
 
 
 def small() -> list[tuple[str, int]]:
@@ -98,12 +108,19 @@ class Case:
 
         arguments = (self.clients, self.weights, self.received, self.segments)
         ours = partial(ops.aggregate, *arguments)
-        return {"ours": ours, "reference": without_library(ours), "authors": authors, "foreach": foreach, "plain torch": plain}
+        ways = {"ours": ours, "out=": partial(ours, out=self.target), "reference": without_library(ours)}
+        return ways | {"authors": authors, "foreach": foreach, "plain torch": plain}
 
     def weighted_mean(self) -> dict[str, Callable]:
         arguments = (self.clients, self.weights)
         ours = partial(ops.weighted_mean, *arguments)
-        ways = {"ours": ours, "reference": without_library(ours), "authors": self.mean_of_dicts, "foreach": self.foreach_mean}
+        ways = {
+            "ours": ours,
+            "out=": partial(ours, out=self.target),
+            "reference": without_library(ours),
+            "authors": self.mean_of_dicts,
+            "foreach": self.foreach_mean,
+        }
         return ways | {"plain torch": lambda: self.weights @ self.clients}
 
     def layer_norms(self) -> dict[str, Callable]:
@@ -134,6 +151,33 @@ class Case:
         }
         return ways | {"plain torch": lambda: self.target.lerp_(self.clients[0], 0.01)}
 
+    def sgd_ema_(self) -> dict[str, Callable]:
+        weight, gradient, target = self.clients[0].clone().requires_grad_(), self.clients[1].clone(), self.target
+        weight.grad, flat = gradient, weight.detach()
+        optimizer = torch.optim.SGD([weight], 1e-9, fused=True)  # so small that the weights stay what they are
+        rate = torch.tensor(1e-9, dtype=torch.float64, device=flat.device)
+
+        def separate():
+            gradient.mul_(0.9).add_(flat, alpha=5e-4)
+            optimizer.step()
+            ops.ema_(target, flat, 0.99)
+
+        ours = partial(ops.sgd_ema_, flat, gradient, target, rate, momentum=0.9, weight_decay=5e-4, ema_decay=0.99)
+        return {"ours": ours, "reference": without_library(ours), "separate": separate}
+
+    def round(self) -> dict[str, Callable]:
+        def folded():
+            total = torch.zeros_like(self.received)
+            for upload, weight in zip(self.clients, self.weights, strict=True):
+                weights = torch.stack([torch.ones_like(weight), weight])
+                mean, *_ = ops.aggregate(torch.stack([total, upload]), weights, self.received, self.segments)
+                total.copy_(mean)
+
+        return {
+            "matrix": partial(ops.aggregate, self.clients, self.weights, self.received, self.segments, out=self.target),
+            "folded": folded,
+        }
+
     def mean_of_dicts(self) -> list[Tensor]:
         weights = self.weights.tolist()
         return [sum(w * t for w, t in zip(weights, tensors, strict=True)) for tensors in zip(*self.dicts, strict=True)]
@@ -145,11 +189,20 @@ class Case:
             torch._foreach_add_(mean, tensors, alpha=w)
         return mean
 
-    def floats(self, op: str) -> int:
-        """The floats that the op must read and write."""
+    def floats(self, op: str, way: str) -> int:
+        """The floats that the op must read and write; of a round, those that this way does."""
         measured = int((self.segments[:, 1] - self.segments[:, 0]).sum())
         mean = (self.num_clients + 1) * self.size
-        return {"aggregate": mean + measured, "weighted_mean": mean, "layer_norms": 2 * measured, "ema_": 3 * self.size}[op]
+        if way == "folded":  # each upload: two vectors stacked, aggregated to a third, which is copied to the sum so far
+            return self.size + self.num_clients * (4 * self.size + 3 * self.size + measured + 2 * self.size)
+        return {
+            "aggregate": mean + measured,
+            "round": mean + measured,
+            "weighted_mean": mean,
+            "layer_norms": 2 * measured,
+            "ema_": 3 * self.size,
+            "sgd_ema_": 6 * self.size,
+        }[op]
 
     def error(self, op: str, result) -> float | None:
         """Worst relative error of the norms in a result, against float64; None for an op that measures none."""
@@ -196,7 +249,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=number(int, 3), default=25, help="of each way  [25]")
     parser.add_argument("--budget", type=number(float, 0), default=20, help="seconds to spend on an op, beyond 3 repeats  [20]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=("resnet18", "small"), default=None, help="one of the two networks  [both]")
+    parser.add_argument("--only", choices=("resnet18", "online", "small"), default=None, help="one of the networks  [all]")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible to this torch")
@@ -206,27 +259,33 @@ def main() -> int:
     print("$ python -m bench.ops", *sys.argv[1:])
     on_cpu = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     print(f"torch {torch.__version__}, {options.device}: {torch.cuda.get_device_name() if options.device == 'cuda' else on_cpu}")
-    print(f"{'network':9} {'K':>3} {'op':14} {'way':12} {'ms':>10} {'x':>7} {'GB/s':>6} {'copy':>5}  error")
+    print(f"{'network':9} {'K':>3} {'op':14} {'way':12} {'ms':>10} {'x':>7} {'GB/s':>6} {'copy':>5} {'read':>5}  error")
     round_ms = {}
-    for name, network, num_clients in (("resnet18", resnet18(), 5), ("resnet18", resnet18(), 50), ("small", small(), 5)):
+    of_many = ("aggregate", "weighted_mean")
+    of_all = (*of_many, "layer_norms", "ema_", "sgd_ema_")
+    cases = [("resnet18", resnet18(), 5, of_all), ("resnet18", resnet18(), 50, of_many)]
+    cases += [("online", online(), 5, ("round",)), ("online", online(), 50, ("round",)), ("small", small(), 5, (*of_all, "round"))]
+    for name, network, num_clients, timed in cases:
         if options.only not in (None, name):
             continue
+        case = None  # before the next one's memory is taken
         case = Case(network, num_clients, options.device)
         destination = torch.empty_like(case.received)
         timing = (options.repeats, options.budget, options.device)
-        copy = time_ways({"copy": lambda to=destination, vector=case.received: to.copy_(vector)}, *timing)["copy"]
-        bandwidth = 2 * 4 * case.size / copy
-        print(f"{name:9} {num_clients:3} {'copy_':14} {'':12} {copy * 1e3:10.3f} {'':7} {bandwidth / 1e9:6.1f}")
-        for op in ("aggregate", "weighted_mean", "layer_norms", "ema_"):
-            if num_clients == 50 and op in ("layer_norms", "ema_"):  # they know one client
-                continue
+        plain = {"copy_": partial(destination.copy_, case.received), "read": case.clients.sum}
+        rates = {}
+        for way, seconds in time_ways(plain, *timing).items():
+            rates[way] = 4 * (2 * case.size if way == "copy_" else case.clients.numel()) / seconds
+            print(f"{name:9} {num_clients:3} {way:14} {'':12} {seconds * 1e3:10.3f} {'':7} {rates[way] / 1e9:6.1f}")
+        for op in timed:
             ways = getattr(case, op)()
             times = time_ways(ways, *timing)
             for way, seconds in times.items():
-                rate, error = 4 * case.floats(op) / seconds, case.error(op, ways[way]())
+                moved, error = 4 * case.floats(op, way), case.error(op, ways[way]())
+                rate, note = moved / seconds, f"{moved / 1e9:.4f} GB" if op == "round" else "" if error is None else f"{error:.0e}"
                 print(
-                    f"{name:9} {num_clients:3} {op:14} {way:12} {seconds * 1e3:10.3f} {seconds / times['ours']:7.2f} {rate / 1e9:6.1f} "
-                    f"{rate / bandwidth:5.0%}  {'' if error is None else f'{error:.0e}'}".rstrip(),
+                    f"{name:9} {num_clients:3} {op:14} {way:12} {seconds * 1e3:10.3f} {seconds / next(iter(times.values())):7.2f} "
+                    f"{rate / 1e9:6.1f} {rate / rates['copy_']:5.0%} {rate / rates['read']:5.0%}  {note}".rstrip(),
                     flush=True,
                 )
                 round_ms[name, num_clients, op, way] = seconds * 1e3

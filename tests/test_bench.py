@@ -78,6 +78,13 @@ def test_ops_are_timed_and_their_errors_shown(ops_timed):
     assert len(ours) == 1 and float(ours[0][-1]) < 1e-6
 
 
+def test_ops_are_held_against_a_plain_read_and_the_present_ways(ops_timed):
+    ways = {row[2]: [other[3] for other in ops_timed if other[:3] == row[:3]] for row in ops_timed if row[:2] == ["small", "5"]}
+    assert ways["aggregate"][:2] == ways["weighted_mean"][:2] == ["ours", "out="] and ways["sgd_ema_"] == ["ours", "reference", "separate"]
+    bytes_moved = {row[3]: float(row[-2]) for row in ops_timed if row[2] == "round"}
+    assert set(bytes_moved) == {"matrix", "folded"} and bytes_moved["folded"] > 2 * bytes_moved["matrix"]
+
+
 def test_bad_options_are_one_sentence(tmp_path):
     assert refused(module("bench.training", "speed", cwd=tmp_path), "speed", "views, start, server, epoch, memory, growth, clients, ranks")
     assert refused(module("bench.training", "--peak-tflops", "0", cwd=tmp_path), "--peak-tflops", "above 0")
