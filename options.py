@@ -7,7 +7,7 @@ The options of eval.py are here for the same reason. `python options.py` prints 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,7 +169,7 @@ class Options(Host, Training, Clients, Exchange, Data):
         usual |= RECIPES.get(self.dataset, PAPER)
         return usual | ({"predictor": "global"} if self.no_predictor else {})
 
-    def refuse_idle(self, given: Sequence[str]) -> None:
+    def refuse_idle(self, given: Iterable[str]) -> None:
         """Refuse an option among `given` that changes nothing together with the others: raises InputError."""
         row = METHODS[self.method]
         has_predictor, has_target = row.objective in ("byol", "simsiam"), row.objective in ("byol", "moco-v1", "moco-v2")

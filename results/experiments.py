@@ -19,10 +19,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from runtime.cli import InputError, Parser, number, user_errors  # noqa: E402
+from runtime.cli import InputError, Parser, number, user_errors
+
+ROOT = Path(__file__).parent.parent
 
 # What all runs of a table have in common. Beside the paper's recipe: a smaller encoder, batches of 32, fewer rounds of one epoch.
 SCALE = "--dataset cifar10 --encoder small --local-epochs 1 --batch-size 32"
