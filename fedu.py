@@ -112,11 +112,16 @@ class Turn:
 
     client: Client
     server: Server
-    weight: float  # n_k / n, of the clients that train in this round
+    total: int  # n: the images of all clients that train for this server in the round
     update: Update | None = None
     received: Tensor | None = None
     loss: float = math.nan
     share: Tensor | None = None  # what it shares besides its networks, `[N, d]`
+
+    @property
+    def weight(self) -> float:
+        """n_k / n."""
+        return self.client.num_examples / self.total
 
 
 @dataclass
@@ -214,7 +219,7 @@ def draw_turns(servers: list[Server], options: Options, round_: int) -> tuple[li
     for server in servers:
         members = [client for client in server.clients if client.id in selected - dropped]
         total = sum(client.num_examples for client in members)
-        turns += [Turn(client, server, client.num_examples / total) for client in members]
+        turns += [Turn(client, server, total) for client in members]
     return sorted(turns, key=lambda turn: (-turn.client.num_examples, turn.client.id)), dropped
 
 
@@ -393,7 +398,7 @@ class Uploads:
         if not self.summed:
             return
         reported = sum(turn.client.num_examples for turn in self.summed)
-        expected = round(self.summed[0].client.num_examples / self.summed[0].weight)
+        expected = self.summed[0].total
         if reported < expected:  # some uploads were not finite
             self.mean.mul_(expected / reported)
         server.model, self.mean = self.mean, server.model

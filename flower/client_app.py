@@ -85,7 +85,7 @@ def take_turn(
         bank = Bank(fedu.kept_parts(objective, options), folder / "bank.bin")
         recall(federation, bank, folder, last_round)
         server.model[: len(received)] = received
-        turn, kept = fedu.Turn(client, server, weight=1.0), bank.read(client.row) if client.row else {}
+        turn, kept = fedu.Turn(client, server, client.num_examples), bank.read(client.row) if client.row else {}
         turn.update = fedu.model_update(client, kept, server.model, objective, options, federation.segments, round_)
         turn.received = objective.online.vector.clone()
         turn.loss, turn.share = fedu.train_client(options, federation, None, round_, client.id, client.last_round is None)

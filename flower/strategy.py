@@ -117,7 +117,7 @@ class FedU(FedAvg):
         reported = [turn for turn in self.turns if turn.client.id in uploads]
         total = sum(turn.client.num_examples for turn in reported)
         for turn in reported:
-            turn.weight, turn.received, turn.share = turn.client.num_examples / total, server.model, server.dictionary[:0]
+            turn.total, turn.received, turn.share = total, server.model, server.dictionary[:0]
             self.uploads.next_row(server).copy_(server.model)[: self.sent] = uploads[turn.client.id][0]
             self.uploads.add(turn)
         self.uploads.settle(server)

@@ -61,7 +61,7 @@ def aggregate_all(
     server = Server(model.clone(), torch.empty(0, 0), clients)
     for client, upload in zip(clients, uploads, strict=True):
         matrix.next_row(server).copy_(upload)
-        matrix.add(Turn(client, server, client.num_examples / sum(num_examples), share=torch.empty(0, 0)))
+        matrix.add(Turn(client, server, sum(num_examples), share=torch.empty(0, 0)))
     matrix.settle(server)
     return server.model, [client.divergence for client in clients], len(matrix.matrix)
 
