@@ -223,6 +223,12 @@ def draw_turns(servers: list[Server], options: Options, round_: int) -> tuple[li
     return sorted(turns, key=lambda turn: (-turn.client.num_examples, turn.client.id)), dropped
 
 
+def most_uploads(servers: list[Server], per_round: int | None) -> int:
+    """The most uploads that one server can get in a round; clients_per_round is of all servers' clients."""
+    members = max(len(server.clients) for server in servers)
+    return min(members, per_round or members)
+
+
 def sample_clients(clients: int, per_round: int | None, seed: int, round_: int) -> set[int]:
     """The ids of the clients that take part in a round: drawn without replacement, by (seed, round)."""
     generator = keyed_generator(torch.device("cpu"), seed, "clients", round_)
@@ -537,7 +543,7 @@ def run_rounds(
     objective, device = federation.objective, images.x_train.device
     rounds = options.rounds if METHODS[options.method].trains else 0
     bank = Bank(kept_parts(objective, options), out / "bank.bin")
-    uploads = Uploads(objective, options, federation.segments, options.clients_per_round or len(federation.clients))
+    uploads = Uploads(objective, options, federation.segments, most_uploads(federation.servers, options.clients_per_round))
     start, seconds = restore(federation, load_checkpoint(out, bank, device))
     metrics, begun = read_metrics(out)[:start] if start else [], time.perf_counter()
     if start:

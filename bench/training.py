@@ -378,8 +378,8 @@ def simulation(images: Images, folder: Path | None = None, per_client: int | Non
         client.indices = client.indices[:per_client]
     rounds = itertools.count()
     bank = Bank(fedu.kept_parts(federation.objective, options), folder and folder / "bank.bin")
-    members = options.clients_per_round or options.clients
-    uploads = fedu.Uploads(federation.objective, options, federation.segments, members)
+    most = fedu.most_uploads(federation.servers, options.clients_per_round)
+    uploads = fedu.Uploads(federation.objective, options, federation.segments, most)
 
     def run() -> None:
         fedu.run_round(next(rounds), options, federation, bank, uploads)
