@@ -499,7 +499,7 @@ def train(options: Options, out: Path | None = None, overwrite: bool = False) ->
     name = f"{Path(options.dataset).stem}-{options.method}-{options.clients}clients-s{options.seed}"
     out = Path(out or Path("runs") / name)
     holds_run(out, overwrite)  # before anything that takes its time
-    return simulate(options, out, partial(open_run, out, asdict(options), overwrite=overwrite))
+    return simulate(options, out, resumed=False, overwrite=overwrite)
 
 
 def resume(out: Path, **given: object) -> Run:
@@ -513,10 +513,10 @@ def resume(out: Path, **given: object) -> Run:
     if changed:
         names = ", ".join(f"{flag(name)} {given[name]} (it was {getattr(begun, name)})" for name in changed)
         raise InputError(f"--resume {out} got other options than the run has: {names}")
-    return simulate(replace(begun, **given), out, lambda _: reopen_run(out))
+    return simulate(replace(begun, **given), out, resumed=True)
 
 
-def simulate(options: Options, out: Path, open_folder: Callable[[torch.device], dict]) -> Run:
+def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False) -> Run:
     """Get all that a run needs, and make its rounds. Whatever can fail for want of input fails before the run folder is touched."""
     load_kernels()
     keep_memory()
@@ -529,11 +529,12 @@ def simulate(options: Options, out: Path, open_folder: Callable[[torch.device], 
             ranks.serve(partial(train_client, options, federation, None), federation.objective)
             return Run(out, [])
         with run_folder(out):
-            return run_rounds(options, out, open_folder(device), federation, images, log)
+            config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite)
+            return run_rounds(options, out, config, federation, images, resumed, log)
 
 
 def run_rounds(
-    options: Options, out: Path, config: dict, federation: Federation, images: Images, log: Callable[[dict], None],
+    options: Options, out: Path, config: dict, federation: Federation, images: Images, resumed: bool, log: Callable[[dict], None],
     make_round: Callable[..., dict] = run_round,
 ) -> Run:  # fmt: skip
     """All rounds, from the first one or from the run's checkpoint, and what the run folder holds afterwards.
@@ -546,7 +547,7 @@ def run_rounds(
     uploads = Uploads(objective, options, federation.segments, most_uploads(federation.servers, options.clients_per_round))
     start, seconds = restore(federation, load_checkpoint(out, bank, device))
     metrics, begun = read_metrics(out)[:start] if start else [], time.perf_counter()
-    if start:
+    if resumed:
         print(f"{out}: continuing after {start} of {rounds} rounds")
     print(f"{options.method} on {options.dataset}: {len(images.x_train)} images, {describe_clients(federation)}, {describe_device(device)}")
     print(TABLE_HEADER, flush=True)

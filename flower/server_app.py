@@ -56,7 +56,7 @@ def main(grid: Grid, context: Context) -> None:
         least = int(context.run_config["min-clients"]) or options.clients
         strategy = FedU(options, federation, config["run"], least, float(context.run_config["timeout"]))
         strategy.roll_call(grid, set(range(options.clients)))
-        fedu.run_rounds(options, out, config, federation, images, log=lambda row: None, make_round=strategy.rounds(grid))
+        fedu.run_rounds(options, out, config, federation, images, bool(command.resume), lambda row: None, strategy.rounds(grid))
 
 
 def read_command(text: str) -> Command:
