@@ -47,6 +47,12 @@ def introduce(message: Message, context: Context) -> Message:
     return Message(RecordDict({"client": ConfigRecord({"id": client.id, "num-examples": client.num_examples})}), reply_to=message)
 
 
+@app.query("alive")
+def alive(message: Message, context: Context) -> Message:
+    """Answer, which says that no training message came before this question, or that it is lost (see `strategy.exchange`)."""
+    return Message(RecordDict(), reply_to=message)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round: take what the server sends, train, and upload the online encoder, and the predictor unless it is local."""

@@ -19,6 +19,9 @@ from runtime.bank import Bank
 from runtime.cli import InputError, first_line
 
 ANSWER = 300  # seconds in which a node must say who it is
+SILENCE = 30  # seconds without an answer after which the nodes still awaited are asked whether they have lost their message
+ALIVE = f"{MessageType.QUERY}.alive"  # the type of this question
+POLL = 3  # seconds between two looks for answers, as in Flower's own `send_and_receive`
 
 
 class FedU(FedAvg):
@@ -38,10 +41,37 @@ class FedU(FedAvg):
         def make_round(round_: int, options: Options, federation: fedu.Federation, bank: Bank, uploads: fedu.Uploads, _: object) -> dict:
             clock, self.uploads = time.perf_counter(), uploads
             messages = self.configure_train(round_ + 1, self.global_model(), ConfigRecord(), grid)
-            self.aggregate_train(round_ + 1, grid.send_and_receive(messages, timeout=self.timeout))
+            self.aggregate_train(round_ + 1, self.exchange(grid, messages))
             return self.row | {"seconds": round(time.perf_counter() - clock, 2)}
 
         return make_round
+
+    def exchange(self, grid: Grid, messages: list[Message]) -> list[Message]:
+        """Send a round's messages; returns the answers of those that answer within the timeout.
+
+        A message is delivered once. A node that is killed while it trains, and back before Flower finds it missing, has lost its message, and
+        Flower does not report this. But a node handles one message at a time, in the order in which they were made: one that answers a
+        later question, and not the message, will never answer the message, and is not waited for.
+        """
+        awaited = {key: message.metadata.dst_node_id for key, message in zip(grid.push_messages(messages), messages)}
+        questions: dict[str, str] = {}  # of each question, the message that it asks about
+        replies: list[Message] = []
+        heard = began = time.monotonic()
+        while True:
+            came = {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages([*awaited, *questions])}
+            replies += [came[key] for key in awaited if key in came]
+            lost = {key for question, key in questions.items() if question in came}
+            awaited = {key: node for key, node in awaited.items() if key not in came and key not in lost}
+            questions = {question: key for question, key in questions.items() if key in awaited}
+            now = time.monotonic()
+            heard = now if came else heard
+            if not awaited or now - began >= self.timeout:
+                return replies
+            if now - heard >= SILENCE:
+                silent = [key for key in awaited if key not in questions.values()]
+                asked = [Message(RecordDict(), dst_node_id=awaited[key], message_type=ALIVE) for key in silent]
+                questions |= zip(grid.push_messages(asked), silent)
+            time.sleep(POLL)
 
     def global_model(self) -> ArrayRecord:
         """What clients download; the predictor is part of it unless each keeps its own."""
@@ -78,7 +108,7 @@ class FedU(FedAvg):
         self.nodes[client], self.clients[client].indices = node, torch.empty(count, device="meta")
         print(f"client {client} is node {node} and has {count} images", flush=True)
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """A message for each client that is drawn and connected. Flower counts rounds from 1, `fedu.py` from 0."""
         round_ = server_round - 1
         self.drawn = fedu.sample_clients(len(self.clients), self.options.clients_per_round, self.options.seed, round_)
