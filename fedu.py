@@ -28,26 +28,25 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import ops
-from data import Images, keyed_generator, load_images, partition, two_views
+from data import Images, keyed_generator, load_images, two_views
 from eval import extract_features, knn, load_encoders
-from models import OBJECTIVES, Encoder, FedCA, Objective, Segment, SimCLR, conv_segments
+from federation import Client, Federation, Server, Turn, Update, build, checkpoint, draw_turns, most_uploads, restore, save_encoders
+from models import Encoder, Objective, SimCLR
 from report import TABLE_HEADER, dapu_notice, duration, mean, plot, round_line, tensorboard_log
 from runtime import ranks
-from runtime.bank import Bank, Row
-from runtime.cli import RANK, InputError, user_errors, write_atomic
+from runtime.bank import Bank
+from runtime.cli import RANK, InputError, user_errors
 from runtime.device import as_graph, choose_device, describe_device, keep_memory, release_memory
 from runtime.run import (
-    Checkpoint,
     Progress,
     holds_run,
     load_checkpoint,
@@ -63,79 +62,6 @@ from runtime.run import (
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 UPLOAD_MEMORY = 2 << 30  # bytes for a round's uploads; larger rounds are aggregated in tiles
-
-
-@dataclass
-class Client:
-    """One party: its images, and what it remembers between its rounds. Its networks lie in the bank meanwhile."""
-
-    id: int
-    indices: Tensor  # its images, as indices into the data set
-    row: Row | None = None  # where its networks lie in the bank; None before its first round
-    divergence: float | None = None  # d_k of its last round
-    ema_scale: float | None = None  # lambda_k of FedEMA
-    last_round: int | None = None
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.indices)
-
-    def fix_ema_scale(self, divergence: float, tau: float) -> None:
-        """`lambda_k = tau / d_k` by the first divergence that was measured; later ones change nothing."""
-        if self.ema_scale is None and divergence:
-            self.ema_scale = tau / divergence
-
-
-REMEMBERED = ("divergence", "ema_scale", "last_round")  # of a client, in a checkpoint
-
-
-@dataclass
-class Server:
-    """The global model `[P]`, the clients that it averages, and the representations `[N, d]` that these shared in the last round."""
-
-    model: Tensor
-    dictionary: Tensor
-    clients: list[Client]
-
-
-class Update(NamedTuple):
-    """What a client took: whose predictor (global, local, mixed; - without any), its own one's share, and the divergence that decided."""
-
-    predictor: str
-    own_share: float
-    divergence: float | None
-
-
-@dataclass
-class Turn:
-    """A client's part in one round."""
-
-    client: Client
-    server: Server
-    total: int  # n: the images of all clients that train for this server in the round
-    update: Update | None = None
-    received: Tensor | None = None
-    loss: float = math.nan
-    share: Tensor | None = None  # what it shares besides its networks, `[N, d]`
-
-    @property
-    def weight(self) -> float:
-        """n_k / n."""
-        return self.client.num_examples / self.total
-
-
-@dataclass
-class Federation:
-    """The servers with their clients, the networks that all of these train in turn, and the images that they train on."""
-
-    servers: list[Server]
-    objective: Objective
-    images: Tensor  # uint8 `[N, 3, S, S]`
-    segments: Tensor  # what divergence is measured on, `[L, 2]`
-
-    @property
-    def clients(self) -> list[Client]:
-        return [client for server in self.servers for client in server.clients]
 
 
 # ------------------------------------------------------------------------------------------------------------ a round
@@ -209,35 +135,6 @@ def describe_round(round_: int, options: Options, reported: list[Turn], dropped:
         "knn": None,
         "seconds": 0.0,
     }
-
-
-def draw_turns(servers: list[Server], options: Options, round_: int) -> tuple[list[Turn], set[int]]:
-    """The turns of a round, those with the most images first so that neighbours take about as long; and who drops out."""
-    selected = sample_clients(sum(len(server.clients) for server in servers), options.clients_per_round, options.seed, round_)
-    dropped = {k for k in selected if drops_out(k, options.dropout, options.seed, round_)}
-    turns = []
-    for server in servers:
-        members = [client for client in server.clients if client.id in selected - dropped]
-        total = sum(client.num_examples for client in members)
-        turns += [Turn(client, server, total) for client in members]
-    return sorted(turns, key=lambda turn: (-turn.client.num_examples, turn.client.id)), dropped
-
-
-def most_uploads(servers: list[Server], per_round: int | None) -> int:
-    """The most uploads that one server can get in a round; clients_per_round is of all servers' clients."""
-    members = max(len(server.clients) for server in servers)
-    return min(members, per_round or members)
-
-
-def sample_clients(clients: int, per_round: int | None, seed: int, round_: int) -> set[int]:
-    """The ids of the clients that take part in a round: drawn without replacement, by (seed, round)."""
-    generator = keyed_generator(torch.device("cpu"), seed, "clients", round_)
-    return set(torch.randperm(clients, generator=generator)[:per_round].tolist())
-
-
-def drops_out(client: int, probability: float, seed: int, round_: int) -> bool:
-    """Whether a selected client fails to report."""
-    return torch.rand((), generator=keyed_generator(torch.device("cpu"), seed, "dropout", round_, client)).item() < probability
 
 
 def exchanges(turn: Turn) -> bool:
@@ -460,13 +357,6 @@ def mix(objective: Objective, name: str, own: Tensor, own_share: float) -> None:
     ops.ema_(objective.parts[name][weights], own[weights], 1 - own_share)
 
 
-def divergence_segments(objective: Objective, kind: str) -> Tensor:
-    """What d_k is measured on, `[L, 2]`: each convolution for `layer-mean` (authors' code), the whole encoder for `squared` (paper)."""
-    weights = objective.weights["encoder"]
-    segments = conv_segments(objective.online) if kind == "layer-mean" else [Segment("encoder", weights.start, weights.stop)]
-    return torch.tensor([[begin, end] for _, begin, end in segments])
-
-
 def divergence(norms: Tensor, kind: str) -> float:
     """d_k from a client's drift `[L]` on these segments: its mean for `layer-mean`, the sum of its squares for `squared`."""
     return (norms.mean() if kind == "layer-mean" else norms.square().sum()).item()
@@ -524,7 +414,9 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
     device = choose_device(options.device)
     with ranks.process_group(device):
         images = load_images(options.dataset, Path(options.data_root), options.image_size).to(device)
-        federation = build(options, images, device)
+        federation = build(options, images)
+        if len(federation.public):
+            align_with_base(federation, options)
         if RANK:
             ranks.serve(partial(train_client, options, federation, None), federation.objective)
             return Run(out, [])
@@ -549,13 +441,13 @@ def run_rounds(
     metrics, begun = read_metrics(out)[:start] if start else [], time.perf_counter()
     if resumed:
         print(f"{out}: continuing after {start} of {rounds} rounds")
-    print(f"{options.method} on {options.dataset}: {len(images.x_train)} images, {describe_clients(federation)}, {describe_device(device)}")
+    print(f"{options.method} on {options.dataset}: {len(images.x_train)} images, {federation.describe()}, {describe_device(device)}")
     print(TABLE_HEADER, flush=True)
     for round_ in range(start, rounds):
         announce = partial(announce_time, options) if round_ == start and device.type == "cpu" else None
         row = make_round(round_, options, federation, bank, uploads, announce)
         if options.knn_every and ((round_ + 1) % options.knn_every == 0 or round_ + 1 == rounds):
-            row["knn"] = mean([knn(load(federation, server), images) for server in federation.servers])
+            row["knn"] = mean([knn(federation.load(server), images) for server in federation.servers])
         metrics.append(row)
         write_metrics(out, metrics)
         passed = time.perf_counter() - begun
@@ -580,35 +472,9 @@ def load_kernels() -> None:
         raise InputError(str(error)) from None
 
 
-def build(options: Options, images: Images, device: torch.device) -> Federation:
-    """The servers of a method with their clients, all starting from the one network that the seed initialises."""
-    method = METHODS[options.method]
-    order = np.random.default_rng([options.seed, *b"public"]).permutation(len(images.y_train))
-    count = max(options.batch_size, round(method.public * len(order))) if method.public else 0
-    public, private = np.sort(order[:count]), np.sort(order[count:])
-    dealt = (1, "iid") if method.servers == "pooled" else (options.clients, options.partition)
-    parts = partition(
-        images.y_train.cpu().numpy()[private], *dealt, options.seed,
-        options.classes_per_client, options.alpha, at_least=options.batch_size,
-    )  # fmt: skip
-    clients = [Client(k, torch.from_numpy(private[part]).to(device)) for k, part in enumerate(parts)]
-    objective = build_objective(options, images.y_train, device)
-    if count:
-        align_with_base(objective, images.x_train[torch.from_numpy(public).to(device)], options)
-    groups = [[client] for client in clients] if method.servers == "each" else [clients]
-    servers = [Server(objective.online.vector.clone(), objective.shared, group) for group in groups]
-    return Federation(servers, objective, images.x_train, divergence_segments(objective, options.divergence))
-
-
-def build_objective(options: Options, labels: Tensor, device: torch.device) -> Objective:
-    """The method's objective with its networks, initialised by the seed."""
-    torch.manual_seed(options.seed)
-    ablation = {name: False for name in ("predictor", "stop_gradient") if getattr(options, f"no_{name}")}
-    return OBJECTIVES[METHODS[options.method].objective](options.encoder, device, labels, **ablation)
-
-
-def align_with_base(objective: FedCA, public: Tensor, options: Options) -> None:
-    """Train a base model by SimCLR on the public images, as many epochs as a client will make in the run, and align with it."""
+def align_with_base(federation: Federation, options: Options) -> None:
+    """FedCA: train a base model by SimCLR on the public images, as many epochs as a client makes in the run, for clients to align with."""
+    objective, public = federation.objective, federation.images[federation.public]
     device, epochs = public.device, options.rounds * options.local_epochs
     base = SimCLR(copy.deepcopy(objective.online.module.encoder), device)
     generator = keyed_generator(device, options.seed, "public")
@@ -616,49 +482,6 @@ def align_with_base(objective: FedCA, public: Tensor, options: Options) -> None:
     batches = local_batches(everything, epochs, options.batch_size, generator)
     local_training(base, public, batches, generator, options.lr, options.precision)
     objective.align(public, extract_features(base.online.module, public).clone())
-
-
-def checkpoint(federation: Federation, rounds: int, seconds: float) -> Checkpoint:
-    """All that the next round depends on."""
-    tensors = [tensor for server in federation.servers for tensor in (server.model, server.dictionary)]
-    remembered = {name: [getattr(client, name) for client in federation.clients] for name in REMEMBERED}
-    rows = [client.row for client in federation.clients]
-    return Checkpoint(tensors, rows, {"round": rounds, "seconds": seconds, "clients": remembered})
-
-
-def restore(federation: Federation, saved: Checkpoint | None) -> tuple[int, float]:
-    """Put a checkpoint's content back in place; returns the rounds that are done and the seconds that they took."""
-    if saved is None:
-        return 0, 0.0
-    for server, model, dictionary in zip(federation.servers, saved.tensors[::2], saved.tensors[1::2], strict=True):
-        server.model, server.dictionary = model, dictionary
-    for k, client in enumerate(federation.clients):
-        client.row = saved.rows[k]
-        for name in REMEMBERED:
-            setattr(client, name, saved.values["clients"][name][k])
-    return saved.values["round"], saved.values["seconds"]
-
-
-def load(federation: Federation, server: Server) -> torch.nn.Module:
-    """Load a server's model into the networks; returns their backbone."""
-    federation.objective.online.vector.copy_(server.model)
-    return federation.objective.online.module.encoder.backbone
-
-
-def save_encoders(out: Path, name: str, federation: Federation) -> None:
-    """encoder.pt: `{"encoder": name, "head": projector's widths, "encoders": [{"backbone", "projector"}, ...]}`, one for each server."""
-    encoder, encoders = federation.objective.online.module.encoder, []
-    for server in federation.servers:
-        load(federation, server)
-        encoders.append({part: {k: v.clone() for k, v in module.state_dict().items()} for part, module in encoder.named_children()})
-    content = {"encoder": name, "head": list(encoder.head), "encoders": encoders}
-    write_atomic(out / "encoder.pt", lambda file: torch.save(content, file))
-
-
-def describe_clients(federation: Federation) -> str:
-    sizes = sorted(client.num_examples for client in federation.clients)
-    spread = f"{sizes[0]}" if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
-    return f"{len(sizes)} client{'s' * (len(sizes) > 1)} of {spread}"
 
 
 def announce_time(options: Options, seconds: float) -> None:

@@ -373,7 +373,7 @@ def simulation(images: Images, folder: Path | None = None, per_client: int | Non
     """
     options = Options(**{"dataset": "cifar10"} | given)
     images = images.to(DEVICE)
-    federation = fedu.build(options, images, DEVICE)
+    federation = fedu.build(options, images)
     for client in federation.clients:
         client.indices = client.indices[:per_client]
     rounds = itertools.count()

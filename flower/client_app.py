@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fedu
 from data import load_unlabelled
+from federation import Client, Federation, Turn, assemble, checkpoint, restore
 from options import Options
 from runtime.bank import Bank
 from runtime.cli import InputError, first_line, locked, os_errors
@@ -72,26 +73,25 @@ def train(message: Message, context: Context) -> Message:
 
 
 def take_turn(
-    client: fedu.Client, images: Tensor, received: Tensor, options: Options, round_: int, last_round: int, folder: Path
-) -> tuple[fedu.Turn, Tensor]:
+    client: Client, images: Tensor, received: Tensor, options: Options, round_: int, last_round: int, folder: Path
+) -> tuple[Turn, Tensor]:
     """A client's part in a round, as that of a federation with this one client, whose checkpoint lies in `folder`.
 
     received: the server's model, without the predictor where that is local. last_round: the last one of which the server has this
     client's upload, -1 for none; what the client kept after a later one is not used. Returns its turn and its upload.
     """
-    objective = fedu.build_objective(options, torch.empty(0), images.device)  # labels are looked at by no method that runs here
+    federation = assemble(options, [[client]], images, torch.empty(0))  # labels are looked at by no method that runs here
+    (server,), objective = federation.servers, federation.objective
     sent = fedu.num_exchanged(objective, options)
     if len(received) != sent:
         raise InputError(f"the server sent a network of {len(received)} numbers, that of --encoder {options.encoder} has {sent} here")
-    server = fedu.Server(objective.online.vector.clone(), objective.shared, [client])
-    federation = fedu.Federation([server], objective, images, fedu.divergence_segments(objective, options.divergence))
     with os_errors(f"the state folder {folder} cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"{folder} is in use by another SuperNode: give each client a folder of its own"):
         bank = Bank(fedu.kept_parts(objective, options), folder / "bank.bin")
         recall(federation, bank, folder, last_round)
         server.model[: len(received)] = received
-        turn, kept = fedu.Turn(client, server, client.num_examples), bank.read(client.row) if client.row else {}
+        turn, kept = Turn(client, server, client.num_examples), bank.read(client.row) if client.row else {}
         turn.update = fedu.model_update(client, kept, server.model, objective, options, federation.segments, round_)
         turn.received = objective.online.vector.clone()
         turn.loss, turn.share = fedu.train_client(options, federation, None, round_, client.id, client.last_round is None)
@@ -101,17 +101,17 @@ def take_turn(
             uploads.add(turn)
             uploads.settle(server)  # which measures the divergence
             client.row, client.last_round = bank.write(fedu.kept_parts(objective, options)), round_
-            save_checkpoint(folder, fedu.checkpoint(federation, round_ + 1, 0.0), bank)
+            save_checkpoint(folder, checkpoint(federation, round_ + 1, 0.0), bank)
         return turn, upload[:sent]
 
 
-def recall(federation: fedu.Federation, bank: Bank, folder: Path, last_round: int) -> None:
+def recall(federation: Federation, bank: Bank, folder: Path, last_round: int) -> None:
     """Restore what the client kept after `last_round`; without it, or with -1, it begins as one that never took part."""
     client = federation.clients[0]
     for _ in range(2):  # the last checkpoint and the one before
         saved = load_checkpoint(folder, bank, federation.images.device)
         if saved and saved.values["clients"]["last_round"][0] == last_round:
-            fedu.restore(federation, saved)
+            restore(federation, saved)
             return
         (folder / "checkpoint.pt").unlink(missing_ok=True)  # its upload never reached the server
     if last_round >= 0:
@@ -129,7 +129,7 @@ def read_options(config: ConfigRecord, context: Context) -> Options:
     return options
 
 
-def open_client(context: Context, options: Options, config: ConfigRecord) -> tuple[fedu.Client, Tensor]:
+def open_client(context: Context, options: Options, config: ConfigRecord) -> tuple[Client, Tensor]:
     """This client and its images `[N, 3, S, S]`. Raises InputError for what the party has to mend."""
     keep_memory()
     node = context.node_config
@@ -140,4 +140,4 @@ def open_client(context: Context, options: Options, config: ConfigRecord) -> tup
     images = load_unlabelled(Path(str(node["data"])).expanduser(), config["image-size"]).to(choose_device(options.device))
     if len(images) < options.batch_size:
         raise InputError(f"{node['data']} has {len(images)} images, a batch wants {options.batch_size}")
-    return fedu.Client(node["client"], torch.arange(len(images), device=images.device)), images
+    return Client(node["client"], torch.arange(len(images), device=images.device)), images

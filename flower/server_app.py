@@ -18,6 +18,7 @@ from strategy import FedU
 
 import fedu
 from data import load_images
+from federation import Client, assemble
 from options import Command, Options, flag, parse
 from runtime.cli import InputError, locked, os_errors
 from runtime.device import choose_device
@@ -39,10 +40,9 @@ def main(grid: Grid, context: Context) -> None:
     fedu.load_kernels()
     device = choose_device(options.device)
     images = load_images(options.dataset, Path(options.data_root), options.image_size).to(device)
-    objective = fedu.build_objective(options, images.y_train, device)
     unknown = torch.empty(0, device="meta")  # how many images each client has, it tells when it comes
-    server = fedu.Server(objective.online.vector.clone(), objective.shared, [fedu.Client(k, unknown) for k in range(options.clients)])
-    federation = fedu.Federation([server], objective, images.x_train, fedu.divergence_segments(objective, options.divergence))
+    everyone = [Client(k, unknown) for k in range(options.clients)]
+    federation = assemble(options, [everyone], images.x_train, images.y_train)
     with os_errors(f"--out {out} cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out, f"{out} is in use by another run: wait for it, or choose another --out"):

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 import fedu
+from federation import Federation, Turn, Update, sample_clients
 from options import Options
 from runtime.bank import Bank
 from runtime.cli import InputError, first_line
@@ -27,7 +28,7 @@ POLL = 3  # seconds between two looks for answers, as in Flower's own `send_and_
 class FedU(FedAvg):
     """A run's strategy. run: its name at the clients; min_clients: how many a round waits for; timeout: seconds for an upload."""
 
-    def __init__(self, options: Options, federation: fedu.Federation, run: str, min_clients: int, timeout: float):
+    def __init__(self, options: Options, federation: Federation, run: str, min_clients: int, timeout: float):
         super().__init__(fraction_evaluate=0.0, min_available_nodes=min_clients)
         self.options, self.federation, self.timeout = options, federation, timeout
         self.server, self.clients = federation.servers[0], federation.clients
@@ -38,7 +39,7 @@ class FedU(FedAvg):
     def rounds(self, grid: Grid) -> Callable[..., dict]:
         """What `run_rounds` calls for a round."""
 
-        def make_round(round_: int, options: Options, federation: fedu.Federation, bank: Bank, uploads: fedu.Uploads, _: object) -> dict:
+        def make_round(round_: int, options: Options, federation: Federation, bank: Bank, uploads: fedu.Uploads, _: object) -> dict:
             clock, self.uploads = time.perf_counter(), uploads
             messages = self.configure_train(round_ + 1, self.global_model(), ConfigRecord(), grid)
             self.aggregate_train(round_ + 1, self.exchange(grid, messages))
@@ -49,9 +50,9 @@ class FedU(FedAvg):
     def exchange(self, grid: Grid, messages: list[Message]) -> list[Message]:
         """Send a round's messages; returns the answers of those that answer within the timeout.
 
-        A message is delivered once. A node that is killed while it trains, and back before Flower finds it missing, has lost its message, and
-        Flower does not report this. But a node handles one message at a time, in the order in which they were made: one that answers a
-        later question, and not the message, will never answer the message, and is not waited for.
+        A message is delivered once. A node that is killed while it trains, and is back before Flower finds it missing, has lost its
+        message, and Flower does not report this. But a node handles its messages one after the other: one that answers a later question
+        and not the message has lost it, and is not waited for.
         """
         awaited = {key: message.metadata.dst_node_id for key, message in zip(grid.push_messages(messages), messages)}
         questions: dict[str, str] = {}  # of each question, the message that it asks about
@@ -111,7 +112,7 @@ class FedU(FedAvg):
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """A message for each client that is drawn and connected. Flower counts rounds from 1, `fedu.py` from 0."""
         round_ = server_round - 1
-        self.drawn = fedu.sample_clients(len(self.clients), self.options.clients_per_round, self.options.seed, round_)
+        self.drawn = sample_clients(len(self.clients), self.options.clients_per_round, self.options.seed, round_)
         self.roll_call(grid, self.drawn)
         turns, _ = fedu.draw_turns(self.federation.servers, self.options, round_)
         self.turns = [turn for turn in turns if turn.client.id in self.nodes]
@@ -159,7 +160,7 @@ class FedU(FedAvg):
         self.row |= {"upload_bytes": size * len(reported), "download_bytes": size * len(self.turns)}
         return self.global_model(), None
 
-    def read_upload(self, reply: Message | None, turn: fedu.Turn) -> tuple[Tensor, float]:
+    def read_upload(self, reply: Message | None, turn: Turn) -> tuple[Tensor, float]:
         """A client's upload and divergence; its turn gets the loss, and what it took. Raises InputError if there is no such answer."""
         if reply is None:
             raise InputError("its node was lost, or did not answer in time")
@@ -168,7 +169,7 @@ class FedU(FedAvg):
         try:
             told, upload = reply.content["turn"], torch.from_numpy(reply.content["model"]["model"].numpy())
             turn.loss, divergence = told["loss"], told["divergence"]
-            turn.update = fedu.Update(told["predictor"], told["own-share"], told.get("decided-on"))
+            turn.update = Update(told["predictor"], told["own-share"], told.get("decided-on"))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"its answer has another form ({first_line(error)}), perhaps by code of another version") from None
         if upload.dtype != torch.float32 or upload.shape != (self.sent,):

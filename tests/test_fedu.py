@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 import fedu
 import ops
 from data import draw_views, keyed_generator, load_npz, partition
-from fedu import Client, Server, Turn, Uploads, cosine, divergence, divergence_segments, local_batches, local_training, model_update
+from federation import Client, Server, Turn, divergence_segments, drops_out, sample_clients
+from fedu import Uploads, cosine, divergence, local_batches, local_training, model_update
 from models import BYOL, Encoder, in_memory_order
 from options import METHODS, Options, parse
 from report import dapu_notice
@@ -378,10 +379,10 @@ def test_learning_rate_is_a_cosine_over_rounds():
 
 
 def test_sampled_clients_are_distinct_and_by_round():
-    draws = [fedu.sample_clients(20, 5, 0, r) for r in range(30)]
+    draws = [sample_clients(20, 5, 0, r) for r in range(30)]
     assert all(len(d) == 5 and d <= set(range(20)) for d in draws)
-    assert len({frozenset(d) for d in draws}) > 20 and draws[3] == fedu.sample_clients(20, 5, 0, 3)
-    assert fedu.sample_clients(4, None, 0, 0) == {0, 1, 2, 3}
+    assert len({frozenset(d) for d in draws}) > 20 and draws[3] == sample_clients(20, 5, 0, 3)
+    assert sample_clients(4, None, 0, 0) == {0, 1, 2, 3}
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
@@ -535,7 +536,9 @@ def test_every_method_runs_and_can_be_evaluated(tiny, tmp_path, capsys, method):
 
 def test_fedca_sets_public_images_aside_and_shares_representations(npz, tmp_path, tiny):
     images = load_npz(npz)
-    federation = fedu.build(Options(**parse([*tiny, "--method", "fedca"]).given), images, CPU)
+    options = Options(**parse([*tiny, "--method", "fedca"]).given)
+    federation = fedu.build(options, images)
+    fedu.align_with_base(federation, options)
     objective, private = federation.objective, torch.cat([client.indices for client in federation.clients])
     assert len(private) == 56 and len(private.unique()) == 56 and objective.public.shape == (8, 3, 16, 16)
     assert not any(torch.equal(public, image) for public in objective.public for image in images.x_train[private])
@@ -804,7 +807,7 @@ def test_a_dropped_client_is_as_it_was(tiny, tmp_path):
     """The clients that report are averaged alone; in a round without any the global model stays."""
     metrics = run(tmp_path / "run", *tiny, "--clients", "4", "--rounds", "6", "--dropout", "0.6", "--knn-every", "0")["metrics"]
     for row in metrics:
-        expected = [k for k in range(4) if fedu.drops_out(k, 0.6, 0, row["round"])]
+        expected = [k for k in range(4) if drops_out(k, 0.6, 0, row["round"])]
         assert row["dropped"] == expected and row["clients"] == [k for k in range(4) if k not in expected]
     assert len({tuple(row["clients"]) for row in metrics}) > 2
     nobody = run(tmp_path / "nobody", *tiny, "--dropout", "1", "--rounds", "2")
@@ -819,7 +822,7 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
     training = fedu.train_client
 
     def rounds(poisoned: bool, options: Options = options):
-        federation = fedu.build(options, images, CPU)
+        federation = fedu.build(options, images)
         (server,), net = federation.servers, federation.objective
         bank, uploads = Bank(fedu.kept_parts(net, options)), Uploads(net, options, federation.segments, 3)
         first = fedu.run_round(0, options, federation, bank, uploads)
@@ -836,7 +839,7 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
             if poisoned:
                 patch.setattr(fedu, "train_client", poison)
             else:
-                patch.setattr(fedu, "drops_out", lambda k, *_: k == 1)
+                patch.setattr("federation.drops_out", lambda k, *_: k == 1)
             row = fedu.run_round(1, options, federation, bank, uploads)
         now = bank.read(poisoned_client.row)
         assert kept.keys() == {"encoder", "target", "predictor"}

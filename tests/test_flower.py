@@ -30,6 +30,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedu
 from data import load_images, load_unlabelled, partition
+from federation import build_objective
 from options import Options, parse
 from runtime.cli import InputError
 from runtime.run import read_config, read_metrics
@@ -53,8 +54,10 @@ def parts(npz, tmp_path_factory) -> list[Path]:
 def simulate(npz: Path, out: Path, text: str = FEDU, absent: tuple[int, int] | None = None) -> Path:
     """The run of fedu.py on the same parts. absent: a round, and the client that does not take part in it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fedu, "partition", lambda labels, clients, kind, seed, *more, **kw: partition(labels, clients, kind, 0, *more, **kw))
-        patch.setattr(fedu, "drops_out", lambda client, probability, seed, round_: (round_, client) == absent)
+        patch.setattr(
+            "federation.partition", lambda labels, clients, kind, seed, *more, **kw: partition(labels, clients, kind, 0, *more, **kw)
+        )
+        patch.setattr("federation.drops_out", lambda client, probability, seed, round_: (round_, client) == absent)
         return fedu.train(Options(**parse(shlex.split(text)).given, dataset=str(npz), **DEALT), out).folder
 
 
@@ -167,7 +170,7 @@ def contains(data: bytes, pieces: set[bytes]) -> bool:
 def test_nothing_private_leaves_a_client(npz, grid, tmp_path, predictor):
     """Looked for in the bytes of every reply: the images, and what the clients keep on their disks."""
     grid.serve(f"{RECIPE} --predictor {predictor} --dataset {npz} --out run")
-    objective = fedu.build_objective(Options(**read_config(tmp_path / "run")["options"]), torch.empty(0), torch.device("cpu"))
+    objective = build_objective(Options(**read_config(tmp_path / "run")["options"]), torch.empty(0), torch.device("cpu"))
     sizes = [len(objective.parts["target"]), len(objective.parts["predictor"])]
     rows = [np.fromfile(path, np.float32).reshape(-1, sum(sizes)) for path in (tmp_path / "state").glob("*/*/bank.bin")]
     assert len(rows) == 3
@@ -295,7 +298,9 @@ def test_a_client_of_another_architecture_is_left_out(npz, grid, tmp_path, capfd
         shortened = ArrayRecord({"model": Array(message.content["model"]["model"].numpy()[:-1])})
         if (node, round_) == (100, 0):
             told = RecordDict({"model": shortened, "config": message.content["config"]})
-            return client_app.app(Message(told, dst_node_id=node, message_type=MessageType.TRAIN), grid.contexts[node])
+            other = Message(told, dst_node_id=node, message_type=MessageType.TRAIN)
+            other.metadata.__dict__["_message_id"] = message.metadata.message_id
+            return client_app.app(other, grid.contexts[node])
         reply = answer()
         if (node, round_) == (102, 1):
             reply.content["model"] = shortened
@@ -313,7 +318,8 @@ def test_a_client_of_another_architecture_is_left_out(npz, grid, tmp_path, capfd
 def test_a_client_whose_state_is_lost_says_so_and_begins_anew(npz, grid, tmp_path, capfd):
     def forget(message: Message, answer) -> Message:
         if (message.content["config"]["round"], message.metadata.dst_node_id) == (2, 100):
-            shutil.rmtree(tmp_path / "state")
+            for folder in (tmp_path / "state").glob("*/client-0"):
+                shutil.rmtree(folder)
         return answer()
 
     grid.fault = forget

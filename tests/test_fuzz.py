@@ -67,7 +67,7 @@ def readers(npz, finished, tmp_path):
 
     def resume() -> None:
         options = Options(**read_config(run)["options"])
-        federation = fedu.build(options, load_npz(npz), CPU)
+        federation = fedu.build(options, load_npz(npz))
         bank = fedu.Bank(fedu.kept_parts(federation.objective, options), run / "bank.bin")
         fedu.restore(federation, read_checkpoint(run / "checkpoint.pt", bank, CPU))
 
