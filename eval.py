@@ -33,8 +33,9 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 from tqdm import trange
 
 from data import Images, balanced_subset, keyed_generator, load_images
+from figures import plot, plot_against
 from models import Encoder, build_head, feature_dim
-from report import plot, plot_against, read_options, table
+from report import read_options, table
 from runtime.device import choose_device
 from runtime.run import find_runs, runs_among
 

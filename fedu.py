@@ -40,8 +40,9 @@ import ops
 from data import Images, keyed_generator, load_images, two_views
 from eval import extract_features, knn, load_encoders
 from federation import Client, Federation, Server, Turn, Update, build, checkpoint, draw_turns, most_uploads, restore, save_encoders
+from figures import plot
 from models import Encoder, Objective, SimCLR
-from report import TABLE_HEADER, dapu_notice, duration, mean, plot, round_line, tensorboard_log
+from report import TABLE_HEADER, dapu_notice, duration, mean, round_line, tensorboard_log
 from runtime import ranks
 from runtime.bank import Bank
 from runtime.cli import RANK, InputError, user_errors

@@ -25,9 +25,8 @@ def test_every_command_is_one_that_fedu_takes(command, tmp_path):
 
 def test_a_run_is_made_once_and_then_continued(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for script in ("fedu.py", "eval.py", "report.py", "options.py", "data.py", "models.py", "runtime", "ops"):
-        (tmp_path / script).symlink_to(ROOT / script)
-    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    for path in (*ROOT.glob("*.py"), ROOT / "runtime", ROOT / "ops", ROOT / "assets"):
+        (tmp_path / path.name).symlink_to(path)
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     monkeypatch.setattr(experiments, "EVALUATIONS", {"knn": "--knn", "linear, epochs 1": "--linear --epochs 1"})
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"a": (" ".join(tiny), 2), "bad": (" ".join([*tiny, "--lr", "1e30"]), 1)})

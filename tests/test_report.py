@@ -10,6 +10,7 @@ import pytest
 from conftest import refused
 from matplotlib.collections import PolyCollection
 
+import figures
 import report
 from options import Options, as_markdown, evaluation_parser, training_parser
 from runtime.cli import InputError
@@ -160,15 +161,15 @@ def test_an_untrained_encoder_has_no_options_that_differ(tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are drawn, in place of files."""
-    figures = []
-    monkeypatch.setattr(report, "save_figure", lambda figure, out: figures.append(figure))
-    yield figures
-    for figure in figures:
-        report.pyplot().close(figure)
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, out: drawn.append(figure))
+    yield drawn
+    for figure in drawn:
+        figures.pyplot().close(figure)
 
 
 def test_one_run_is_drawn_with_a_line_for_each_client(tmp_path, drawn):
-    report.plot([write_run(tmp_path / "run")], tmp_path / "x.png")
+    figures.plot([write_run(tmp_path / "run")], tmp_path / "x.png")
     divergence, own, loss, accuracy = drawn[0].axes
     heights = [line.get_ydata()[0] for line in divergence.lines]
     assert heights == [0.5, 0.25, 0.75, 0.4]  # mean, clients, mu
@@ -188,7 +189,7 @@ def test_several_runs_are_drawn_with_a_band_over_the_clients(tmp_path, drawn):
     for row in older:
         del row["own_share"]  # as a run has it from before it was told
     (runs[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in older))
-    report.plot(runs, tmp_path / "x.png")
+    figures.plot(runs, tmp_path / "x.png")
     for axis, key in zip((drawn[0].axes[0], drawn[0].axes[2]), ("divergence", "loss")):
         low, high = metrics(1)[0][key]
         bands = [c for c in axis.collections if isinstance(c, PolyCollection) and len(c.get_paths())]
@@ -207,11 +208,11 @@ def test_figures_go_to_the_file_that_is_named(tmp_path, command):
         assert done.returncode == 0 and out in done.stdout, done.stderr
         assert (tmp_path / out).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="wants a name that ends in one of"):
-        report.plot([one], tmp_path / "x.xyz")
+        figures.plot([one], tmp_path / "x.xyz")
     with pytest.raises(InputError, match="cannot write"):
-        report.plot([one], tmp_path / "none/x.png")
+        figures.plot([one], tmp_path / "none/x.png")
     with pytest.raises(InputError, match="has no rounds to draw"):
-        report.plot([write_run(tmp_path / "untrained", rounds=0, method="untrained")], tmp_path / "x.png")
+        figures.plot([write_run(tmp_path / "untrained", rounds=0, method="untrained")], tmp_path / "x.png")
 
 
 def test_accuracies_against_rounds_options_and_the_ablation(tmp_path, drawn):
@@ -219,24 +220,24 @@ def test_accuracies_against_rounds_options_and_the_ablation(tmp_path, drawn):
     runs = [write_run(tmp_path / "mu", half), write_run(tmp_path / "inf", [linear(0.75)], mu=math.inf)]
     runs += [write_run(tmp_path / "seed", [linear(1.0)], mu=math.inf, seed=1), write_run(tmp_path / "single", half, method="single")]
     runs += [write_run(tmp_path / "untrained", [linear(0.25)], rounds=0, method="untrained")]
-    report.plot_against("mu", runs, tmp_path / "x.png")
+    figures.plot_against("mu", runs, tmp_path / "x.png")
     (axis,) = drawn[-1].axes
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.4", "inf"]
     assert {bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in axis.containers} == {"fedu": [50, 87.5], "single": [50]}
     assert [line.get_ydata() for line in axis.lines if line.get_label() == "untrained encoder"] == [[25, 25]]
-    report.plot_against("clients_per_round", runs, tmp_path / "x.png")
+    figures.plot_against("clients_per_round", runs, tmp_path / "x.png")
     assert [label.get_text() for label in drawn[-1].axes[0].get_xticklabels()] == ["all"]
-    report.plot_against("ablation", runs, tmp_path / "x.png")
+    figures.plot_against("ablation", runs, tmp_path / "x.png")
     assert [bar.get_width() for bar in drawn[-1].axes[0].patches] == [50, 87.5, 50]
-    report.plot_against("round", runs, tmp_path / "x.png")
+    figures.plot_against("round", runs, tmp_path / "x.png")
     assert {tuple(line.get_xdata()) for line in drawn[-1].axes[0].lines} == {(1, 2, 3)}
     with pytest.raises(InputError, match="--against got 'beta'"):
-        report.plot_against("beta", runs, tmp_path / "x.png")
+        figures.plot_against("beta", runs, tmp_path / "x.png")
     with pytest.raises(InputError, match="untrained has no rounds to draw"):
-        report.plot_against("ablation", runs[-1:], tmp_path / "x.png")
+        figures.plot_against("ablation", runs[-1:], tmp_path / "x.png")
     (runs[0] / "eval.jsonl").unlink()
     with pytest.raises(InputError, match="mu has no linear accuracy: measure it with"):
-        report.plot_against("mu", runs, tmp_path / "x.png")
+        figures.plot_against("mu", runs, tmp_path / "x.png")
 
 
 # --------------------------------------------------------------------------------------------------------- run folders
