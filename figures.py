@@ -158,22 +158,28 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
                 line = axis.axvline if option == "ablation" else axis.axhline
                 level = mean([linear_accuracy(run) for run in members])
                 line(level, color=COLOURS[-1], linestyle="--", linewidth=1.2, label="untrained encoder")
-        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        longest = max(len(label) for label in axis.get_legend_handles_labels()[1])
+        figure.legend(loc="outside lower center", ncols=max(1, min(4, 108 // (longest + 8))), frameon=False)
         save_figure(figure, out)
 
 
 def draw_knn(axis: Axes, groups: list[Group]) -> None:
-    """A line for each setting: kNN accuracy in the rounds that all of its seeds measured, with a band of the deviation over seeds."""
+    """A line for each setting: kNN accuracy in the rounds that all of its seeds measured, with a band of the deviation over seeds.
+
+    Where the local epochs differ, it is drawn against epochs, which cost the same in all settings.
+    """
     differ = differing([setting for setting, _ in groups])
+    in_epochs = "local_epochs" in differ
     for (colour, dashes), (setting, members) in zip(LOOKS * len(groups), groups):
         curves = [{row["round"] + 1: 100 * row["knn"] for row in read_metrics(run) if row["knn"] is not None} for run in members]
         rounds = sorted(set.intersection(*map(set, curves)))
         centre = np.array([mean([curve[round_] for curve in curves]) for round_ in rounds])
         spread = np.array([deviation([curve[round_] for curve in curves]) for round_ in rounds])
-        axis.plot(rounds, centre, color=colour, linestyle=dashes, marker="o", markersize=3.5, label=name_setting(setting, differ))
-        axis.fill_between(rounds, centre - spread, centre + spread, color=colour, alpha=0.2, linewidth=0)
+        places = [round_ * setting["local_epochs"] for round_ in rounds] if in_epochs else rounds
+        axis.plot(places, centre, color=colour, linestyle=dashes, marker="o", markersize=3.5, label=name_setting(setting, differ))
+        axis.fill_between(places, centre - spread, centre + spread, color=colour, alpha=0.2, linewidth=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set(xlabel="rounds", ylabel="kNN accuracy of the backbone (%)")
+    axis.set(xlabel="epochs over each client's images" if in_epochs else "rounds", ylabel="kNN accuracy of the backbone (%)")
 
 
 def draw_bars(axis: Axes, groups: list[Group], accuracies: list[list[float]]) -> None:

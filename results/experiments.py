@@ -65,6 +65,10 @@ EXPERIMENTS["epochs-5"] = (f"{LONG} --local-epochs 5 --rounds 4", 2)
 EXPERIMENTS["epochs-10"] = (f"{LONG} --local-epochs 10 --rounds 2", 1)
 # is FedU's lead greater with the paper's E?
 EXPERIMENTS["single-epochs-5"] = (f"{LONG} --local-epochs 5 --rounds 4 --method single", 2)
+# and with as many rounds as the runs of E = 1, so five times their epochs?
+for method in ("single", "fedu", "fedbyol", "fedema"):
+    EXPERIMENTS[f"e5-{method}"] = (f"{LONG} --local-epochs 5 --method {method}", 2)
+EXPERIMENTS["e5-central"] = (f"{LONG} --local-epochs 5 --method central", 1)
 # does updating the target alone collapse, as in the paper, with more rounds than the ablation's?
 EXPERIMENTS["longer-online-target-global"] = (f"{LONG} --method fedbyol --update target", 1)
 # 0.42, 0.76 and 1.29 are the quartiles of the divergences that decided in short-2

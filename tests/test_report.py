@@ -231,6 +231,8 @@ def test_accuracies_against_rounds_options_and_the_ablation(tmp_path, drawn):
     assert [bar.get_width() for bar in drawn[-1].axes[0].patches] == [50, 87.5, 50]
     figures.plot_against("round", runs, tmp_path / "x.png")
     assert {tuple(line.get_xdata()) for line in drawn[-1].axes[0].lines} == {(1, 2, 3)}
+    figures.plot_against("round", [runs[0], write_run(tmp_path / "e1", local_epochs=1)], tmp_path / "x.png")
+    assert {tuple(line.get_xdata()) for line in drawn[-1].axes[0].lines} == {(1, 2, 3), (5, 10, 15)}
     with pytest.raises(InputError, match="--against got 'beta'"):
         figures.plot_against("beta", runs, tmp_path / "x.png")
     with pytest.raises(InputError, match="untrained has no rounds to draw"):
