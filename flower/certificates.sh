@@ -14,7 +14,8 @@ if [ -e ca.key ]; then
     echo "$0: $1 holds certificates already" >&2
     exit 2
 fi
-names=$(echo "$2" | tr ',' '\n' | sed -E '/^[0-9.]+$|:/s/^/IP:/; t; s/^/DNS:/' | paste -sd, -)
+# the SuperLink starts a process that calls it at 127.0.0.1
+names=$(echo "127.0.0.1,$2" | tr ',' '\n' | sed -E '/^[0-9.]+$|:/s/^/IP:/; t; s/^/DNS:/' | paste -sd, -)
 
 key() { openssl genpkey -quiet -algorithm EC -pkeyopt ec_paramgen_curve:P-384 -out "$1"; }
 key ca.key

@@ -389,7 +389,7 @@ class Deployment:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "FLWR_HOME": str(folder / "home"),
             "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         }  # fmt: skip
-        self.call(str(ROOT / "flower" / "certificates.sh"), "keys", "127.0.0.1,localhost", "4")
+        self.call(str(ROOT / "flower" / "certificates.sh"), "keys", "localhost", "4")
         self.address = f"127.0.0.1:{free_port()}"
         (folder / "home").mkdir()
         (folder / "home" / "config.toml").write_text(
