@@ -180,8 +180,11 @@ class Objective:
 
     `parts` are the pieces that a client and the server exchange or keep, as views. `encoder` and `predictor` make up the online network;
     the predictor is empty where the objective has none. Each part that an objective adds has an entry in `own`: what a client begins
-    with when it takes part for the first time. `trained` are the tensors that the optimizer sees.
+    with when it takes part for the first time. `trained` are the tensors that the optimizer sees. `jitter` is the strength of the colour
+    jitter that its views are drawn with.
     """
+
+    jitter = 1.0
 
     def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = False):
         module = Online(encoder, predictor).to(device)
@@ -349,9 +352,9 @@ class MoCo(WithTarget):
     The key encoder is the target encoder, and stays with the client as the queue does. A queue holds 4,096 unit vectors.
     """
 
-    def __init__(self, encoder: Encoder, device: torch.device, temperature: float, queue: int = 4096):
+    def __init__(self, encoder: Encoder, device: torch.device, temperature: float, jitter: float = 1.0, queue: int = 4096):
         super().__init__(encoder, device)
-        self.temperature, self.keys = temperature, []
+        self.temperature, self.jitter, self.keys = temperature, jitter, []
         start = normalize(torch.randn(queue, encoder.head[-1])).to(device)
         self.own["queue"] = start.flatten()
         self.parts["queue"] = self.own["queue"].clone()
@@ -391,7 +394,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "simsiam": lambda name, device, labels, **ablation: SimSiam(Encoder(name), device, **ablation),
     "simclr": lambda name, device, labels: SimCLR(Encoder(name), device),
     "fedca": lambda name, device, labels: FedCA(Encoder(name), device),
-    "moco-v1": lambda name, device, labels: MoCo(Encoder(name, (128,)), device, temperature=0.07),
+    "moco-v1": lambda name, device, labels: MoCo(Encoder(name, (128,)), device, temperature=0.07, jitter=0.5),
     "moco-v2": lambda name, device, labels: MoCo(Encoder(name, (0, 128)), device, temperature=0.2),
     "supervised": lambda name, device, labels: Supervised(Encoder(name, (int(labels.max()) + 1,)), device, labels),
 }

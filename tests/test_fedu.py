@@ -507,6 +507,17 @@ def test_methods_differ_where_they_should(tiny, tmp_path):
     assert torch.equal(load(tmp_path / "untrained")["encoders"][0], fresh)
 
 
+@pytest.mark.parametrize("method, strength", [("fedmoco-v1", 0.4), ("fedmoco-v2", 0.8), ("fedu", 0.8)])
+def test_moco_v1_has_the_mild_colours_of_the_authors_code(tiny, tmp_path, monkeypatch, method, strength):
+    views, augment = [], ops.augment
+    monkeypatch.setattr(ops, "augment", lambda images, draws: views.append(draws) or augment(images, draws))
+    run(tmp_path / "run", *tiny, "--method", method)
+    column = dict(zip(ops.VIEW, torch.cat(views).unbind(1), strict=True))
+    for name in ("brightness", "contrast", "saturation"):
+        assert 0.9 * strength < (column[name] - 1).abs().max() < 1.000001 * strength
+    assert 0.9 * strength / 4 < column["hue"].abs().max() <= strength / 4
+
+
 def test_without_a_predictor_none_is_taken(tiny, tmp_path, capsys):
     rows = run(tmp_path / "run", *tiny, "--no-predictor")["metrics"]
     assert [row["predictor"] for row in rows] == [["-", "-"]] * 3
