@@ -24,7 +24,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 import ops
 
 # hidden and output width of projector and predictor
-HEADS = {"resnet18": (4096, 2048), "resnet50": (4096, 2048), "small": (512, 256), "tiny": (512, 256)}
+HEADS = {"resnet18": (4096, 2048), "resnet50": (4096, 2048), "resnet18-narrow": (512, 256), "small": (512, 256), "tiny": (512, 256)}
 WIDTHS = {"small": (32, 64, 128, 256), "tiny": (16, 32, 64, 128)}
 
 
@@ -37,14 +37,28 @@ def build_backbone(name: str) -> nn.Module:
         return plain_backbone(WIDTHS[name])
     import torchvision  # here, since the plain encoders do without
 
+    name, _, narrow = name.partition("-")
     backbone = getattr(torchvision.models, name)()
     # CIFAR's stem: 3x3, stride 1, no max-pool
     backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     backbone.maxpool = backbone.fc = nn.Identity()
+    if narrow:
+        quarter_width(backbone)
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()  # torchvision's own initialisation is another one
     return backbone
+
+
+def quarter_width(backbone: nn.Module) -> None:
+    """Give each convolution, but for the colours of the images, and each BatchNorm a quarter of its channels."""
+    for parent in list(backbone.modules()):
+        for name, m in list(parent.named_children()):
+            if isinstance(m, nn.Conv2d):
+                inputs = m.in_channels // 4 or m.in_channels
+                setattr(parent, name, nn.Conv2d(inputs, m.out_channels // 4, m.kernel_size, m.stride, m.padding, bias=False))
+            elif isinstance(m, nn.BatchNorm2d):
+                setattr(parent, name, nn.BatchNorm2d(m.num_features // 4))
 
 
 def plain_backbone(widths: tuple[int, ...]) -> nn.Sequential:

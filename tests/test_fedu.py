@@ -475,6 +475,11 @@ def test_bf16_trains(tiny, tmp_path):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
+def test_the_narrow_resnet_trains(tiny, tmp_path):
+    result = run(tmp_path / "run", *tiny, "--encoder", "resnet18-narrow", "--rounds", "2")
+    assert result["metrics"][1]["loss"] < result["metrics"][0]["loss"]
+
+
 def test_single_never_communicates(tiny, npz, tmp_path):
     """Other images at client 1 change nothing at client 0, and no byte is counted."""
     import numpy as np
