@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, refused
+from conftest import ROOT
 
 from eval import load_encoders
 from models import Encoder, build_backbone
@@ -101,9 +101,18 @@ def test_backbones_come_in_small_pieces_and_load_again(tmp_path):
         torch.testing.assert_close(mine, theirs, rtol=5e-4, atol=1e-7)
 
 
-def test_bad_options_are_one_sentence(command, tmp_path):
-    script = "results/gpu.py"
-    assert refused(command(script, "--out", "out", cwd=tmp_path), "--minutes")
-    assert refused(command(script, "--minutes", "0.5", "--out", "out", cwd=tmp_path), "--minutes", "at least 1")
-    assert refused(command(script, "fedprox", "--minutes", "5", "--out", "out", cwd=tmp_path), "'fedprox'", "fedema")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    "options, words",
+    [("--out out", "--minutes"), ("--minutes 0.5 --out out", "at least 1"), ("fedprox --minutes 5 --out out", "'fedprox'.*fedema")],
+)
+def test_bad_options_are_one_sentence(options, words, capsys):
+    with pytest.raises(SystemExit) as failure:
+        gpu.parse_options(options.split())
+    error = capsys.readouterr().err
+    assert failure.value.code == 2 and error.count("\n") == 1 and re.search(words, error)
+
+
+def test_what_follows_two_dashes_is_passed_on():
+    options = gpu.parse_options(["fedu", "--minutes", "5", "--out", "x", "--", "--encoder", "tiny", "--", "--rounds", "2"])
+    assert options == {"parts": ["fedu"], "minutes": 5.0, "out": Path("x"), "options": ["--encoder", "tiny", "--", "--rounds", "2"]}
+    assert gpu.parse_options(["--minutes", "5", "--out", "x"])["parts"] == ["tests", "epoch", "single", "fedu", "fedema"]
