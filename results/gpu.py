@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from importlib.util import find_spec
 from math import nan
 from pathlib import Path
 
@@ -34,10 +33,9 @@ from runtime.cli import InputError, Parser, number, user_errors, write_atomic
 from runtime.run import interrupts_on_sigterm, read_metrics
 
 ROOT, WORK = Path(__file__).parent.parent, Path("runs/gpu")
-SPREAD = ["-n", "4"] if find_spec("xdist") else []  # over processes, where pytest-xdist is installed
 TESTS = [str(ROOT / f"tests/test_{name}.py") for name in ("ops", "gpu", "cuda")]
 CHECKS = {  # command, and the most seconds that it gets
-    "tests": (["-m", "pytest", "-v", "-k", "gpu or cuda", *SPREAD, *TESTS], 120),
+    "tests": (["-m", "pytest", "-v", "-n", "4", "-k", "gpu or cuda", *TESTS], 120),
     "epoch": (["-m", "bench.training", "epoch", "--encoder", "resnet18", "--repeats", "3"], 180),
 }
 RUNS = ("single", "fedu", "fedema")

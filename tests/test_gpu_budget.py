@@ -35,22 +35,22 @@ def test_a_run_is_cut_off_in_time_and_the_next_call_ends_it(tiny, tmp_path, monk
     run, out = gpu.WORK / "single", Path("out")
     clock = SimpleNamespace(monotonic=lambda: 1e9 * (rounds_done(run) >= 2), sleep=lambda seconds: time.sleep(0.02))
     monkeypatch.setattr(gpu, "time", clock)
-    options = [*tiny, "--encoder", "tiny", "--rounds", "20", "--knn-every", "0", "--precision", "fp32"]
+    options = [*tiny, "--encoder", "tiny", "--rounds", "15", "--knn-every", "0", "--precision", "fp32"]
     gpu.main(["single"], 5, out, options)
     done = rounds_done(run)
-    assert 2 <= done < 20 and not (run / "encoder.pt").exists()
-    assert f"| single | {done} of 20 |" in (out / "table.md").read_text()
+    assert 2 <= done < 15 and not (run / "encoder.pt").exists()
+    assert f"| single | {done} of 15 |" in (out / "table.md").read_text()
     log = (out / "single.log").read_text()
     assert "continue with `python fedu.py --resume runs/gpu/single`" in log and "# ended since its time was up" in log
 
     monkeypatch.setattr(gpu, "time", time)
     gpu.main(["single"], 5, out, options)
     log = (out / "single.log").read_text()
-    begun_at = int(re.search(r"continuing after (\d+) of 20 rounds", log)[1])
+    begun_at = int(re.search(r"continuing after (\d+) of 15 rounds", log)[1])
     assert begun_at in (done - 1, done) and log.count("# ended with status 0") == 2  # cut off before or after the round's checkpoint
     linear = json.loads((out / "single/eval.jsonl").read_text())
     cells = (out / "table.md").read_text().splitlines()[-1].split(" | ")
-    assert cells[1] == "20 of 20" and cells[3:] == ["-", f"{100 * linear['accuracy']:.2f} |"] and len(linear["accuracies"]) == 2
+    assert cells[1] == "15 of 15" and cells[3:] == ["-", f"{100 * linear['accuracy']:.2f} |"] and len(linear["accuracies"]) == 2
     assert {"config.json", "metrics.jsonl", "divergence.png", "backbone-0.pt.000", "backbone-1.pt.sha256"} <= set(
         os.listdir(out / "single")
     )
