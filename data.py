@@ -245,29 +245,32 @@ def balanced_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ two views
 
 
-def two_views(images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def two_views(images: Tensor, generator: torch.Generator | None = None, jitter: float = 1.0) -> tuple[Tensor, Tensor]:
     """Two independent random views of each image, by the recipe of the authors' code (SimCLR's, without blur).
 
-    images: uint8 `[B, 3, H, W]`. Returns two float32 `[B, 3, H, W]` in [0, 1] on the same device. `generator` lives there too.
+    images: uint8 `[B, 3, H, W]`. Returns two float32 `[B, 3, H, W]` in [0, 1] on the same device. `generator` lives there too. jitter: the
+    strength of the colour jitter, `ColorJitter(0.8 jitter, 0.8 jitter, 0.8 jitter, 0.2 jitter)`.
     """
-    draws = draw_views(2 * len(images), *images.shape[2:], images.device, generator)
+    draws = draw_views(2 * len(images), *images.shape[2:], images.device, generator, jitter)
     return ops.augment(images, draws).chunk(2)
 
 
-def draw_views(n: int, height: int, width: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def draw_views(
+    n: int, height: int, width: int, device: torch.device, generator: torch.Generator | None = None, jitter: float = 1.0
+) -> Tensor:  # fmt: skip
     """What `ops.augment` makes n random views by, `[n, len(ops.VIEW)]`: crop, flip (p 0.5), colour jitter (p 0.8), greyscale (p 0.2).
 
-    Brightness, contrast and saturation are factors in 0.2-1.8 and hue is a shift of -0.2 to 0.2 turns, in random order. All have fixed
-    shapes, so that a GPU never waits for the host.
+    With jitter = 1, brightness, contrast and saturation are factors in 0.2-1.8 and hue is a shift of -0.2 to 0.2 turns, in random order.
+    All have fixed shapes, so that a GPU never waits for the host.
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator, device=device) * (high - low) + low
 
     box = random_box(height, width, uniform)
-    flip, jitter, grey = uniform(0, 1, 3).split(1, dim=1)
-    amounts = torch.where(jitter < 0.8, uniform(-1, 1, 4), 0.0)
-    factors, shift = 1 + 0.8 * amounts[:, :3], 0.2 * amounts[:, 3:]
+    flip, jittered, grey = uniform(0, 1, 3).split(1, dim=1)
+    amounts = torch.where(jittered < 0.8, uniform(-1, 1, 4), 0.0)
+    factors, shift = 1 + 0.8 * jitter * amounts[:, :3], 0.2 * jitter * amounts[:, 3:]
     return torch.cat([box, flip < 0.5, factors, shift, uniform(0, 1, 4).argsort(1), grey < 0.2], 1)
 
 

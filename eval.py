@@ -6,7 +6,7 @@
     python eval.py --against mu RUN ...     linear accuracy against an option, kNN accuracy against `round`, bars of the `ablation`
     python eval.py --table [RUN ...]        a Markdown row for each setting, seeds as mean and deviation
     python eval.py --export FILE.npz        the representations of all images
-    python eval.py --export FILE.safetensors    the backbone's weights; those of a ResNet load into torchvision's
+    python eval.py --export FILE.safetensors    the backbone's weights; those of resnet18 and resnet50 load into torchvision's
 
 A run of `single` has one encoder for each client: all are evaluated, and the mean is reported. docs/options.md has all options.
 """
@@ -221,8 +221,8 @@ def export_features(modules: list[nn.Module], images: Images, path: Path) -> str
 def export_weights(encoders: list[Encoder], path: Path) -> str:
     """Write the backbone's state_dict as safetensors; returns a line that tells it. Raises InputError where safetensors is missing.
 
-    torchvision's ResNet with CIFAR's stem, as in `models.build_backbone`, loads it with `strict=True`. With several encoders, as of
-    `single`, NAME-k.safetensors is the k-th one's.
+    What `models.build_backbone` makes loads it with `strict=True`; where that is resnet18 or resnet50, so does torchvision's with CIFAR's
+    stem. With several encoders, as of `single`, NAME-k.safetensors is the k-th one's.
     """
     try:
         from safetensors.torch import save

@@ -213,8 +213,8 @@ def train_client(
     ema_decay = 0.0 if options.first_target == "shared" and joins else options.ema_decay
     generator = keyed_generator(images.device, options.seed, "training", round_, client_id)
     batches = local_batches(indices, options.local_epochs, options.batch_size, generator)
-    lr = cosine(options.lr, round_, options.rounds)
-    loss = local_training(objective, images, batches, generator, lr, options.precision, ema_decay, progress=progress).item()
+    lr, views = cosine(options.lr, round_, options.rounds), partial(two_views, jitter=objective.jitter)
+    loss = local_training(objective, images, batches, generator, lr, options.precision, ema_decay, views, progress).item()
     share = objective.share(METHODS[options.method].dictionary)
     release_memory()
     return loss, share

@@ -24,7 +24,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 import ops
 
 # hidden and output width of projector and predictor
-HEADS = {"resnet18": (4096, 2048), "resnet50": (4096, 2048), "small": (512, 256), "tiny": (512, 256)}
+HEADS = {"resnet18": (4096, 2048), "resnet50": (4096, 2048), "resnet18-narrow": (512, 256), "small": (512, 256), "tiny": (512, 256)}
 WIDTHS = {"small": (32, 64, 128, 256), "tiny": (16, 32, 64, 128)}
 
 
@@ -37,14 +37,28 @@ def build_backbone(name: str) -> nn.Module:
         return plain_backbone(WIDTHS[name])
     import torchvision  # here, since the plain encoders do without
 
+    name, _, narrow = name.partition("-")
     backbone = getattr(torchvision.models, name)()
     # CIFAR's stem: 3x3, stride 1, no max-pool
     backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     backbone.maxpool = backbone.fc = nn.Identity()
+    if narrow:
+        quarter_width(backbone)
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()  # torchvision's own initialisation is another one
     return backbone
+
+
+def quarter_width(backbone: nn.Module) -> None:
+    """Give each convolution, but for the colours of the images, and each BatchNorm a quarter of its channels."""
+    for parent in list(backbone.modules()):
+        for name, m in list(parent.named_children()):
+            if isinstance(m, nn.Conv2d):
+                inputs = m.in_channels // 4 or m.in_channels
+                setattr(parent, name, nn.Conv2d(inputs, m.out_channels // 4, m.kernel_size, m.stride, m.padding, bias=False))
+            elif isinstance(m, nn.BatchNorm2d):
+                setattr(parent, name, nn.BatchNorm2d(m.num_features // 4))
 
 
 def plain_backbone(widths: tuple[int, ...]) -> nn.Sequential:
@@ -180,8 +194,11 @@ class Objective:
 
     `parts` are the pieces that a client and the server exchange or keep, as views. `encoder` and `predictor` make up the online network;
     the predictor is empty where the objective has none. Each part that an objective adds has an entry in `own`: what a client begins
-    with when it takes part for the first time. `trained` are the tensors that the optimizer sees.
+    with when it takes part for the first time. `trained` are the tensors that the optimizer sees. `jitter` is the strength of the colour
+    jitter that its views are drawn with.
     """
+
+    jitter = 1.0
 
     def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = False):
         module = Online(encoder, predictor).to(device)
@@ -349,9 +366,9 @@ class MoCo(WithTarget):
     The key encoder is the target encoder, and stays with the client as the queue does. A queue holds 4,096 unit vectors.
     """
 
-    def __init__(self, encoder: Encoder, device: torch.device, temperature: float, queue: int = 4096):
+    def __init__(self, encoder: Encoder, device: torch.device, temperature: float, jitter: float = 1.0, queue: int = 4096):
         super().__init__(encoder, device)
-        self.temperature, self.keys = temperature, []
+        self.temperature, self.jitter, self.keys = temperature, jitter, []
         start = normalize(torch.randn(queue, encoder.head[-1])).to(device)
         self.own["queue"] = start.flatten()
         self.parts["queue"] = self.own["queue"].clone()
@@ -391,7 +408,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "simsiam": lambda name, device, labels, **ablation: SimSiam(Encoder(name), device, **ablation),
     "simclr": lambda name, device, labels: SimCLR(Encoder(name), device),
     "fedca": lambda name, device, labels: FedCA(Encoder(name), device),
-    "moco-v1": lambda name, device, labels: MoCo(Encoder(name, (128,)), device, temperature=0.07),
+    "moco-v1": lambda name, device, labels: MoCo(Encoder(name, (128,)), device, temperature=0.07, jitter=0.5),
     "moco-v2": lambda name, device, labels: MoCo(Encoder(name, (0, 128)), device, temperature=0.2),
     "supervised": lambda name, device, labels: Supervised(Encoder(name, (int(labels.max()) + 1,)), device, labels),
 }

@@ -119,7 +119,7 @@ class Clients:
 class Training:
     """Local training: networks, rounds and steps."""
 
-    encoder: str = option(None, "backbone", ("tiny", "small", "resnet18", "resnet50"), shown="resnet18; fashion: tiny")
+    encoder: str = option(None, "backbone", ("tiny", "small", "resnet18-narrow", "resnet18", "resnet50"), shown="resnet18; fashion: tiny")
     rounds: int = option(None, "R", type=COUNT, shown="100; fashion: 12")
     local_epochs: int = option(None, "E", type=COUNT, shown="5; fashion: 2")
     batch_size: int = option(None, "B; the last partial batch of an epoch is dropped", type=number(int, 2), shown="128; fashion: 32")

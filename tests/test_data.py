@@ -31,19 +31,29 @@ def test_boxes_have_the_recipes_distribution():
     assert abs(share.mean() - theirs) < 0.015
 
 
-def test_draws_have_the_recipes_distribution():
-    draws = data.draw_views(20000, 32, 32, CPU, torch.Generator().manual_seed(4))
+@pytest.mark.parametrize("jitter", [1.0, 0.5])
+def test_draws_have_the_recipes_distribution(jitter):
+    draws = data.draw_views(20000, 32, 32, CPU, torch.Generator().manual_seed(4), jitter)
     column = dict(zip(ops.VIEW, draws.unbind(1), strict=True))
     jittered = column["hue"] != 0
     for share, expected in ((column["flip"], 0.5), (column["greyscale"], 0.2), (jittered.float(), 0.8)):
         assert abs(share.mean() - expected) < 0.02  # five deviations of 20,000 draws
     for factor in (column["brightness"], column["contrast"], column["saturation"]):
-        assert factor[~jittered].eq(1).all() and 0.2 <= factor.min() < 0.21 and 1.79 < factor.max() <= 1.8
+        low, high = (factor.min() - 1) / jitter, (factor.max() - 1) / jitter
+        assert factor[~jittered].eq(1).all() and -0.800001 < low < -0.79 and 0.79 < high < 0.800001
         assert abs(factor[jittered].mean() - 1) < 0.02
-    assert -0.2 <= column["hue"].min() < -0.19 and 0.19 < column["hue"].max() <= 0.2
+    assert -0.2 <= column["hue"].min() / jitter < -0.19 and 0.19 < column["hue"].max() / jitter <= 0.2
     orders, counts = draws[:, 9:13].unique(dim=0, return_counts=True)
     assert len(orders) == 24 and (orders.sort(1).values == torch.arange(4)).all()
     assert counts.min() > 650 and counts.max() < 1020  # 833 expected, within six deviations
+
+
+def test_jitter_changes_nothing_but_the_colours():
+    usual, mild = (data.draw_views(50, 32, 32, CPU, torch.Generator().manual_seed(4), *jitter) for jitter in ((), (0.5,)))
+    differs = (usual != mild).any(0)
+    assert {name for name, changed in zip(ops.VIEW, differs) if changed} == {"brightness", "contrast", "saturation", "hue"}
+    x = torch.randint(0, 256, (25, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(torch.cat(data.two_views(x, torch.Generator().manual_seed(4), 0.5)), ops.augment(x, mild))
 
 
 def test_two_views_differ_repeat_and_stay_in_range():

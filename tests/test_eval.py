@@ -198,6 +198,14 @@ def test_exported_weights_are_those_of_torchvisions_resnet(images, tmp_path, mon
     assert features.std(0).mean() > 1e-3
 
 
+def test_exported_weights_of_the_narrow_resnet_load_into_build_backbone(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    monkeypatch.chdir(tmp_path)
+    save_encoders(Path("run"), "resnet18-narrow", 1, counters=False)
+    evaluation.main(parse_evaluation(["--export", "b.safetensors", "run"]))
+    build_backbone("resnet18-narrow").load_state_dict(safetensors.load_file("b.safetensors"), strict=True)
+
+
 def test_exported_weights_of_single_are_a_file_a_client(tmp_path, monkeypatch):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     monkeypatch.chdir(tmp_path)

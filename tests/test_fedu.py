@@ -475,6 +475,11 @@ def test_bf16_trains(tiny, tmp_path):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
+def test_the_narrow_resnet_trains(tiny, tmp_path):
+    result = run(tmp_path / "run", *tiny, "--encoder", "resnet18-narrow", "--rounds", "2")
+    assert result["metrics"][1]["loss"] < result["metrics"][0]["loss"]
+
+
 def test_single_never_communicates(tiny, npz, tmp_path):
     """Other images at client 1 change nothing at client 0, and no byte is counted."""
     import numpy as np
@@ -505,6 +510,17 @@ def test_methods_differ_where_they_should(tiny, tmp_path):
     assert torch.equal(untrained["encoders"][0], fresh) and untrained["metrics"] == []
     fedu.resume(tmp_path / "untrained")  # as if it had been interrupted
     assert torch.equal(load(tmp_path / "untrained")["encoders"][0], fresh)
+
+
+@pytest.mark.parametrize("method, strength", [("fedmoco-v1", 0.4), ("fedmoco-v2", 0.8), ("fedu", 0.8)])
+def test_moco_v1_has_the_mild_colours_of_the_authors_code(tiny, tmp_path, monkeypatch, method, strength):
+    views, augment = [], ops.augment
+    monkeypatch.setattr(ops, "augment", lambda images, draws: views.append(draws) or augment(images, draws))
+    run(tmp_path / "run", *tiny, "--method", method)
+    column = dict(zip(ops.VIEW, torch.cat(views).unbind(1), strict=True))
+    for name in ("brightness", "contrast", "saturation"):
+        assert 0.9 * strength < (column[name] - 1).abs().max() < 1.000001 * strength
+    assert 0.9 * strength / 4 < column["hue"].abs().max() <= strength / 4
 
 
 def test_without_a_predictor_none_is_taken(tiny, tmp_path, capsys):

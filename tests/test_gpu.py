@@ -68,7 +68,7 @@ def test_the_graph_gives_what_its_steps_give(npz, full_precision, monkeypatch, k
     assert_same_update(replayed, train(kind, npz, GPU))
 
 
-@pytest.mark.parametrize("method", ["fedu", "fedema", "fedca", "fedmoco-v2"])
+@pytest.mark.parametrize("method", ["fedu", "fedema", "fedca", "fedmoco-v1"])
 def test_a_run_is_made_resumed_and_evaluated(tiny, command, tmp_path, method):
     options = [*tiny, "--device", "cuda", "--method", method]
     whole = command("fedu.py", *options, "--out", "runs/whole", cwd=tmp_path)

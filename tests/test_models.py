@@ -35,7 +35,7 @@ def count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("name, convs, features", [("resnet18", 17, 512), ("resnet50", 49, 2048)])
+@pytest.mark.parametrize("name, convs, features", [("resnet18", 17, 512), ("resnet50", 49, 2048), ("resnet18-narrow", 17, 128)])
 def test_resnets_are_the_papers(name, convs, features):
     with torch.device("meta"):
         backbone = build_backbone(name)
@@ -58,10 +58,21 @@ def test_parameter_counts_with_resnet18():
     assert len(objective.online.vector[objective.online.weights]) == 38_460_480
 
 
-def test_initialisation_is_pytorchs_default():
+def test_the_narrow_resnet_has_a_quarter_of_the_channels_in_every_tensor():
+    whole, narrow = (build_backbone(name).state_dict() for name in ("resnet18", "resnet18-narrow"))
+    assert whole.keys() == narrow.keys()
+    for name, tensor in narrow.items():
+        sizes = tensor.shape[:2]
+        assert tensor.shape[2:] == whole[name].shape[2:]
+        assert sizes == (16, 3) if name == "conv1.weight" else [4 * n for n in sizes] == list(whole[name].shape[:2])
+    assert narrow["layer4.1.conv2.weight"].shape == (128, 128, 3, 3) and HEADS["resnet18-narrow"] == HEADS["small"]
+
+
+@pytest.mark.parametrize("name, inputs", [("resnet18", 128), ("resnet18-narrow", 32)])
+def test_initialisation_is_pytorchs_default(name, inputs):
     torch.manual_seed(0)
-    conv = build_backbone("resnet18").layer3[0].conv1.weight  # uniform in +-1/sqrt(fan_in), not He's normal
-    bound = (128 * 9) ** -0.5
+    conv = build_backbone(name).layer3[0].conv1.weight  # uniform in +-1/sqrt(fan_in), not He's normal
+    bound = (inputs * 9) ** -0.5
     assert 0.99 * bound < conv.abs().max() <= bound
 
 
