@@ -168,22 +168,19 @@ def local_training(
     """
     objective.check_views()
     device = images.device
-    optimizer = torch.optim.SGD(objective.trained, lr, fused=device.type in ("cpu", "cuda"))
+    rate = torch.full((), lr, dtype=torch.float64, device=device)
     total, steps = torch.zeros((), device=device), 0
-    for weight in objective.trained:
-        weight.grad.zero_()
+    for weight in objective.trained:  # backward() adds to this: momentum and gradient are one vector
+        torch.mul(weight.detach(), WEIGHT_DECAY, out=weight.grad)
 
     def step(batch: Tensor) -> None:
         view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in views(images[batch], generator))
-        for weight in objective.trained:  # backward() adds to this: momentum and gradient are one vector, where SGD's own would be two
-            weight.grad.mul_(MOMENTUM).add_(weight.detach(), alpha=WEIGHT_DECAY)
         for term in objective.terms(view1, view2, batch):
             with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
                 loss = term()
             loss.backward()
             total.add_(loss.detach())
-        optimizer.step()
-        objective.update_target(ema_decay)
+        objective.update(rate, MOMENTUM, WEIGHT_DECAY, ema_decay)
 
     with as_graph(step, generator) if device.type == "cuda" else nullcontext(step) as run_step:
         for batch in batches:

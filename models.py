@@ -210,6 +210,7 @@ class Objective:
         self.weights = {"encoder": slice(weights.start, end), "predictor": slice(0, weights.stop - end)}
         self.own: dict[str, Tensor] = {}
         self.trained = [self.online.weight]
+        self.following: Tensor | None = None  # a target encoder's weights: `xi <- m xi + (1 - m) theta` after each step of SGD
         self.shared = torch.empty(0, 0, device=device)  # what clients shared through the server in the last round
 
     def networks(self) -> list[Tensor]:
@@ -227,8 +228,16 @@ class Objective:
         """
         raise NotImplementedError
 
-    def update_target(self, ema_decay: float) -> None:
-        """After each optimizer step: what follows the online encoder without a gradient."""
+    @torch.no_grad()
+    def update(self, lr: Tensor, momentum: float, weight_decay: float, ema_decay: float) -> None:
+        """After backward(): a step of SGD, of the target's moving average, and of the momentum, which is the gradient's own tensor.
+
+        lr: float64 `[]`, on the networks' device. See `ops.sgd_ema_`.
+        """
+        ops.sgd_ema_(
+            self.online.weight, self.online.weight.grad, self.following, lr,
+            momentum=momentum, weight_decay=weight_decay, ema_decay=ema_decay,
+        )  # fmt: skip
 
     def share(self, rows: int) -> Tensor:
         """After local training: what a client shares besides its networks, at most `rows` rows; nothing in most objectives."""
@@ -246,7 +255,9 @@ class WithTarget(Objective):
         self.parts["target"] = self.target.vector
         self.weights["target"] = self.target.weights
         self.own["target"] = self.parts["encoder"]  # a copy of what the client received
-        if not stop_gradient:
+        if stop_gradient:
+            self.following = self.target.vector[self.target.weights]
+        else:
             self.trained.append(self.target.weight)
 
     def check_views(self) -> None:
@@ -259,10 +270,13 @@ class WithTarget(Objective):
             return self.target.module(view)
 
     @torch.no_grad()
-    def update_target(self, ema_decay: float) -> None:
-        """`xi <- m xi + (1 - m) theta`, over parameters only."""
-        weights = self.target.weights
-        ops.ema_(self.target.vector[weights], self.parts["encoder"][weights], ema_decay)
+    def update(self, lr: Tensor, momentum: float, weight_decay: float, ema_decay: float) -> None:
+        super().update(lr, momentum, weight_decay, ema_decay)
+        if not self.stop_gradient:  # the target has a step of its own, and only then follows
+            weight, gradient = self.target.weight, self.target.weight.grad
+            ops.sgd_ema_(weight, gradient, None, lr, momentum=1, weight_decay=0, ema_decay=0)
+            ops.ema_(weight, self.parts["encoder"][self.weights["encoder"]], ema_decay)
+            gradient.mul_(momentum).add_(weight, alpha=weight_decay)
 
 
 class BYOL(WithTarget):
@@ -384,9 +398,9 @@ class MoCo(WithTarget):
         return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
     @torch.no_grad()
-    def update_target(self, ema_decay: float) -> None:
-        """Besides the key encoder's moving average: the batch's keys replace the queue's oldest."""
-        super().update_target(ema_decay)
+    def update(self, lr: Tensor, momentum: float, weight_decay: float, ema_decay: float) -> None:
+        """Besides: the batch's keys replace the queue's oldest."""
+        super().update(lr, momentum, weight_decay, ema_decay)
         self.queue.copy_(torch.cat([*self.keys, self.queue])[: len(self.queue)])
         self.keys.clear()
 

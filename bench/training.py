@@ -197,7 +197,7 @@ def ours(
     keep_memory()
     objective, images = BYOL(Encoder(encoder), DEVICE), some_images(count)
     if not ema:
-        objective.update_target = lambda _: None
+        objective.following = None
     indices = torch.arange(count, device=DEVICE)
     generator = torch.Generator(DEVICE)
     return lambda: fedu.local_training(

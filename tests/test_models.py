@@ -193,13 +193,15 @@ def test_differentiating_a_direction_before_the_next_gives_the_whole_gradient():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+def update(objective: Objective, lr: float = 0.0, ema_decay: float = 0.99) -> None:
+    objective.update(torch.tensor(lr, dtype=torch.float64), momentum=1.0, weight_decay=0.0, ema_decay=ema_decay)
+
+
 def test_target_follows_and_has_no_gradient():
     objective = byol()
-    optimizer = torch.optim.SGD([objective.online.weight], 0.1)
     before = objective.target.vector.clone()
     loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
-    optimizer.step()
-    objective.update_target(0.99)
+    update(objective, lr=0.1)
     weights = objective.target.weights
     online, target, before = objective.parts["encoder"][weights], objective.target.vector[weights], before[weights]
     assert all(p.grad is None and not p.requires_grad for p in objective.target.module.parameters())
@@ -215,7 +217,7 @@ def test_ema_steps_have_the_closed_form():
     start = torch.randn(objective.target.vector[weights].shape)
     objective.target.vector[weights] = start
     for _ in range(7):
-        objective.update_target(0.9)
+        update(objective, ema_decay=0.9)
     expected = 0.9**7 * start + (1 - 0.9**7) * objective.parts["encoder"][weights]
     torch.testing.assert_close(objective.target.vector[weights], expected, rtol=1e-5, atol=1e-6)
 
@@ -277,7 +279,7 @@ def test_moco_by_hand():
     view = torch.tensor([[2.0, 0.0]])
     expected = -math.log(math.exp(2) / (math.exp(2) + math.exp(-2) + 2))
     assert loss(objective, view, view).item() == pytest.approx(2 * expected)
-    objective.update_target(0.99)
+    update(objective)
     assert objective.queue.tolist() == [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]
     assert objective.parts["queue"].tolist() == objective.queue.flatten().tolist() and not objective.keys
 
@@ -302,5 +304,5 @@ def test_every_objective_gives_all_its_network_a_gradient(kind):
     if kind == "fedca":
         objective.align(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.randn(8, 256))
     loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
-    objective.update_target(0.99)
+    update(objective)
     assert (objective.online.weight.grad != 0).float().mean() > 0.5
