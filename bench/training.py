@@ -51,9 +51,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import fedu
+import figures
 import models
 import ops
-import report
 from bench.ops import time_ways
 from data import Images, draw_views, load_images, two_views
 from models import BYOL, HEADS, Encoder, Online, build_backbone, feature_dim
@@ -497,8 +497,8 @@ def slope(seconds: list[float]) -> float:
 
 
 def draw_growth(seconds: dict[str, list[float]], path: Path) -> None:
-    figure, axis = report.pyplot().subplots(figsize=(7, 4.5), layout="constrained")
-    for (what, times), colour, marker in zip(seconds.items(), report.COLOURS, "osD^"):
+    figure, axis = figures.pyplot().subplots(figsize=(7, 4.5), layout="constrained")
+    for (what, times), colour, marker in zip(seconds.items(), figures.COLOURS, "osD^"):
         label = f"{what}: slope {slope(times):.2f}"
         axis.plot([2**i for i in range(len(times))], times, color=colour, marker=marker, linewidth=2, label=label)
     axis.set_xscale("log", base=2)
@@ -508,7 +508,7 @@ def draw_growth(seconds: dict[str, list[float]], path: Path) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def bench_clients(repeats: int, figure: Path | None) -> None:
@@ -537,13 +537,13 @@ def rounds_of_many(clients: int, per_round: int, folder: Path) -> Callable[[], o
 
 
 def draw_clients(sizes: list[tuple[int, int]], seconds: dict, peaks: dict, path: Path) -> None:
-    figure, axes = report.pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, axes = figures.pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for axis, values, label in zip(axes, (seconds, peaks), ("seconds a round", "peak resident memory (MiB)")):
-        axis.plot([k for k, _ in sizes], [values[size] for size in sizes], color=report.COLOURS[0], marker="o", linewidth=2)
+        axis.plot([k for k, _ in sizes], [values[size] for size in sizes], color=figures.COLOURS[0], marker="o", linewidth=2)
         axis.set(xlabel="clients K", ylabel=label, xscale="log", ylim=(0, 1.25 * max(values[size] for size in sizes)))
         axis.grid(alpha=0.25)
     figure.suptitle("Ten clients a round, drawn of K; small encoder, 20 steps each")
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def bench_ranks(repeats: int) -> None:

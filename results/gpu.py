@@ -93,7 +93,7 @@ def run(command: list[str], log: Path, deadline: float) -> int | None:
     """Run Python with this command, its output added to the log; returns its exit status, or None if it was not done in time."""
     if time.monotonic() >= deadline:
         return None
-    print(title := f"$ {shlex.join(['python', *command])}", flush=True)
+    print(title := f"$ {shlex.join(['python', *command])}".replace(f"{ROOT}/", ""), flush=True)
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with log.open("a") as file:
         print(title, file=file, flush=True)

@@ -59,6 +59,12 @@ def test_growth_is_drawn(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out.count("slope 2.00") == 4
 
 
+def test_seconds_and_memory_of_many_clients_are_drawn(tmp_path):
+    sizes = [(10, 10), (100, 10)]
+    training.draw_clients(sizes, {(10, 10): 1.0, (100, 10): 1.1}, {(10, 10): 300.0, (100, 10): 310.0}, tmp_path / "clients.png")
+    assert (tmp_path / "clients.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_simulated_round_trains_on_its_images(tmp_path):
     images = load_images("fashion")
     round_ = training.simulation(images, tmp_path, per_client=64, encoder="tiny", batch_size=32, local_epochs=1, partition="iid")
