@@ -47,6 +47,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
@@ -346,6 +348,40 @@ def operations(encoder: str) -> dict[str, float]:
     return counts | {"forward": forward.get_total_flops() / 2 - counts["target"], "backward": backward.get_total_flops() / 2}
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the operations that compute, and the bytes of the tensors that they are given and of those that they return.
+
+    A GPU moves more than that: BatchNorm reads its input twice, and a convolution may arrange its own anew.
+    """
+
+    views = {"view", "detach", "t", "transpose", "expand", "_unsafe_view", "alias", "slice", "select", "unsqueeze", "permute", "as_strided"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.count = 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation._opname not in self.views and not operation._opname.startswith("empty"):
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+            self.count += 1
+        return result
+
+
+def traffic(encoder: str, batch_size: int, precision: str = "fp32") -> Traffic:
+    """Of a training step's passes, forwards and backwards. In bf16 they are computed, on the CPU: autocast knows no meta device."""
+    device = torch.device("meta" if precision == "fp32" else "cpu")
+    objective = BYOL(Encoder(encoder), device)
+    view1, view2 = torch.zeros(2, batch_size, 3, 32, 32, device=device)
+    with Traffic() as counted:
+        for term in objective.terms(view1, view2, torch.empty(batch_size, device=device)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = term()
+            loss.backward()
+    return counted
+
+
 def bench_epoch(encoder: str, repeats: int, peak_tflops: float | None) -> None:
     batch_size, count = RECIPES[encoder]
     count = (6000 if DEVICE.type == "cuda" else count) // batch_size * batch_size
@@ -359,6 +395,9 @@ def bench_epoch(encoder: str, repeats: int, peak_tflops: float | None) -> None:
     notes = {way: f"{rate:.3f} TFLOP/s" + (f", MFU {rate / peak_tflops:.0%}" if peak_tflops else "") for way, rate in rates.items()}
     print_rows(f"epoch, {encoder}, B = {batch_size}", seconds, count, notes)
     print(f"{f'operations, {encoder}':28} {', '.join(f'{k} {v / 1e6:,.1f} million' for k, v in counted.items())} an image", flush=True)
+    for precision in ("fp32", "bf16"):
+        moved = traffic(encoder, batch_size, precision)
+        print(f"{f'traffic, {encoder}, {precision}':28} {moved.bytes / 1e9:.2f} GB in {moved.count} operations a step", flush=True)
     for worker in ways.values():
         worker.stop()
 

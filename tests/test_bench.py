@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, refused
 
 from bench import training
@@ -50,6 +51,16 @@ def test_operations_by_hand():
     assert counted["target"] == 2 * 2 * encoder and counted["forward"] == 2 * 2 * (encoder + predictor)
     # backwards: the gradients of weights and of inputs, the first convolution's excepted
     assert counted["backward"] == 2 * 2 * (2 * (encoder + predictor) - 9 * convolutions[0])
+
+
+def test_traffic_by_hand():
+    """A product of [2, 3] by [3, 4], its transposed view left out, and a ReLU in place."""
+    x, weight = torch.zeros(2, 3), torch.zeros(4, 3)
+    with training.Traffic() as counted:
+        torch.relu_(x @ weight.T)
+    assert (counted.count, counted.bytes) == (2, 4 * (6 + 12 + 8) + 4 * (8 + 8))
+    step = training.traffic("tiny", 8)
+    assert step.count > 100 and training.traffic("tiny", 16).bytes > 1.2 * step.bytes
 
 
 def test_growth_is_drawn(monkeypatch, capsys, tmp_path):
