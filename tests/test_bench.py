@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -81,6 +82,12 @@ def test_a_simulated_round_trains_on_its_images(tmp_path):
     round_ = training.simulation(images, tmp_path, per_client=64, encoder="tiny", batch_size=32, local_epochs=1, partition="iid")
     round_()
     assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_rounds_of_many_clients_are_timed(tmp_path):
+    done = module("bench.peers", "--way", "ours", "--rounds", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
