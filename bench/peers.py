@@ -5,7 +5,7 @@ round, with what clients keep, divergences and a checkpoint; the others average 
 clients: the target begins as the online encoder. Flower's has an actor of one thread for each core, ours and pfl's one process of all
 threads. Each way runs in processes of its own, in turns; the first two rounds of each are left out, and medians are printed.
 
-Flower's wants `pip install "flwr[simulation]"`, pfl's `pip install pfl`; where one is missing, its row says so.
+Flower's wants `pip install "flwr[simulation]"`, pfl's `pip install pfl`; one that is missing is left out.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import torch
 from torch import nn
 
 import fedu
-from bench.training import as_large_as_cifar10, describe_cpu, installed, simulation
+from bench.training import ROOT, as_large_as_cifar10, installed, print_origin, simulation
 from federation import Federation
 from options import Options
 from runtime.cli import Parser, number, user_errors
+from runtime.device import keep_memory
 
 SIZE = {"clients": 1000, "clients_per_round": 10, "encoder": "tiny", "partition": "iid", "batch_size": 32, "local_epochs": 5}
 OPTIONS = Options(dataset="cifar10", **SIZE)
@@ -36,6 +37,7 @@ WARM_UP = 2  # rounds
 
 
 def ours(rounds: int) -> list[float]:
+    keep_memory()  # as fedu.py does; for the other ways `federation` does
     with tempfile.TemporaryDirectory(dir=".") as folder:
         run, times = simulation(as_large_as_cifar10(), Path(folder), **SIZE), [time.perf_counter()]
         for _ in range(rounds):
@@ -46,8 +48,8 @@ def ours(rounds: int) -> list[float]:
 
 @cache
 def federation() -> Federation:
-    """Of this process, be it one of Flower's actors; the same in all."""
-    torch.manual_seed(0)
+    """Of this process, be it one of Flower's actors."""
+    keep_memory()
     return fedu.build(OPTIONS, as_large_as_cifar10())
 
 
@@ -75,7 +77,7 @@ def flower(rounds: int) -> list[float]:
 
     @client_app.train()
     def train(message, context):
-        from bench import peers
+        from bench import peers  # Ray sends this function to its actors by value, and `federation` must be made once an actor
 
         torch.set_num_threads(1)
         vector = peers.federation().objective.online.vector
@@ -112,9 +114,9 @@ def pfl(rounds: int) -> list[float]:
     class Averaging(FederatedAveraging):
         def simulate_one_user(self, model, user_dataset, central_context):
             self._initial_model_state = model.get_parameters(self._initial_model_state)
-            copy_parameters(theirs, ours)
+            copy_parameters(theirs, network)
             train_client(central_context.current_central_iteration, int(user_dataset.user_id))
-            copy_parameters(ours, theirs)
+            copy_parameters(network, theirs)
             difference = model.get_model_difference(self._initial_model_state)
             model.set_parameters(self._initial_model_state)
             return difference, Metrics()
@@ -124,8 +126,8 @@ def pfl(rounds: int) -> list[float]:
             times.append(time.perf_counter())
             return False, Metrics()
 
-    ours = federation().objective.online.module
-    theirs = copy.deepcopy(ours)  # pfl gives its parameters gradients of their own, and ours are views into one vector
+    network = federation().objective.online.module
+    theirs = copy.deepcopy(network)  # pfl gives its parameters gradients of their own, and the network's are views into one vector
     theirs.loss = theirs.metrics = None  # pfl wants these names; it has nothing to train or measure by itself here
     model = PyTorchModel(theirs, torch.optim.SGD, torch.optim.SGD(theirs.parameters(), lr=1.0))
     indices = [client.indices for client in federation().clients]
@@ -153,19 +155,16 @@ def main(way: str | None, rounds: int, repeats: int) -> None:
     if way:
         times = WAYS[way][0](WARM_UP + rounds)
         return print(json.dumps([after - before for before, after in zip(times, times[1:])][WARM_UP:]))
-    print("$ python -m bench.peers", *sys.argv[1:])
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {describe_cpu()}; medians of {repeats} x {rounds} rounds")
+    print_origin("bench.peers", f"{repeats} x {rounds} rounds")
     seconds: dict[str, list[float]] = {way: [] for way, (_, packages) in WAYS.items() if installed(*packages)}
     for _ in range(repeats):
         for way in seconds:
             command = [sys.executable, "-m", "bench.peers", "--way", way, "--rounds", str(rounds)]
-            env = os.environ | {"RAY_DISABLE_IMPORT_WARNING": "1", "PYTHONPATH": os.getcwd()}
+            env = os.environ | {"PYTHONPATH": str(ROOT)}
             done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
             seconds[way] += json.loads(done.stdout.splitlines()[-1])
     for way in seconds:
         print(f"{way:10} {median(seconds[way]):8.3f} s a round  x {median(seconds[way]) / median(seconds['ours']):.2f}", flush=True)
-    for way in WAYS.keys() - seconds.keys():
-        print(f"{way:10} is not installed")
 
 
 if __name__ == "__main__":

@@ -638,9 +638,7 @@ def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float 
     ops.load()
     if figures:
         figures.mkdir(parents=True, exist_ok=True)
-    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {describe_cpu()}"
-    print("$", shlex.join(["python", "-m", "bench.training", *sys.argv[1:]]))
-    print(f"torch {torch.__version__}, {DEVICE.type}: {where}; commit {describe_code()['commit']}; medians of {repeats}")
+    print_origin("bench.training", str(repeats))
     print(f"{'what':28} {'way':10} {'ms':>12} {'x':>8} {'images/s':>12}")
     warnings.filterwarnings("ignore", module="lightly|torch.utils.data")
     if "views" in parts:
@@ -659,6 +657,13 @@ def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float 
         bench_clients(repeats, figures and figures / "clients.png")
     if "ranks" in parts:
         bench_ranks(repeats)
+
+
+def print_origin(module: str, sizes: str) -> None:
+    """What figures are made by: the command, torch, the device, the commit, and of how many timings each is the median."""
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {describe_cpu()}"
+    print("$", shlex.join(["python", "-m", module, *sys.argv[1:]]))
+    print(f"torch {torch.__version__}, {DEVICE.type}: {where}; commit {describe_code()['commit']}; medians of {sizes}", flush=True)
 
 
 def describe_cpu() -> str:
