@@ -1,8 +1,10 @@
-"""Write fashion.npz, the embedded data set: a class-balanced subset of Fashion-MNIST, padded from 28x28 to 32x32.
+"""Write Fashion-MNIST, padded from 28x28 to 32x32, as a file that --dataset takes.
 
-    python assets/make_fashion.py FOLDER      the folder of the four *-ubyte.gz files, as published or as in Debian's dataset-fashion-mnist
+    python assets/make_fashion.py FOLDER            assets/fashion.npz, the embedded data set
+    python assets/make_fashion.py FOLDER FILE.npz   all 60,000 training and 10,000 test images
 
-The first 600 training and the first 100 test images of each class, in the files' order; 6,000 and 1,000 grey images.
+FOLDER has the four *-ubyte.gz files, as published or as in Debian's dataset-fashion-mnist. The embedded data set has the first 600 training
+and the first 100 test images of each class, in the files' order.
 """
 
 import gzip
@@ -19,14 +21,14 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, out: Path | None = None) -> None:
     arrays = {}
-    for split, prefix, count in (("train", "train", 600), ("test", "t10k", 100)):
+    for split, prefix, count in (("train", "train", 600), ("test", "t10k", 100)):  # count of a class
         images, labels = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz"), read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
-        chosen = np.sort(np.concatenate([np.flatnonzero(labels == c)[:count] for c in range(10)]))
+        chosen = np.sort(np.concatenate([np.flatnonzero(labels == c)[: None if out else count] for c in range(10)]))
         arrays[f"x_{split}"], arrays[f"y_{split}"] = np.pad(images[chosen], ((0, 0), (2, 2), (2, 2))), labels[chosen]
-    np.savez_compressed(Path(__file__).with_name("fashion.npz"), **arrays)
+    np.savez_compressed(out or Path(__file__).with_name("fashion.npz"), **arrays)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))
