@@ -13,7 +13,7 @@ A run of `single` has one encoder for each client: all are evaluated, and the me
 
 from __future__ import annotations
 
-from options import EVALUATION_EPOCHS, parse_evaluation
+from eval_options import EVALUATION_EPOCHS, parse_evaluation
 from runtime.cli import InputError, first_line, user_errors, write_atomic
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and mistakes are answered at once
@@ -41,7 +41,7 @@ from runtime.run import find_runs, runs_among
 
 
 def main(options: argparse.Namespace) -> None:
-    """Do a task with the named runs. options: of `options.parse_evaluation`."""
+    """Do a task with the named runs. options: of `eval_options.parse_evaluation`."""
     all_by_default = options.task in ("table", "against")
     runs = runs_among(options.runs) if options.runs else find_runs()[: None if all_by_default else 1]
     if options.task == "table":

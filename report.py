@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import stdev
 
-from options import ABLATED, EVALUATION_EPOCHS, HOST_OPTIONS, OPTIONS, defaults
+from eval_options import EVALUATION_EPOCHS
+from options import ABLATED, HOST_OPTIONS, OPTIONS, defaults
 from runtime.cli import InputError, first_line, os_errors
 from runtime.run import read_config, read_metrics
 

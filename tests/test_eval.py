@@ -14,8 +14,8 @@ from torch import nn
 
 import eval as evaluation
 from data import Images, balanced_subset, load_npz
+from eval_options import parse_evaluation
 from models import Encoder, build_backbone
-from options import parse_evaluation
 from runtime.cli import InputError
 
 

@@ -3,12 +3,13 @@ from dataclasses import asdict, replace
 import pytest
 from conftest import ROOT
 
-from options import METHODS, PAPER, Options, documentation, parse
+from docs.options import documentation
+from options import METHODS, PAPER, Options, parse
 from runtime.cli import InputError
 
 
 def test_the_options_page_is_what_the_options_say():
-    """`python options.py > docs/options.md` makes it again."""
+    """`python -m docs.options > docs/options.md` makes it again."""
     assert (ROOT / "docs/options.md").read_text() == documentation() + "\n"
 
 

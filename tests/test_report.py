@@ -12,7 +12,9 @@ from matplotlib.collections import PolyCollection
 
 import figures
 import report
-from options import Options, as_markdown, evaluation_parser, training_parser
+from docs.options import as_markdown
+from eval_options import evaluation_parser
+from options import Options, training_parser
 from runtime.cli import InputError
 
 
