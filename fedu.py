@@ -17,7 +17,7 @@ its last divergence lay below mu (DAPU). One process, or several under torchrun,
 
 from __future__ import annotations
 
-from options import HOST_OPTIONS, METHODS, OPTIONS, Command, Exchange, Options, Training, flag, parse
+from options import METHODS, Command, Exchange, Options, Training, parse
 
 if __name__ == "__main__":
     COMMAND = parse(description=__doc__.split("\n\n")[0])  # before torch is imported: --help and mistakes are answered at once
@@ -28,38 +28,25 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import ops
-from data import Images, keyed_generator, load_images, two_views
-from eval import extract_features, knn, load_encoders
-from federation import Client, Federation, Server, Turn, Update, build, checkpoint, draw_turns, most_uploads, restore, save_encoders
-from figures import plot
-from models import Encoder, Objective, SimCLR
-from report import TABLE_HEADER, dapu_notice, duration, mean, round_line, tensorboard_log
+from data import keyed_generator, load_images, two_views
+from eval import extract_features
+from federation import Client, Federation, Server, Turn, Update, build, draw_turns, most_uploads
+from models import Objective, SimCLR
+from report import tensorboard_log
 from runtime import ranks
 from runtime.bank import Bank
 from runtime.cli import RANK, InputError, user_errors
-from runtime.device import as_graph, choose_device, describe_device, keep_memory, release_memory
-from runtime.run import (
-    Progress,
-    holds_run,
-    load_checkpoint,
-    open_run,
-    read_config,
-    read_metrics,
-    reopen_run,
-    run_folder,
-    save_checkpoint,
-    write_config,
-    write_metrics,
-)
+from runtime.device import as_graph, choose_device, keep_memory, release_memory
+from runtime.run import Progress, holds_run, open_run, reopen_run, run_folder
+from simulation import Announce, Run, describe_round, load_kernels, run_rounds, stored_options
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 UPLOAD_MEMORY = 2 << 30  # bytes for a round's uploads; larger rounds are aggregated in tiles
@@ -69,7 +56,7 @@ UPLOAD_MEMORY = 2 << 30  # bytes for a round's uploads; larger rounds are aggreg
 
 
 def run_round(
-    round_: int, options: Options, federation: Federation, bank: Bank, uploads: Uploads, announce: Callable[[float], None] | None = None
+    options: Options, federation: Federation, bank: Bank, uploads: Uploads, round_: int, announce: Announce = None
 ) -> dict:  # fmt: skip
     """The paper's figure 2 for each client that reports: download, train, upload, aggregate. Returns the round's metrics.
 
@@ -112,30 +99,9 @@ def run_round(
         raise InputError(f"round {round_}: {who} finite; lower --lr, or check the images")
     for k in nonfinite:
         print(f"round {round_}: the upload of client {k} is not finite and was left out", file=sys.stderr)
-    row = describe_round(round_, options, reported, dropped, nonfinite)
+    row = describe_round(round_, cosine(options.lr, round_, options.rounds), reported, dropped, nonfinite)
     row |= {"upload_bytes": sum(sent + turn.share.nbytes for turn in reported if exchanges(turn)), "download_bytes": download_bytes}
     return row | {"seconds": round(time.perf_counter() - clock, 2)}
-
-
-def describe_round(round_: int, options: Options, reported: list[Turn], dropped: Iterable[int], nonfinite: Iterable[int]) -> dict:
-    """A round as its line in metrics.jsonl tells of it, but for what was measured of its bytes and seconds."""
-    return {
-        "round": round_,
-        "lr": cosine(options.lr, round_, options.rounds),
-        "loss": [turn.loss for turn in reported],
-        "divergence": [turn.client.divergence for turn in reported],
-        "decided_on": [turn.update.divergence for turn in reported],
-        "predictor": [turn.update.predictor for turn in reported],
-        "own_share": [turn.update.own_share for turn in reported],
-        "num_examples": [turn.client.num_examples for turn in reported],
-        "clients": [turn.client.id for turn in reported],
-        "dropped": sorted(dropped),
-        "nonfinite": sorted(nonfinite),
-        "upload_bytes": 0,
-        "download_bytes": 0,
-        "knn": None,
-        "seconds": 0.0,
-    }
 
 
 def exchanges(turn: Turn) -> bool:
@@ -363,22 +329,6 @@ def divergence(norms: Tensor, kind: str) -> float:
 # ------------------------------------------------------------------------------------------------------ the whole run
 
 
-class Run(NamedTuple):
-    """A finished run: its folder, and its rounds as in metrics.jsonl."""
-
-    folder: Path
-    metrics: list[dict]
-
-    @property
-    def encoders(self) -> list[Encoder]:
-        """The encoder of each server: of `single` one for each client, else one."""
-        return load_encoders(self.folder)
-
-    @property
-    def encoder(self) -> Encoder:
-        return self.encoders[0]
-
-
 def train(options: Options, out: Path | None = None, overwrite: bool = False) -> Run:
     """Train as the options say, in a new run folder, by default `runs/DATASET-METHOD-Kclients-sSEED`.
 
@@ -392,16 +342,7 @@ def train(options: Options, out: Path | None = None, overwrite: bool = False) ->
 
 def resume(out: Path, **given: object) -> Run:
     """Continue the run in a folder. given: options that may differ from the run's, such as `device`; others raise InputError."""
-    stored = read_config(out)["options"]
-    unknown = sorted(stored.keys() - OPTIONS.keys())
-    if unknown:
-        raise InputError(f"{out} was begun by a version that had the option {flag(unknown[0])}: train it again with --overwrite")
-    begun = Options(**stored)
-    changed = [name for name, value in given.items() if value != getattr(begun, name) and name not in HOST_OPTIONS]
-    if changed:
-        names = ", ".join(f"{flag(name)} {given[name]} (it was {getattr(begun, name)})" for name in changed)
-        raise InputError(f"--resume {out} got other options than the run has: {names}")
-    return simulate(replace(begun, **given), out, resumed=True)
+    return simulate(stored_options(out, given), out, resumed=True)
 
 
 def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False) -> Run:
@@ -420,54 +361,11 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
             return Run(out, [])
         with run_folder(out):
             config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite)
-            return run_rounds(options, out, config, federation, images, resumed, log)
-
-
-def run_rounds(
-    options: Options, out: Path, config: dict, federation: Federation, images: Images, resumed: bool, log: Callable[[dict], None],
-    make_round: Callable[..., dict] = run_round,
-) -> Run:  # fmt: skip
-    """All rounds, from the first one or from the run's checkpoint, and what the run folder holds afterwards.
-
-    make_round: what a round is, where its clients are elsewhere; called as `run_round` is.
-    """
-    objective, device = federation.objective, images.x_train.device
-    rounds = options.rounds if METHODS[options.method].trains else 0
-    bank = Bank(kept_parts(objective, options), out / "bank.bin")
-    uploads = Uploads(objective, options, federation.segments, most_uploads(federation.servers, options.clients_per_round))
-    start, seconds = restore(federation, load_checkpoint(out, bank, device))
-    metrics, begun = read_metrics(out)[:start] if start else [], time.perf_counter()
-    if resumed:
-        print(f"{out}: continuing after {start} of {rounds} rounds")
-    print(f"{options.method} on {options.dataset}: {len(images.x_train)} images, {federation.describe()}, {describe_device(device)}")
-    print(TABLE_HEADER, flush=True)
-    for round_ in range(start, rounds):
-        announce = partial(announce_time, options) if round_ == start and device.type == "cpu" else None
-        row = make_round(round_, options, federation, bank, uploads, announce)
-        if options.knn_every and ((round_ + 1) % options.knn_every == 0 or round_ + 1 == rounds):
-            row["knn"] = mean([knn(federation.load(server), images) for server in federation.servers])
-        metrics.append(row)
-        write_metrics(out, metrics)
-        passed = time.perf_counter() - begun
-        save_checkpoint(out, checkpoint(federation, round_ + 1, seconds + passed), bank)
-        log(row)
-        print(round_line(row, passed / (round_ + 1 - start) * (rounds - round_ - 1)), flush=True)
-
-    save_encoders(out, options.encoder, federation)
-    write_config(out, config | {"seconds": round(seconds + time.perf_counter() - begun, 1)})
-    if any(row["clients"] for row in metrics):
-        plot([out], out / "divergence.png")
-        print(dapu_notice(metrics, options.predictor, options.mu), end="")
-    print(f"\n{out} holds the run. Next:\n  python eval.py {out}" + f"\n  python eval.py --plot {out}" * bool(metrics))
-    return Run(out, metrics)
-
-
-def load_kernels() -> None:
-    """Build the fused kernels first, so that a build error leaves no run folder."""
-    try:
-        ops.load()
-    except (ValueError, RuntimeError, OSError) as error:
-        raise InputError(str(error)) from None
+            bank = Bank(kept_parts(federation.objective, options), out / "bank.bin")
+            most = most_uploads(federation.servers, options.clients_per_round)
+            uploads = Uploads(federation.objective, options, federation.segments, most)
+            make_round = partial(run_round, options, federation, bank, uploads)
+            return run_rounds(options, out, config, federation, images, bank, make_round, resumed, log)
 
 
 def align_with_base(federation: Federation, options: Options) -> None:
@@ -480,13 +378,6 @@ def align_with_base(federation: Federation, options: Options) -> None:
     batches = local_batches(everything, epochs, options.batch_size, generator)
     local_training(base, public, batches, generator, options.lr, options.precision)
     objective.align(public, extract_features(base.online.module, public).clone())
-
-
-def announce_time(options: Options, seconds: float) -> None:
-    """Say how long a round and the run will take, and what to run on a CPU if that is more than a day."""
-    total = seconds * options.rounds
-    smaller = "; --encoder small --batch-size 32 --local-epochs 1 --rounds 20 is a run for a CPU" if total > 24 * 3600 else ""
-    print(f"a round will take about {duration(seconds)} here, and {options.rounds} rounds {duration(total)}{smaller}", flush=True)
 
 
 def main(command: Command) -> Run:

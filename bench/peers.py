@@ -26,7 +26,7 @@ from torch import nn
 
 import fedu
 from bench.training import ROOT, as_large_as_cifar10, installed, print_origin, simulation
-from federation import Federation
+from federation import Federation, build
 from options import Options
 from runtime.cli import Parser, number, user_errors
 from runtime.device import keep_memory
@@ -50,7 +50,7 @@ def ours(rounds: int) -> list[float]:
 def federation() -> Federation:
     """Of this process, be it one of Flower's actors."""
     keep_memory()
-    return fedu.build(OPTIONS, as_large_as_cifar10())
+    return build(OPTIONS, as_large_as_cifar10())
 
 
 def train_client(round_: int, client_id: int) -> None:

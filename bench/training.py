@@ -58,6 +58,7 @@ import models
 import ops
 from bench.ops import time_ways
 from data import Images, draw_views, load_images, two_views
+from federation import build, checkpoint, most_uploads
 from models import BYOL, HEADS, Encoder, Online, build_backbone, feature_dim
 from options import Options
 from runtime.bank import Bank
@@ -412,18 +413,18 @@ def simulation(images: Images, folder: Path | None = None, per_client: int | Non
     """
     options = Options(**{"dataset": "cifar10"} | given)
     images = images.to(DEVICE)
-    federation = fedu.build(options, images)
+    federation = build(options, images)
     for client in federation.clients:
         client.indices = client.indices[:per_client]
     rounds = itertools.count()
     bank = Bank(fedu.kept_parts(federation.objective, options), folder and folder / "bank.bin")
-    most = fedu.most_uploads(federation.servers, options.clients_per_round)
+    most = most_uploads(federation.servers, options.clients_per_round)
     uploads = fedu.Uploads(federation.objective, options, federation.segments, most)
 
     def run() -> None:
-        fedu.run_round(next(rounds), options, federation, bank, uploads)
+        fedu.run_round(options, federation, bank, uploads, next(rounds))
         if folder:
-            save_checkpoint(folder, fedu.checkpoint(federation, 1, 0.0), bank)
+            save_checkpoint(folder, checkpoint(federation, 1, 0.0), bank)
 
     return run
 

@@ -8,6 +8,7 @@ import json
 import secrets
 import shlex
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +17,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from strategy import FedU
 
-import fedu
 from data import load_images
 from federation import Client, assemble
 from options import Command, Options, flag, parse
+from runtime.bank import Bank
 from runtime.cli import InputError, locked, os_errors
 from runtime.device import choose_device
 from runtime.run import holds_run, open_run, read_config, reopen_run, write_config
+from simulation import load_kernels, run_rounds
 
 IDLE = ("partition", "classes_per_client", "alpha", "dropout", "log")  # options of the simulation alone
 
@@ -37,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     out = command.resume or command.out or Path("runs") / f"flower-{options.method}-{options.clients}clients-s{options.seed}"
     if not command.resume:
         holds_run(out, command.overwrite)
-    fedu.load_kernels()
+    load_kernels()
     device = choose_device(options.device)
     images = load_images(options.dataset, Path(options.data_root), options.image_size).to(device)
     unknown = torch.empty(0, device="meta")  # how many images each client has, it tells when it comes
@@ -56,7 +58,7 @@ def main(grid: Grid, context: Context) -> None:
         least = int(context.run_config["min-clients"]) or options.clients
         strategy = FedU(options, federation, config["run"], least, float(context.run_config["timeout"]))
         strategy.roll_call(grid, set(range(options.clients)))
-        fedu.run_rounds(options, out, config, federation, images, bool(command.resume), lambda row: None, strategy.rounds(grid))
+        run_rounds(options, out, config, federation, images, Bank({}), partial(strategy.make_round, grid), bool(command.resume))
 
 
 def read_command(text: str) -> Command:

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 
 import torch
@@ -14,10 +14,10 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 import fedu
-from federation import Federation, Turn, Update, sample_clients
+from federation import Federation, Turn, Update, draw_turns, most_uploads, sample_clients
 from options import Options
-from runtime.bank import Bank
 from runtime.cli import InputError, first_line
+from simulation import Announce, describe_round
 
 ANSWER = 300  # seconds in which a node must say who it is
 SILENCE = 30  # seconds without an answer after which the nodes still awaited are asked whether they have lost their message
@@ -34,18 +34,16 @@ class FedU(FedAvg):
         self.server, self.clients = federation.servers[0], federation.clients
         self.told = {"options": json.dumps(asdict(options)), "run": run, "image-size": federation.images.shape[-1]}
         self.sent = fedu.num_exchanged(federation.objective, options)
+        most = most_uploads(federation.servers, options.clients_per_round)
+        self.uploads = fedu.Uploads(federation.objective, options, federation.segments, most)
         self.nodes: dict[int, int] = {}  # of each client that is connected
 
-    def rounds(self, grid: Grid) -> Callable[..., dict]:
-        """What `run_rounds` calls for a round."""
-
-        def make_round(round_: int, options: Options, federation: Federation, bank: Bank, uploads: fedu.Uploads, _: object) -> dict:
-            clock, self.uploads = time.perf_counter(), uploads
-            messages = self.configure_train(round_ + 1, self.global_model(), ConfigRecord(), grid)
-            self.aggregate_train(round_ + 1, self.exchange(grid, messages))
-            return self.row | {"seconds": round(time.perf_counter() - clock, 2)}
-
-        return make_round
+    def make_round(self, grid: Grid, round_: int, _: Announce) -> dict:
+        """Make a round and return its metrics, as `fedu.run_round` does. The nodes' speed is unknown, so no time is announced."""
+        clock = time.perf_counter()
+        messages = self.configure_train(round_ + 1, self.global_model(), ConfigRecord(), grid)
+        self.aggregate_train(round_ + 1, self.exchange(grid, messages))
+        return self.row | {"seconds": round(time.perf_counter() - clock, 2)}
 
     def exchange(self, grid: Grid, messages: list[Message]) -> list[Message]:
         """Send a round's messages; returns the answers of those that answer within the timeout.
@@ -114,7 +112,7 @@ class FedU(FedAvg):
         round_ = server_round - 1
         self.drawn = sample_clients(len(self.clients), self.options.clients_per_round, self.options.seed, round_)
         self.roll_call(grid, self.drawn)
-        turns, _ = fedu.draw_turns(self.federation.servers, self.options, round_)
+        turns, _ = draw_turns(self.federation.servers, self.options, round_)
         self.turns = [turn for turn in turns if turn.client.id in self.nodes]
         messages = []
         for turn in self.turns:
@@ -156,7 +154,8 @@ class FedU(FedAvg):
             turn.client.divergence, turn.client.last_round = uploads[turn.client.id][1], round_
         reported.sort(key=lambda turn: turn.client.id)
         size = self.sent * server.model.itemsize
-        self.row = fedu.describe_round(round_, self.options, reported, self.drawn - uploads.keys() - set(nonfinite), nonfinite)
+        lr, dropped = fedu.cosine(self.options.lr, round_, self.options.rounds), self.drawn - uploads.keys() - set(nonfinite)
+        self.row = describe_round(round_, lr, reported, dropped, nonfinite)
         self.row |= {"upload_bytes": size * len(reported), "download_bytes": size * len(self.turns)}
         return self.global_model(), None
 

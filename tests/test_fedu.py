@@ -22,8 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 import fedu
 import ops
+import simulation
 from data import draw_views, keyed_generator, load_npz, partition
-from federation import Client, Server, Turn, divergence_segments, drops_out, sample_clients
+from eval import load_encoders
+from federation import Client, Server, Turn, build, divergence_segments, drops_out, sample_clients
 from fedu import Uploads, cosine, divergence, local_batches, local_training, model_update
 from models import BYOL, Encoder, in_memory_order
 from options import METHODS, Options, parse
@@ -451,14 +453,14 @@ def test_one_seed_one_answer(tiny, finished, tmp_path):
 )
 def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, more):
     straight = run(tmp_path / "straight", *tiny, *more)
-    save = fedu.save_checkpoint
+    save = simulation.save_checkpoint
 
     def stop_after_round_1(out, checkpoint, bank):
         save(out, checkpoint, bank)
         if checkpoint.values["round"] == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fedu, "save_checkpoint", stop_after_round_1)
+    monkeypatch.setattr(simulation, "save_checkpoint", stop_after_round_1)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", *tiny, *more)
     assert not (tmp_path / "stopped/encoder.pt").exists()
@@ -544,7 +546,7 @@ def test_every_method_runs_and_can_be_evaluated(tiny, tmp_path, capsys, method):
     result = run(tmp_path / "run", *tiny, "--method", method)
     assert ("--plot" in capsys.readouterr().out) == METHODS[method].trains
     assert all(t.isfinite().all() for t in result["encoders"])
-    (encoder, *_) = fedu.load_encoders(tmp_path / "run")
+    (encoder, *_) = load_encoders(tmp_path / "run")
     assert encoder(torch.rand(2, 3, 16, 16)).shape == (2, encoder.head[-1])
     if METHODS[method].trains:
         assert [row["round"] for row in result["metrics"]] == [0, 1, 2] and result["metrics"][-1]["knn"] > 0.2
@@ -553,7 +555,7 @@ def test_every_method_runs_and_can_be_evaluated(tiny, tmp_path, capsys, method):
 def test_fedca_sets_public_images_aside_and_shares_representations(npz, tmp_path, tiny):
     images = load_npz(npz)
     options = Options(**parse([*tiny, "--method", "fedca"]).given)
-    federation = fedu.build(options, images)
+    federation = build(options, images)
     fedu.align_with_base(federation, options)
     objective, private = federation.objective, torch.cat([client.indices for client in federation.clients])
     assert len(private) == 56 and len(private.unique()) == 56 and objective.public.shape == (8, 3, 16, 16)
@@ -838,10 +840,10 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
     training = fedu.train_client
 
     def rounds(poisoned: bool, options: Options = options):
-        federation = fedu.build(options, images)
+        federation = build(options, images)
         (server,), net = federation.servers, federation.objective
         bank, uploads = Bank(fedu.kept_parts(net, options)), Uploads(net, options, federation.segments, 3)
-        first = fedu.run_round(0, options, federation, bank, uploads)
+        first = fedu.run_round(options, federation, bank, uploads, 0)
         poisoned_client = server.clients[1]
         kept = bank.read(poisoned_client.row)
 
@@ -856,7 +858,7 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
                 patch.setattr(fedu, "train_client", poison)
             else:
                 patch.setattr("federation.drops_out", lambda k, *_: k == 1)
-            row = fedu.run_round(1, options, federation, bank, uploads)
+            row = fedu.run_round(options, federation, bank, uploads, 1)
         now = bank.read(poisoned_client.row)
         assert kept.keys() == {"encoder", "target", "predictor"}
         assert all(torch.equal(tensor, now[name]) for name, tensor in kept.items())

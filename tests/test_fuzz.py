@@ -14,6 +14,7 @@ from PIL import Image
 import eval as evaluation
 import fedu
 from data import load_folder, load_npz
+from federation import build, restore
 from options import Options
 from runtime.cli import InputError
 from runtime.run import read_checkpoint, read_config, read_metrics
@@ -67,9 +68,9 @@ def readers(npz, finished, tmp_path):
 
     def resume() -> None:
         options = Options(**read_config(run)["options"])
-        federation = fedu.build(options, load_npz(npz))
+        federation = build(options, load_npz(npz))
         bank = fedu.Bank(fedu.kept_parts(federation.objective, options), run / "bank.bin")
-        fedu.restore(federation, read_checkpoint(run / "checkpoint.pt", bank, CPU))
+        restore(federation, read_checkpoint(run / "checkpoint.pt", bank, CPU))
 
     places = {
         "npz": (tmp_path / "plain.npz", npz.read_bytes(), lambda: load_npz(tmp_path / "plain.npz")),
