@@ -216,12 +216,13 @@ class Uploads:
     the same bits.
     """
 
-    def __init__(self, objective: Objective, exchange: Exchange, segments: Tensor, clients: int, memory: int = UPLOAD_MEMORY):
-        self.objective, self.exchange, self.segments = objective, exchange, segments
-        like, matrices = objective.online.vector, 1 + begins_apart(exchange)
-        rows = min(clients, max(2, memory // (matrices * like.nbytes)))
+    def __init__(self, federation: Federation, options: Options, memory: int = UPLOAD_MEMORY):
+        self.objective, self.exchange, self.segments = federation.objective, options, federation.segments
+        like, matrices = self.objective.online.vector, 1 + begins_apart(options)
+        most = most_uploads(federation.servers, options.clients_per_round)
+        rows = min(most, max(2, memory // (matrices * like.nbytes)))
         self.matrix = like.new_empty(rows, len(like))
-        self.received = torch.empty_like(self.matrix) if begins_apart(exchange) else None
+        self.received = torch.empty_like(self.matrix) if begins_apart(options) else None
         self.mean = torch.empty_like(like)
         self.summed: list[Turn] = []  # whose uploads are in the sum so far
         self.waiting: list[Turn] = []  # whose uploads are in the matrix
@@ -362,9 +363,7 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
         with run_folder(out):
             config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite)
             bank = Bank(kept_parts(federation.objective, options), out / "bank.bin")
-            most = most_uploads(federation.servers, options.clients_per_round)
-            uploads = Uploads(federation.objective, options, federation.segments, most)
-            make_round = partial(run_round, options, federation, bank, uploads)
+            make_round = partial(run_round, options, federation, bank, Uploads(federation, options))
             return run_rounds(options, out, config, federation, images, bank, make_round, resumed, log)
 
 

@@ -58,7 +58,7 @@ import models
 import ops
 from bench.ops import time_ways
 from data import Images, draw_views, load_images, two_views
-from federation import build, checkpoint, most_uploads
+from federation import build, checkpoint
 from models import BYOL, HEADS, Encoder, Online, build_backbone, feature_dim
 from options import Options
 from runtime.bank import Bank
@@ -418,8 +418,7 @@ def simulation(images: Images, folder: Path | None = None, per_client: int | Non
         client.indices = client.indices[:per_client]
     rounds = itertools.count()
     bank = Bank(fedu.kept_parts(federation.objective, options), folder and folder / "bank.bin")
-    most = most_uploads(federation.servers, options.clients_per_round)
-    uploads = fedu.Uploads(federation.objective, options, federation.segments, most)
+    uploads = fedu.Uploads(federation, options)
 
     def run() -> None:
         fedu.run_round(options, federation, bank, uploads, next(rounds))

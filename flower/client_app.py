@@ -95,7 +95,7 @@ def take_turn(
         turn.update = fedu.model_update(client, kept, server.model, objective, options, federation.segments, round_)
         turn.received = objective.online.vector.clone()
         turn.loss, turn.share = fedu.train_client(options, federation, None, round_, client.id, client.last_round is None)
-        uploads = fedu.Uploads(objective, options, federation.segments, clients=1)
+        uploads = fedu.Uploads(federation, options)
         upload = fedu.model_upload(objective, options.aggregate, out=uploads.next_row(server))
         if math.isfinite(turn.loss) and upload.isfinite().all():  # else it keeps what it had, and the server refuses the upload
             uploads.add(turn)

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 import fedu
-from federation import Federation, Turn, Update, draw_turns, most_uploads, sample_clients
+from federation import Federation, Turn, Update, draw_turns, sample_clients
 from options import Options
 from runtime.cli import InputError, first_line
 from simulation import Announce, describe_round
@@ -34,8 +34,7 @@ class FedU(FedAvg):
         self.server, self.clients = federation.servers[0], federation.clients
         self.told = {"options": json.dumps(asdict(options)), "run": run, "image-size": federation.images.shape[-1]}
         self.sent = fedu.num_exchanged(federation.objective, options)
-        most = most_uploads(federation.servers, options.clients_per_round)
-        self.uploads = fedu.Uploads(federation.objective, options, federation.segments, most)
+        self.uploads = fedu.Uploads(federation, options)
         self.nodes: dict[int, int] = {}  # of each client that is connected
 
     def make_round(self, grid: Grid, round_: int, _: Announce) -> dict:

@@ -25,7 +25,7 @@ import ops
 import simulation
 from data import draw_views, keyed_generator, load_npz, partition
 from eval import load_encoders
-from federation import Client, Server, Turn, build, divergence_segments, drops_out, sample_clients
+from federation import Client, Federation, Server, Turn, build, divergence_segments, drops_out, sample_clients
 from fedu import Uploads, cosine, divergence, local_batches, local_training, model_update
 from models import BYOL, Encoder, in_memory_order
 from options import METHODS, Options, parse
@@ -59,9 +59,10 @@ def aggregate_all(
     """The server's mean of the uploads, each one's divergence, and the rows of the matrix that they passed through."""
     options = Options(divergence="squared", mu=1)
     memory = fedu.UPLOAD_MEMORY if rows is None else rows * model.nbytes
-    matrix = Uploads(Vectors(model.clone()), options, segments, len(uploads), memory)
     clients = [Client(k, torch.arange(n)) for k, n in enumerate(num_examples)]
     server = Server(model.clone(), torch.empty(0, 0), clients)
+    federation = Federation([server], Vectors(model.clone()), torch.empty(0), segments, torch.empty(0))
+    matrix = Uploads(federation, options, memory)
     for client, upload in zip(clients, uploads, strict=True):
         matrix.next_row(server).copy_(upload)
         matrix.add(Turn(client, server, sum(num_examples), share=torch.empty(0, 0)))
@@ -842,7 +843,7 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
     def rounds(poisoned: bool, options: Options = options):
         federation = build(options, images)
         (server,), net = federation.servers, federation.objective
-        bank, uploads = Bank(fedu.kept_parts(net, options)), Uploads(net, options, federation.segments, 3)
+        bank, uploads = Bank(fedu.kept_parts(net, options)), Uploads(federation, options)
         first = fedu.run_round(options, federation, bank, uploads, 0)
         poisoned_client = server.clients[1]
         kept = bank.read(poisoned_client.row)
