@@ -23,8 +23,8 @@ from options import Command, Options, flag, parse
 from runtime.bank import Bank
 from runtime.cli import InputError, locked, os_errors
 from runtime.device import choose_device
-from runtime.run import holds_run, open_run, read_config, reopen_run, write_config
-from simulation import load_kernels, run_rounds
+from runtime.run import holds_run, open_run, reopen_run, write_config
+from simulation import load_kernels, run_rounds, stored_options
 
 IDLE = ("partition", "classes_per_client", "alpha", "dropout", "log")  # options of the simulation alone
 
@@ -35,7 +35,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """All rounds of a run, from the first one or from its checkpoint. Raises InputError for options that cannot be used here."""
     command = read_command(str(context.run_config["options"]))
-    options = Options(**read_config(command.resume)["options"] if command.resume else command.given)
+    options = stored_options(command.resume, {}) if command.resume else Options(**command.given)
     out = command.resume or command.out or Path("runs") / f"flower-{options.method}-{options.clients}clients-s{options.seed}"
     if not command.resume:
         holds_run(out, command.overwrite)
