@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+import fedu
+from models import BYOL, Encoder
+from options import parse
+
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
@@ -54,6 +60,15 @@ def finished(tiny, command, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """A copy of the finished run as it was before its encoder was written."""
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin"):
+        (tmp_path / "run" / name).write_bytes((finished / "runs/run" / name).read_bytes())
+    return tmp_path / "run"
+
+
 def refused(done: subprocess.CompletedProcess, *words: str) -> bool:
     """One sentence on stderr that has all the words, and exit status 2."""
     assert done.returncode == 2, done
@@ -62,3 +77,24 @@ def refused(done: subprocess.CompletedProcess, *words: str) -> bool:
     missing = [word for word in words if word not in done.stderr]
     assert not missing, f"{missing} not in {done.stderr!r}"
     return True
+
+
+def objective(device: torch.device = CPU) -> BYOL:
+    torch.manual_seed(0)
+    return BYOL(Encoder("small"), device)
+
+
+def run(folder, *options: str) -> dict:
+    """Run fedu.py in this process; returns its encoders' tensors and metrics."""
+    fedu.main(parse([*options, "--out", str(folder)]))
+    return load(folder)
+
+
+def load_metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def load(folder) -> dict:
+    encoders = torch.load(folder / "encoder.pt", weights_only=True)["encoders"]
+    vectors = [torch.cat([t.flatten().double() for m in e.values() for t in m.values()]) for e in encoders]
+    return {"encoders": vectors, "metrics": load_metrics(folder)}

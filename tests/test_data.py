@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import run
 from PIL import Image
 
 import data
@@ -240,3 +241,13 @@ def test_damaged_npz_is_refused(npz, tmp_path):
         data.load_npz(tmp_path / "none.npz")
     with pytest.raises(InputError, match="--dataset got 'mnist'"):
         data.load_images("mnist")
+
+
+def test_an_image_folder_is_resized(tmp_path):
+    for split, colour in itertools.product(("train", "test"), ("red", "blue")):
+        (tmp_path / "images" / split / colour).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (24, 20), colour).save(tmp_path / "images" / split / colour / f"{i}.png")
+    options = ["--dataset", str(tmp_path / "images"), "--image-size", "16", "--encoder", "tiny", "--method", "central", "--rounds", "1"]
+    result = run(tmp_path / "run", *options, "--batch-size", "4", "--ema-decay", "0.9", "--clients", "2", "--data-root", str(tmp_path))
+    assert result["metrics"][0]["num_examples"] == [8]

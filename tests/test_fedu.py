@@ -1,46 +1,25 @@
 import copy
-import errno
-import itertools
-import json
 import math
-import os
-import re
-import resource
-import signal
-import subprocess
-import sys
-from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, refused
-from PIL import Image
+from conftest import CPU, load, objective, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fedu
 import ops
-import simulation
-from data import draw_views, keyed_generator, load_npz, partition
+from data import draw_views, keyed_generator, load_npz
 from eval import load_encoders
-from federation import Client, Federation, Server, Turn, build, divergence_segments, drops_out, sample_clients
+from federation import Client, Federation, Server, Turn, build, divergence_segments
 from fedu import Uploads, cosine, divergence, local_batches, local_training, model_update
 from models import BYOL, Encoder, in_memory_order
 from options import METHODS, Options, parse
-from report import dapu_notice
 from runtime.bank import Bank
-from runtime.cli import InputError, write_atomic
-from runtime.run import RUN_FILES, holds_run, open_run
+from runtime.cli import InputError
 
-CPU = torch.device("cpu")
 NOTHING = torch.empty(0, 2, dtype=torch.int64)  # segments, for those who measure none
-
-
-def objective(device: torch.device = CPU) -> BYOL:
-    torch.manual_seed(0)
-    return BYOL(Encoder("small"), device)
 
 
 # ---------------------------------------------------------------------------------------------------- aggregation
@@ -260,17 +239,6 @@ def test_first_participation_takes_everything_from_the_server():
     assert net.target.vector.data_ptr() != net.parts["encoder"].data_ptr()
 
 
-def test_notice_when_mu_never_bound():
-    def metrics(*taken):
-        return [{"predictor": [t], "decided_on": [d]} for t, d in zip(("global", *taken), (None, 0.9, 0.3))]
-
-    notice = dapu_notice(metrics("global", "global"), "dapu", 1.0)
-    assert "mu = 1 never bound" in notice and "0.3 to 0.9" in notice and "FedBYOL" in notice
-    assert "every DAPU decision was local" in dapu_notice(metrics("local", "local"), "dapu", 0.1)
-    assert dapu_notice(metrics("local", "global"), "dapu", 0.4) == ""
-    assert dapu_notice(metrics("global", "global"), "global", 0.4) == ""
-
-
 # -------------------------------------------------------------------------------------------------- local training
 
 
@@ -381,96 +349,7 @@ def test_learning_rate_is_a_cosine_over_rounds():
     assert rates == pytest.approx([0.032, 0.016, 0.032 * (1 + math.cos(0.99 * math.pi)) / 2])
 
 
-def test_sampled_clients_are_distinct_and_by_round():
-    draws = [sample_clients(20, 5, 0, r) for r in range(30)]
-    assert all(len(d) == 5 and d <= set(range(20)) for d in draws)
-    assert len({frozenset(d) for d in draws}) > 20 and draws[3] == sample_clients(20, 5, 0, 3)
-    assert sample_clients(4, None, 0, 0) == {0, 1, 2, 3}
-
-
 # ---------------------------------------------------------------------------------------------------- whole runs
-
-
-def run(folder, *options: str) -> dict:
-    """Run fedu.py in this process; returns its encoders' tensors and metrics."""
-    fedu.main(parse([*options, "--out", str(folder)]))
-    return load(folder)
-
-
-def load_metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def load(folder) -> dict:
-    encoders = torch.load(folder / "encoder.pt", weights_only=True)["encoders"]
-    vectors = [torch.cat([t.flatten().double() for m in e.values() for t in m.values()]) for e in encoders]
-    return {"encoders": vectors, "metrics": load_metrics(folder)}
-
-
-def test_run_folder(finished):
-    folder = finished / "runs/run"
-    assert {p.name for p in folder.iterdir()} == set(RUN_FILES) - {"eval.jsonl"}
-    config = json.loads((folder / "config.json").read_text())
-    assert config["options"]["clients"] == 2 and config["options"]["ema_decay"] == 0.99 and config["seconds"] > 0
-    assert {"command", "versions", "device", "source", "commit"} <= config.keys()
-    metrics = load(folder)["metrics"]
-    assert [row["round"] for row in metrics] == [0, 1, 2]
-    keys = {"round", "lr", "loss", "divergence", "decided_on", "predictor", "own_share", "num_examples", "clients"}
-    keys |= {"dropped", "nonfinite", "upload_bytes", "download_bytes", "knn", "seconds"}
-    assert all(row.keys() == keys for row in metrics)
-    assert metrics[0]["decided_on"] == [None, None] and metrics[1]["decided_on"] == metrics[0]["divergence"]
-    net = objective()
-    assert metrics[0]["upload_bytes"] == metrics[0]["download_bytes"] == 2 * net.online.vector.nbytes
-    assert metrics[0]["num_examples"] == [32, 32] and 0 < metrics[0]["knn"] <= 1
-    assert (folder / "divergence.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_notebook_trains_and_gets_the_run(npz, finished, tmp_path):
-    options = Options(
-        dataset=str(npz), encoder="small", clients=2, rounds=3, local_epochs=1, batch_size=8, lr=0.05, knn_every=1, device="cpu"
-    )
-    done = fedu.train(options, tmp_path / "run")
-    assert done.folder == tmp_path / "run" and [row["round"] for row in done.metrics] == [0, 1, 2]
-    assert torch.equal(load(done.folder)["encoders"][0], load(finished / "runs/run")["encoders"][0])
-    assert done.encoder(torch.rand(2, 3, 16, 16)).shape == (2, done.encoder.head[-1])
-
-
-def test_one_seed_one_answer(tiny, finished, tmp_path):
-    again, other = run(tmp_path / "a", *tiny), run(tmp_path / "b", *tiny, "--seed", "1")
-    first = load(finished / "runs/run")["encoders"][0]
-    assert torch.equal(first, again["encoders"][0]) and not torch.equal(first, other["encoders"][0])
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        [],
-        ["--method", "single"],
-        ["--method", "fedema"],
-        ["--method", "fedmoco-v2"],
-        ["--method", "fedca"],
-        ["--clients", "4", "--clients-per-round", "2", "--mu", "0.05"],
-    ],
-)
-def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, more):
-    straight = run(tmp_path / "straight", *tiny, *more)
-    save = simulation.save_checkpoint
-
-    def stop_after_round_1(out, checkpoint, bank):
-        save(out, checkpoint, bank)
-        if checkpoint.values["round"] == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(simulation, "save_checkpoint", stop_after_round_1)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped", *tiny, *more)
-    assert not (tmp_path / "stopped/encoder.pt").exists()
-    monkeypatch.undo()
-    fedu.resume(tmp_path / "stopped")
-    resumed = load(tmp_path / "stopped")
-    assert all(map(torch.equal, straight["encoders"], resumed["encoders"]))
-    for a, b in zip(straight["metrics"], resumed["metrics"], strict=True):
-        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
 def test_bf16_trains(tiny, tmp_path):
@@ -481,22 +360,6 @@ def test_bf16_trains(tiny, tmp_path):
 def test_the_narrow_resnet_trains(tiny, tmp_path):
     result = run(tmp_path / "run", *tiny, "--encoder", "resnet18-narrow", "--rounds", "2")
     assert result["metrics"][1]["loss"] < result["metrics"][0]["loss"]
-
-
-def test_single_never_communicates(tiny, npz, tmp_path):
-    """Other images at client 1 change nothing at client 0, and no byte is counted."""
-    import numpy as np
-
-    alone = run(tmp_path / "a", *tiny, "--method", "single")
-    assert all(row["upload_bytes"] == row["download_bytes"] == 0 for row in alone["metrics"])
-    arrays = dict(np.load(npz))
-    parts = partition(arrays["y_train"], 2, "classes", 0)
-    arrays["x_train"][parts[1]] = 255 - arrays["x_train"][parts[1]]
-    np.savez(tmp_path / "other.npz", **arrays)
-    other = run(tmp_path / "b", *tiny, "--method", "single", "--dataset", str(tmp_path / "other.npz"))
-    assert len(alone["encoders"]) == 2
-    assert torch.equal(alone["encoders"][0], other["encoders"][0])
-    assert not torch.equal(alone["encoders"][1], other["encoders"][1])
 
 
 def test_methods_differ_where_they_should(tiny, tmp_path):
@@ -537,11 +400,6 @@ def test_fedema_takes_the_papers_divergence_which_has_no_mu_there(tiny, tmp_path
     assert shares[0] == [0, 0] and all(0 < share <= 1 for share in shares[2])
 
 
-def test_one_who_has_all_images_does_not_care_how_they_would_be_dealt(tiny, tmp_path):
-    rows = run(tmp_path / "run", *tiny, "--method", "central", "--partition", "dirichlet", "--alpha", "0.001")["metrics"]
-    assert rows[0]["num_examples"] == [64]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_can_be_evaluated(tiny, tmp_path, capsys, method):
     result = run(tmp_path / "run", *tiny, "--method", method)
@@ -551,20 +409,6 @@ def test_every_method_runs_and_can_be_evaluated(tiny, tmp_path, capsys, method):
     assert encoder(torch.rand(2, 3, 16, 16)).shape == (2, encoder.head[-1])
     if METHODS[method].trains:
         assert [row["round"] for row in result["metrics"]] == [0, 1, 2] and result["metrics"][-1]["knn"] > 0.2
-
-
-def test_fedca_sets_public_images_aside_and_shares_representations(npz, tmp_path, tiny):
-    images = load_npz(npz)
-    options = Options(**parse([*tiny, "--method", "fedca"]).given)
-    federation = build(options, images)
-    fedu.align_with_base(federation, options)
-    objective, private = federation.objective, torch.cat([client.indices for client in federation.clients])
-    assert len(private) == 56 and len(private.unique()) == 56 and objective.public.shape == (8, 3, 16, 16)
-    assert not any(torch.equal(public, image) for public in objective.public for image in images.x_train[private])
-    first, second = run(tmp_path / "run", *tiny, "--method", "fedca", "--rounds", "2")["metrics"]
-    networks, rows = 2 * objective.online.vector.nbytes, 2 * 3 * 16 * 256 * 4  # of 28 images, three batches of 8 and two views
-    assert (first["upload_bytes"], first["download_bytes"]) == (networks + rows, networks)
-    assert second["download_bytes"] == networks + 2 * rows
 
 
 def test_an_own_predictor_is_not_sent(tiny, tmp_path):
@@ -606,232 +450,7 @@ def test_the_rarer_options_together(tiny, tmp_path):
     assert all(squared > length for squared, length in zip(copied["metrics"][0]["divergence"], longest))
 
 
-def test_an_image_folder_is_resized(tmp_path):
-    for split, colour in itertools.product(("train", "test"), ("red", "blue")):
-        (tmp_path / "images" / split / colour).mkdir(parents=True)
-        for i in range(4):
-            Image.new("RGB", (24, 20), colour).save(tmp_path / "images" / split / colour / f"{i}.png")
-    options = ["--dataset", str(tmp_path / "images"), "--image-size", "16", "--encoder", "tiny", "--method", "central", "--rounds", "1"]
-    result = run(tmp_path / "run", *options, "--batch-size", "4", "--ema-decay", "0.9", "--clients", "2", "--data-root", str(tmp_path))
-    assert result["metrics"][0]["num_examples"] == [8]
-
-
-def test_paper_recipe():
-    for dataset in ("cifar10", "cifar100"):
-        options = asdict(Options(dataset=dataset))
-        paper = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "ema_decay": 0.99, "mu": 0.4}
-        paper |= {"clients": 5, "clients_per_round": None, "partition": "classes", "divergence": "layer-mean", "method": "fedu"}
-        assert {k: options[k] for k in paper} == paper
-    assert (fedu.MOMENTUM, fedu.WEIGHT_DECAY) == (0.9, 5e-4)
-
-
-# ------------------------------------------------------------------------------------------------------ bad input
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--dataset", "mnist"], ["--dataset", "'mnist'"]),
-        (["--dataset", "none.npz"], ["none.npz does not exist"]),
-        (["--clients", "65"], ["65 clients", "--clients"]),
-        (["--method", "single", "--predictor", "dapu"], ["--predictor dapu changes nothing"]),
-        (["--clients", "0"], ["--clients", "'0'", "at least 1"]),
-        (["--clients", "many"], ["--clients", "'many'"]),
-        (["--clients-per-round", "3"], ["--clients-per-round got 3", "2 clients"]),
-        (["--classes-per-client", "5"], ["--classes-per-client got 5", "4 classes"]),
-        (["--batch-size", "33"], ["--batch-size"]),
-        (["--batch-size", "1"], ["--batch-size", "at least 2"]),
-        (["--lr", "-1"], ["--lr", "above 0"]),
-        (["--lr", "nan"], ["--lr", "'nan'"]),
-        (["--lr", "1e30"], ["round 0: no upload is finite", "--lr"]),
-        (["--dropout", "1.5"], ["--dropout", "at most 1"]),
-        (["--ema-decay", "1.5"], ["--ema-decay", "at most 1"]),
-        (["--rounds", "1.5"], ["--rounds", "whole number"]),
-        (["--partition", "dirichlet", "--alpha", "0"], ["--alpha", "at least 0.001"]),
-        (["--partition", "dirichlet", "--alpha", "inf"], ["--alpha", "at most 1e+06"]),
-        (["--seed", "18446744073709551616"], ["--seed", "at most"]),
-        (["--method", "fedca", "--batch-size", "64"], ["2 clients want 64 images each, there are 0"]),
-        (["--divergence", "squared"], ["--divergence squared wants a --mu"]),
-        (["--method", "fedsimclr", "--predictor", "local"], ["--predictor local changes nothing in --method fedsimclr"]),
-        (["--method", "fedsimsiam", "--update", "both"], ["--update both changes nothing"]),
-        (["--method", "fedmoco-v1", "--no-predictor"], ["--no-predictor changes nothing"]),
-        (["--method", "fedbyol", "--mu", "1"], ["--mu 1.0 changes nothing"]),
-        (["--tau", "0.5"], ["--tau 0.5 changes nothing in --method fedu"]),
-        (["--no-predictor", "--mu", "1"], ["--mu 1.0 changes nothing"]),
-        (["--no-predictor", "--predictor", "local"], ["--predictor local changes nothing"]),
-        (["--alpha", "0.1"], ["--alpha 0.1 changes nothing"]),
-        (["--partition", "iid", "--classes-per-client", "2"], ["--classes-per-client 2 changes nothing"]),
-        (["--method", "fedsimclr", "--ema-decay", "1"], ["--ema-decay 1.0 changes nothing"]),
-        (["--method", "fedbyol", "--divergence-from", "global"], ["--divergence-from global changes nothing"]),
-        (["--method", "central", "--clients-per-round", "1"], ["--clients-per-round 1 changes nothing"]),
-        (["--image-size", "64"], ["--image-size 64 changes nothing"]),
-        (["--method", "fedsgd"], ["--method", "fedsgd"]),
-        (["--resume", "runs/none"], ["runs/none", "no config.json"]),
-        (["--resume", "x", "--out", "y"], ["--resume", "--out"]),
-        (["--out", "/proc/fedu"], ["--out /proc/fedu"]),
-        (["--bogus"], ["--bogus"]),
-    ],
-)
-def test_bad_options_are_one_sentence(tiny, command, tmp_path, options, words):
-    base = [] if "--resume" in options else tiny
-    assert refused(command("fedu.py", *base, *options, cwd=tmp_path), *words)
-    assert not list(tmp_path.glob("runs/*/encoder.pt")) and not list(tmp_path.glob("runs/*/.*"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")
-def test_cuda_where_there_is_none(tiny, command, tmp_path):
-    assert refused(command("fedu.py", *tiny, "--device", "cuda", cwd=tmp_path), "--device got cuda")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_an_existing_folder_is_kept(tiny, command, finished, tmp_path):
-    before = {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
-    assert refused(command("fedu.py", *tiny, "--out", "runs/run", cwd=finished), "runs/run is not empty", "--resume", "--overwrite")
-    assert refused(command("fedu.py", "--dataset", "absent.npz", "--out", "runs/run", cwd=finished), "runs/run is not empty")
-    changed = command("fedu.py", "--resume", "runs/run", "--lr", "0.1", "--rounds", "9", cwd=finished)
-    assert refused(changed, "--lr 0.1 (it was 0.05)", "--rounds 9 (it was 3)")
-    bad = command("fedu.py", *tiny, "--clients", "99", "--out", "runs/run", "--overwrite", cwd=finished)
-    assert refused(bad, "99 clients")
-    assert before == {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
-    (tmp_path / "thesis.txt").write_text("mine")
-    assert refused(command("fedu.py", *tiny, "--out", tmp_path, "--overwrite", cwd=tmp_path), "no config.json")
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
-
-
-def test_overwrite_replaces_a_run(tiny, command, tmp_path):
-    for more in ([], ["--overwrite", "--rounds", "1"]):
-        done = command("fedu.py", *tiny, "--out", "run", *more, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
-
-
-def test_an_interrupted_overwrite_can_be_repeated(stopped, monkeypatch):
-    unlink = Path.unlink
-
-    def interrupt(path, missing_ok):
-        if path.name == "bank.bin":
-            raise KeyboardInterrupt
-        unlink(path, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        open_run(stopped, {}, CPU, overwrite=True)
-    monkeypatch.undo()
-    assert holds_run(stopped, overwrite=True)
-
-
-def test_without_git_and_where_folders_cannot_be_locked(tiny, tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(errno.EBADF, "Bad file descriptor")  # as NFS
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    monkeypatch.setenv("PATH", "")
-    run(tmp_path / "run", *tiny, "--rounds", "1")
-    assert json.loads((tmp_path / "run/config.json").read_text())["commit"] is None
-    assert "run cannot be locked (Bad file descriptor)" in capsys.readouterr().err
-
-
-@pytest.fixture
-def stopped(finished, tmp_path):
-    """A copy of the finished run as it was before its encoder was written."""
-    (tmp_path / "run").mkdir()
-    for name in ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin"):
-        (tmp_path / "run" / name).write_bytes((finished / "runs/run" / name).read_bytes())
-    return tmp_path / "run"
-
-
-def damage(path, how: str) -> None:
-    whole = path.read_bytes()
-    middle = len(whole) // 2
-    flipped = whole[:middle] + bytes([whole[middle] ^ 16]) + whole[middle + 1 :]
-    if how == "foreign":
-        torch.save({"model": torch.zeros(3)}, path)
-    else:
-        path.write_bytes({"empty": b"", "truncated": whole[:middle], "flipped": flipped}[how])
-
-
-@pytest.mark.parametrize("how", ["empty", "truncated", "flipped", "foreign"])
-def test_damaged_checkpoints_are_refused_and_the_previous_one_continues(finished, stopped, command, how):
-    damage(stopped / "checkpoint.pt", how)
-    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
-    assert done.returncode == 0 and "run/checkpoint.pt is" in done.stderr and "falling back to run/checkpoint-previous.pt" in done.stderr
-    assert "continuing after 2 of 3 rounds" in done.stdout
-    straight, resumed = load(finished / "runs/run"), load(stopped)
-    assert all(map(torch.equal, straight["encoders"], resumed["encoders"])) and len(resumed["metrics"]) == 3
-    # the whole one is kept beside the new one, not the damaged one
-    assert torch.load(stopped / "checkpoint-previous.pt", weights_only=True)["values"]["round"] == 2
-
-
-def test_a_damaged_row_of_the_bank_is_refused_and_the_previous_checkpoint_continues(finished, stopped, command):
-    """Two clients and three rounds: the last checkpoint names rows 4 and 5, the one before it rows 2 and 3."""
-    bank = stopped / "bank.bin"
-    row_bytes = bank.stat().st_size // 6
-    with bank.open("r+b") as file:
-        file.seek(5 * row_bytes + 1000)
-        file.write(b"\xff\xff")
-    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
-    assert done.returncode == 0 and "run/bank.bin is damaged: row 5" in done.stderr and "falling back" in done.stderr
-    assert all(map(torch.equal, load(finished / "runs/run")["encoders"], load(stopped)["encoders"]))
-
-
-def test_a_run_begun_before_an_option_existed_has_its_default(finished, stopped):
-    config = json.loads((stopped / "config.json").read_text())
-    (stopped / "metrics.jsonl").unlink()  # and stopped right after it had begun
-    (stopped / "checkpoint.pt").unlink()
-    (stopped / "checkpoint-previous.pt").unlink()
-    for name in ("update", "dropout"):
-        del config["options"][name]
-    (stopped / "config.json").write_text(json.dumps(config))
-    fedu.resume(stopped)
-    assert torch.equal(load(stopped)["encoders"][0], load(finished / "runs/run")["encoders"][0])
-
-
-def test_without_a_whole_checkpoint_nothing_is_resumed(stopped, command):
-    (stopped / "checkpoint.pt").unlink()  # as if killed between the two renames
-    before = command("fedu.py", "--resume", "run", cwd=stopped.parent)
-    assert before.returncode == 0 and "continuing after 2 of 3 rounds" in before.stdout
-    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
-        damage(stopped / name, "flipped")
-    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "run/checkpoint-previous.pt is" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupts_name_the_command_that_continues(tiny, tmp_path, number):
-    """And while the run goes on, its folder is refused to another."""
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, str(ROOT / "fedu.py"), *tiny, "--rounds", "999", "--out", "run"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # where the tests run in the background, interrupts are ignored, and a child would inherit that
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(line, cwd=tmp_path, env=env, preexec_fn=heed, **pipes) as process:
-        while not process.stdout.readline().startswith("      1"):
-            assert process.poll() is None, process.stderr.read()
-        for other, words in (
-            ([*line, "--overwrite"], "run is in use by another fedu.py"),
-            ([*line[:2], "--resume", "run"], "run is in use by another fedu.py"),
-            (line, "run is not empty"),
-        ):
-            assert refused(subprocess.run(other, cwd=tmp_path, env=env, capture_output=True, text=True), words)
-        process.send_signal(number)
-        assert process.wait() == 130
-        assert process.stderr.read().splitlines()[-1] == "fedu.py: interrupted; continue with `python fedu.py --resume run`"
-    assert len(load_metrics(tmp_path / "run")) >= 2 and not list((tmp_path / "run").glob(".*"))
-
-
 # ------------------------------------------------------------------------------------------------- faults of clients
-
-
-def test_a_dropped_client_is_as_it_was(tiny, tmp_path):
-    """The clients that report are averaged alone; in a round without any the global model stays."""
-    metrics = run(tmp_path / "run", *tiny, "--clients", "4", "--rounds", "6", "--dropout", "0.6", "--knn-every", "0")["metrics"]
-    for row in metrics:
-        expected = [k for k in range(4) if drops_out(k, 0.6, 0, row["round"])]
-        assert row["dropped"] == expected and row["clients"] == [k for k in range(4) if k not in expected]
-    assert len({tuple(row["clients"]) for row in metrics}) > 2
-    nobody = run(tmp_path / "nobody", *tiny, "--dropout", "1", "--rounds", "2")
-    assert all(row["clients"] == [] and row["upload_bytes"] == 0 for row in nobody["metrics"])
-    assert torch.equal(nobody["encoders"][0], run(tmp_path / "untrained", *tiny, "--method", "untrained")["encoders"][0])
 
 
 def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkeypatch):
@@ -874,56 +493,3 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
     torch.testing.assert_close(server.model, alone.model, rtol=1e-5, atol=1e-7)
     with pytest.raises(InputError, match="round 1: the upload of client 1 is not finite"):
         rounds(poisoned=True, options=replace(options, on_nonfinite="error"))
-
-
-# -------------------------------------------------------------------------------------------------------- the disk
-
-
-def test_a_full_disk_is_one_sentence_and_leaves_no_fragment(tiny, command, tmp_path):
-    """A file-size limit below the bank's 14 MB stands for the full disk: both make write() fail in the middle."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
-
-    done = command("fedu.py", *tiny, "--out", "run", cwd=tmp_path, preexec_fn=limit)
-    assert refused(done, "cannot write run/bank.bin")
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["bank.bin", "config.json", "metrics.jsonl"]
-    again = command("fedu.py", "--resume", "run", cwd=tmp_path)
-    assert again.returncode == 0 and "continuing after 0 of 3 rounds" in again.stdout
-
-
-def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(finished, tiny, tmp_path):
-    """A tmpfs of 16 MB holds the first round and not the second; what it holds is then continued elsewhere."""
-    script = (
-        f"mount -t tmpfs -o size=16m none full && {sys.executable} {ROOT / 'fedu.py'} {' '.join(tiny)} --out full/run; cp -r full/run run"
-    )
-    (tmp_path / "full").mkdir()
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
-    if "full" in done.stderr and "mount" in done.stderr or "unshare" in done.stderr:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    assert re.fullmatch(r"fedu.py: error: cannot write full/run/\S+: No space left on device\n", done.stderr), done
-    assert len(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["rows"]) == 2
-    fedu.resume(tmp_path / "run")
-    assert all(map(torch.equal, load(finished / "runs/run")["encoders"], load(tmp_path / "run")["encoders"]))
-
-
-@pytest.mark.parametrize("cause, expected", [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left"), InputError)])
-def test_what_keeps_torch_save_from_writing_is_what_is_reported(tmp_path, cause, expected):
-    """Its archive writer makes a RuntimeError of either."""
-
-    class Hindered:
-        def __init__(self, file):
-            self.file, self.turns = file, itertools.count()
-
-        def write(self, piece) -> int:
-            if next(self.turns) == 2:
-                raise cause
-            return self.file.write(piece)
-
-        def flush(self) -> None:
-            pass
-
-    with pytest.raises(expected, match="No space left" if expected is InputError else None):
-        write_atomic(tmp_path / "x.pt", lambda file: torch.save(torch.zeros(10_000), Hindered(file)))
-    assert not list(tmp_path.iterdir())

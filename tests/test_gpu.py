@@ -4,8 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import refused
-from test_fedu import load, load_metrics
+from conftest import load, load_metrics, refused
 
 import fedu
 from data import keyed_generator, load_npz, two_views

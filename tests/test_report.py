@@ -15,6 +15,7 @@ import report
 from docs.options import as_markdown
 from eval_options import evaluation_parser
 from options import Options, training_parser
+from report import dapu_notice
 from runtime.cli import InputError
 
 
@@ -275,3 +276,14 @@ def test_options_as_markdown():
         assert [line.split("`")[1].split()[0] for line in text.splitlines() if line.startswith("| `--")] == options
     assert "| `--features` | backbone | `backbone`, `projector`, `pixels`: what represents an image" in as_markdown(evaluation_parser())
     assert "| `--mu` | 0.4 | DAPU's threshold" in as_markdown(training_parser())
+
+
+def test_notice_when_mu_never_bound():
+    def metrics(*taken):
+        return [{"predictor": [t], "decided_on": [d]} for t, d in zip(("global", *taken), (None, 0.9, 0.3))]
+
+    notice = dapu_notice(metrics("global", "global"), "dapu", 1.0)
+    assert "mu = 1 never bound" in notice and "0.3 to 0.9" in notice and "FedBYOL" in notice
+    assert "every DAPU decision was local" in dapu_notice(metrics("local", "local"), "dapu", 0.1)
+    assert dapu_notice(metrics("local", "global"), "dapu", 0.4) == ""
+    assert dapu_notice(metrics("global", "global"), "global", 0.4) == ""

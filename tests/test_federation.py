@@ -1,0 +1,60 @@
+import numpy as np
+import torch
+from conftest import run
+
+import fedu
+from data import load_npz, partition
+from federation import build, drops_out, sample_clients
+from options import Options, parse
+
+
+def test_sampled_clients_are_distinct_and_by_round():
+    draws = [sample_clients(20, 5, 0, r) for r in range(30)]
+    assert all(len(d) == 5 and d <= set(range(20)) for d in draws)
+    assert len({frozenset(d) for d in draws}) > 20 and draws[3] == sample_clients(20, 5, 0, 3)
+    assert sample_clients(4, None, 0, 0) == {0, 1, 2, 3}
+
+
+def test_a_dropped_client_is_as_it_was(tiny, tmp_path):
+    """The clients that report are averaged alone; in a round without any the global model stays."""
+    metrics = run(tmp_path / "run", *tiny, "--clients", "4", "--rounds", "6", "--dropout", "0.6", "--knn-every", "0")["metrics"]
+    for row in metrics:
+        expected = [k for k in range(4) if drops_out(k, 0.6, 0, row["round"])]
+        assert row["dropped"] == expected and row["clients"] == [k for k in range(4) if k not in expected]
+    assert len({tuple(row["clients"]) for row in metrics}) > 2
+    nobody = run(tmp_path / "nobody", *tiny, "--dropout", "1", "--rounds", "2")
+    assert all(row["clients"] == [] and row["upload_bytes"] == 0 for row in nobody["metrics"])
+    assert torch.equal(nobody["encoders"][0], run(tmp_path / "untrained", *tiny, "--method", "untrained")["encoders"][0])
+
+
+def test_single_never_communicates(tiny, npz, tmp_path):
+    """Other images at client 1 change nothing at client 0, and no byte is counted."""
+    alone = run(tmp_path / "a", *tiny, "--method", "single")
+    assert all(row["upload_bytes"] == row["download_bytes"] == 0 for row in alone["metrics"])
+    arrays = dict(np.load(npz))
+    parts = partition(arrays["y_train"], 2, "classes", 0)
+    arrays["x_train"][parts[1]] = 255 - arrays["x_train"][parts[1]]
+    np.savez(tmp_path / "other.npz", **arrays)
+    other = run(tmp_path / "b", *tiny, "--method", "single", "--dataset", str(tmp_path / "other.npz"))
+    assert len(alone["encoders"]) == 2
+    assert torch.equal(alone["encoders"][0], other["encoders"][0])
+    assert not torch.equal(alone["encoders"][1], other["encoders"][1])
+
+
+def test_one_who_has_all_images_does_not_care_how_they_would_be_dealt(tiny, tmp_path):
+    rows = run(tmp_path / "run", *tiny, "--method", "central", "--partition", "dirichlet", "--alpha", "0.001")["metrics"]
+    assert rows[0]["num_examples"] == [64]
+
+
+def test_fedca_sets_public_images_aside_and_shares_representations(npz, tmp_path, tiny):
+    images = load_npz(npz)
+    options = Options(**parse([*tiny, "--method", "fedca"]).given)
+    federation = build(options, images)
+    fedu.align_with_base(federation, options)
+    objective, private = federation.objective, torch.cat([client.indices for client in federation.clients])
+    assert len(private) == 56 and len(private.unique()) == 56 and objective.public.shape == (8, 3, 16, 16)
+    assert not any(torch.equal(public, image) for public in objective.public for image in images.x_train[private])
+    first, second = run(tmp_path / "run", *tiny, "--method", "fedca", "--rounds", "2")["metrics"]
+    networks, rows = 2 * objective.online.vector.nbytes, 2 * 3 * 16 * 256 * 4  # of 28 images, three batches of 8 and two views
+    assert (first["upload_bytes"], first["download_bytes"]) == (networks + rows, networks)
+    assert second["download_bytes"] == networks + 2 * rows

@@ -1,0 +1,189 @@
+import errno
+import itertools
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, ROOT, load, load_metrics, refused, run
+
+import fedu
+from runtime.cli import InputError, write_atomic
+from runtime.run import holds_run, open_run
+
+
+def test_an_existing_folder_is_kept(tiny, command, finished, tmp_path):
+    before = {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
+    assert refused(command("fedu.py", *tiny, "--out", "runs/run", cwd=finished), "runs/run is not empty", "--resume", "--overwrite")
+    assert refused(command("fedu.py", "--dataset", "absent.npz", "--out", "runs/run", cwd=finished), "runs/run is not empty")
+    changed = command("fedu.py", "--resume", "runs/run", "--lr", "0.1", "--rounds", "9", cwd=finished)
+    assert refused(changed, "--lr 0.1 (it was 0.05)", "--rounds 9 (it was 3)")
+    bad = command("fedu.py", *tiny, "--clients", "99", "--out", "runs/run", "--overwrite", cwd=finished)
+    assert refused(bad, "99 clients")
+    assert before == {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert refused(command("fedu.py", *tiny, "--out", tmp_path, "--overwrite", cwd=tmp_path), "no config.json")
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_overwrite_replaces_a_run(tiny, command, tmp_path):
+    for more in ([], ["--overwrite", "--rounds", "1"]):
+        done = command("fedu.py", *tiny, "--out", "run", *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_interrupted_overwrite_can_be_repeated(stopped, monkeypatch):
+    unlink = Path.unlink
+
+    def interrupt(path, missing_ok):
+        if path.name == "bank.bin":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        open_run(stopped, {}, CPU, overwrite=True)
+    monkeypatch.undo()
+    assert holds_run(stopped, overwrite=True)
+
+
+def test_without_git_and_where_folders_cannot_be_locked(tiny, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")  # as NFS
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setenv("PATH", "")
+    run(tmp_path / "run", *tiny, "--rounds", "1")
+    assert json.loads((tmp_path / "run/config.json").read_text())["commit"] is None
+    assert "run cannot be locked (Bad file descriptor)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupts_name_the_command_that_continues(tiny, tmp_path, number):
+    """And while the run goes on, its folder is refused to another."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "fedu.py"), *tiny, "--rounds", "999", "--out", "run"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # where the tests run in the background, interrupts are ignored, and a child would inherit that
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(line, cwd=tmp_path, env=env, preexec_fn=heed, **pipes) as process:
+        while not process.stdout.readline().startswith("      1"):
+            assert process.poll() is None, process.stderr.read()
+        for other, words in (
+            ([*line, "--overwrite"], "run is in use by another fedu.py"),
+            ([*line[:2], "--resume", "run"], "run is in use by another fedu.py"),
+            (line, "run is not empty"),
+        ):
+            assert refused(subprocess.run(other, cwd=tmp_path, env=env, capture_output=True, text=True), words)
+        process.send_signal(number)
+        assert process.wait() == 130
+        assert process.stderr.read().splitlines()[-1] == "fedu.py: interrupted; continue with `python fedu.py --resume run`"
+    assert len(load_metrics(tmp_path / "run")) >= 2 and not list((tmp_path / "run").glob(".*"))
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def damage(path, how: str) -> None:
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 16]) + whole[middle + 1 :]
+    if how == "foreign":
+        torch.save({"model": torch.zeros(3)}, path)
+    else:
+        path.write_bytes({"empty": b"", "truncated": whole[:middle], "flipped": flipped}[how])
+
+
+@pytest.mark.parametrize("how", ["empty", "truncated", "flipped", "foreign"])
+def test_damaged_checkpoints_are_refused_and_the_previous_one_continues(finished, stopped, command, how):
+    damage(stopped / "checkpoint.pt", how)
+    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
+    assert done.returncode == 0 and "run/checkpoint.pt is" in done.stderr and "falling back to run/checkpoint-previous.pt" in done.stderr
+    assert "continuing after 2 of 3 rounds" in done.stdout
+    straight, resumed = load(finished / "runs/run"), load(stopped)
+    assert all(map(torch.equal, straight["encoders"], resumed["encoders"])) and len(resumed["metrics"]) == 3
+    # the whole one is kept beside the new one, not the damaged one
+    assert torch.load(stopped / "checkpoint-previous.pt", weights_only=True)["values"]["round"] == 2
+
+
+def test_a_damaged_row_of_the_bank_is_refused_and_the_previous_checkpoint_continues(finished, stopped, command):
+    """Two clients and three rounds: the last checkpoint names rows 4 and 5, the one before it rows 2 and 3."""
+    bank = stopped / "bank.bin"
+    row_bytes = bank.stat().st_size // 6
+    with bank.open("r+b") as file:
+        file.seek(5 * row_bytes + 1000)
+        file.write(b"\xff\xff")
+    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
+    assert done.returncode == 0 and "run/bank.bin is damaged: row 5" in done.stderr and "falling back" in done.stderr
+    assert all(map(torch.equal, load(finished / "runs/run")["encoders"], load(stopped)["encoders"]))
+
+
+def test_without_a_whole_checkpoint_nothing_is_resumed(stopped, command):
+    (stopped / "checkpoint.pt").unlink()  # as if killed between the two renames
+    before = command("fedu.py", "--resume", "run", cwd=stopped.parent)
+    assert before.returncode == 0 and "continuing after 2 of 3 rounds" in before.stdout
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        damage(stopped / name, "flipped")
+    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "run/checkpoint-previous.pt is" in done.stderr.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------- the disk
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_fragment(tiny, command, tmp_path):
+    """A file-size limit below the bank's 14 MB stands for the full disk: both make write() fail in the middle."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+    done = command("fedu.py", *tiny, "--out", "run", cwd=tmp_path, preexec_fn=limit)
+    assert refused(done, "cannot write run/bank.bin")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["bank.bin", "config.json", "metrics.jsonl"]
+    again = command("fedu.py", "--resume", "run", cwd=tmp_path)
+    assert again.returncode == 0 and "continuing after 0 of 3 rounds" in again.stdout
+
+
+def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(finished, tiny, tmp_path):
+    """A tmpfs of 16 MB holds the first round and not the second; what it holds is then continued elsewhere."""
+    script = (
+        f"mount -t tmpfs -o size=16m none full && {sys.executable} {ROOT / 'fedu.py'} {' '.join(tiny)} --out full/run; cp -r full/run run"
+    )
+    (tmp_path / "full").mkdir()
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    if "full" in done.stderr and "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    assert re.fullmatch(r"fedu.py: error: cannot write full/run/\S+: No space left on device\n", done.stderr), done
+    assert len(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["rows"]) == 2
+    fedu.resume(tmp_path / "run")
+    assert all(map(torch.equal, load(finished / "runs/run")["encoders"], load(tmp_path / "run")["encoders"]))
+
+
+@pytest.mark.parametrize("cause, expected", [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left"), InputError)])
+def test_what_keeps_torch_save_from_writing_is_what_is_reported(tmp_path, cause, expected):
+    """Its archive writer makes a RuntimeError of either."""
+
+    class Hindered:
+        def __init__(self, file):
+            self.file, self.turns = file, itertools.count()
+
+        def write(self, piece) -> int:
+            if next(self.turns) == 2:
+                raise cause
+            return self.file.write(piece)
+
+        def flush(self) -> None:
+            pass
+
+    with pytest.raises(expected, match="No space left" if expected is InputError else None):
+        write_atomic(tmp_path / "x.pt", lambda file: torch.save(torch.zeros(10_000), Hindered(file)))
+    assert not list(tmp_path.iterdir())
