@@ -23,15 +23,15 @@ from runtime.cli import InputError, first_line, locked
 ASSETS = Path(__file__).parent / "assets"
 
 
-def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator | None:
-    """A random generator on `device` seeded by its key, (seed, purpose, round, client): no draw depends on what was drawn before.
+def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:
+    """A random generator on `device` seeded by its key, (seed, purpose, round, client): no draw depends on what was drawn before."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
-    None on the meta device, which has no generators and computes nothing.
-    """
-    if device.type == "meta":
-        return None
+
+def seed_of(*key: int | str) -> int:
+    """The seed that belongs to a key, in 0..2^63-1."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
 
 
 # ---------------------------------------------------------------------------------------------------- image sets

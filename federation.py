@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +88,7 @@ class Federation:
     images: Tensor  # uint8 `[N, 3, S, S]`
     segments: Tensor  # what divergence is measured on, `[L, 2]`
     public: Tensor  # the images that no client has, as indices
+    step: Callable[[Tensor], None] | None = None  # of local training, from the first client on: it keeps its CUDA graph
 
     @property
     def clients(self) -> list[Client]:

@@ -27,7 +27,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 import ops
-from data import keyed_generator, load_images, two_views
+from data import load_images, seed_of, two_views
 from eval import extract_features
 from federation import Client, Federation, Server, Turn, Update, build, draw_turns, most_uploads
 from models import Objective, SimCLR
@@ -44,7 +44,7 @@ from report import tensorboard_log
 from runtime import ranks
 from runtime.bank import Bank
 from runtime.cli import RANK, InputError, user_errors
-from runtime.device import as_graph, choose_device, keep_memory, release_memory
+from runtime.device import GRAPHS_ON, StepGraph, choose_device, keep_memory, release_memory
 from runtime.run import Progress, holds_run, open_run, reopen_run, run_folder
 from simulation import Announce, Run, describe_round, load_kernels, run_rounds, stored_options
 
@@ -122,39 +122,63 @@ def begins_apart(exchange: Exchange) -> bool:
 # ------------------------------------------------------------------------ the four stages of a round (paper, figure 2)
 
 
-def local_training(
-    objective: Objective, images: Tensor, batches: Iterable[Tensor], generator: torch.Generator | None, lr: float,
-    precision: str = "fp32", ema_decay: float = 0.99, views: Callable[..., tuple[Tensor, Tensor]] = two_views,
-    progress: Progress | None = None,
-) -> Tensor:  # fmt: skip
-    """Stage 1: train the objective's networks on a client's batches; returns the mean loss, `[]`, still on the device.
+class Step:
+    """A step of local training: two views of a batch, the gradient of their loss, and the update of the networks.
 
-    images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` draws its two views from the generator. SGD with momentum
-    0.9, which starts from zero every round, and weight decay 5e-4 on everything. No step makes the host wait for the device.
+    images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` draws its two views from `generator`. `lr` and `loss`, the
+    sum of the losses so far, are scalars on the device. What a step reads and changes stays where it is from client to client, so that
+    on a GPU one graph serves them all.
     """
-    objective.check_views()
-    device = images.device
-    rate = torch.full((), lr, dtype=torch.float64, device=device)
-    total, steps = torch.zeros((), device=device), 0
-    for weight in objective.trained:  # backward() adds to this: momentum and gradient are one vector
-        torch.mul(weight.detach(), WEIGHT_DECAY, out=weight.grad)
 
-    def step(batch: Tensor) -> None:
-        view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in views(images[batch], generator))
-        for term in objective.terms(view1, view2, batch):
-            with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+    def __init__(
+        self, objective: Objective, images: Tensor, precision: str = "fp32", views: Callable[..., tuple[Tensor, Tensor]] = two_views
+    ):  # fmt: skip
+        self.objective, self.images, self.precision, self.views = objective, images, precision, views
+        device = images.device
+        self.generator = None if device.type == "meta" else torch.Generator(device)  # the meta device has none, and draws nothing
+        self.lr, self.loss = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), device=device)
+        self.ema_decay = 0.99
+        self.graph: StepGraph | None = None
+        self.captured: tuple = ()  # what the graph holds as it was
+
+    def __call__(self, batch: Tensor) -> None:
+        view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in self.views(self.images[batch], self.generator))
+        for term in self.objective.terms(view1, view2, batch):
+            with torch.autocast(batch.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext():
                 loss = term()
             loss.backward()
-            total.add_(loss.detach())
-        objective.update(rate, MOMENTUM, WEIGHT_DECAY, ema_decay)
+            self.loss.add_(loss.detach())
+        self.objective.update(self.lr, MOMENTUM, WEIGHT_DECAY, self.ema_decay)
 
-    with as_graph(step, generator) if device.type == "cuda" else nullcontext(step) as run_step:
+    def launcher(self) -> AbstractContextManager[Callable[[Tensor], None]]:
+        """What takes the batches: on a GPU a graph of the step, captured again only if what it holds is another now."""
+        if self.images.device.type != GRAPHS_ON:
+            return nullcontext(self)
+        holds = (self.ema_decay, self.objective.shared.data_ptr(), self.objective.shared.shape)
+        if self.captured != holds:
+            self.graph, self.captured = StepGraph(self, self.generator), holds
+        return self.graph
+
+
+def local_training(step: Step, batches: Iterable[Tensor], lr: float, ema_decay: float = 0.99, progress: Progress | None = None) -> Tensor:
+    """Stage 1: train the objective's networks on a client's batches; returns the mean loss, `[]`, still on the device.
+
+    SGD with momentum 0.9, which starts from zero every round, and weight decay 5e-4 on everything. No step makes the host wait for the
+    device.
+    """
+    step.objective.check_views()
+    step.lr.fill_(lr)
+    step.loss.zero_()
+    step.ema_decay, steps = ema_decay, 0
+    for weight in step.objective.trained:  # backward() adds to this: momentum and gradient are one vector
+        torch.mul(weight.detach(), WEIGHT_DECAY, out=weight.grad)
+    with step.launcher() as run_step:
         for batch in batches:
             run_step(batch)
             steps += 1
             if progress is not None:
                 progress.update()
-    return total / steps
+    return step.loss / steps
 
 
 def local_batches(indices: Tensor, epochs: int, batch_size: int, generator: torch.Generator | None) -> Iterator[Tensor]:
@@ -171,13 +195,14 @@ def train_client(
 
     joins: whether it takes part for the first time. Random numbers are keyed by (seed, round, client): the result is the same on any rank.
     """
-    objective, images = federation.objective, federation.images
-    indices = next(client.indices for client in federation.clients if client.id == client_id)
+    objective = federation.objective
+    if federation.step is None:
+        federation.step = Step(objective, federation.images, options.precision, partial(two_views, jitter=objective.jitter))
+    step, indices = federation.step, next(client.indices for client in federation.clients if client.id == client_id)
+    step.generator.manual_seed(seed_of(options.seed, "training", round_, client_id))
+    batches = local_batches(indices, options.local_epochs, options.batch_size, step.generator)
     ema_decay = 0.0 if options.first_target == "shared" and joins else options.ema_decay
-    generator = keyed_generator(images.device, options.seed, "training", round_, client_id)
-    batches = local_batches(indices, options.local_epochs, options.batch_size, generator)
-    lr, views = cosine(options.lr, round_, options.rounds), partial(two_views, jitter=objective.jitter)
-    loss = local_training(objective, images, batches, generator, lr, options.precision, ema_decay, views, progress).item()
+    loss = local_training(step, batches, cosine(options.lr, round_, options.rounds), ema_decay, progress).item()
     share = objective.share(METHODS[options.method].dictionary)
     release_memory()
     return loss, share
@@ -372,10 +397,9 @@ def align_with_base(federation: Federation, options: Options) -> None:
     objective, public = federation.objective, federation.images[federation.public]
     device, epochs = public.device, options.rounds * options.local_epochs
     base = SimCLR(copy.deepcopy(objective.online.module.encoder), device)
-    generator = keyed_generator(device, options.seed, "public")
-    everything = torch.arange(len(public), device=device)
-    batches = local_batches(everything, epochs, options.batch_size, generator)
-    local_training(base, public, batches, generator, options.lr, options.precision)
+    step, everything = Step(base, public, options.precision), torch.arange(len(public), device=device)
+    step.generator.manual_seed(seed_of(options.seed, "public"))
+    local_training(step, local_batches(everything, epochs, options.batch_size, step.generator), options.lr)
     objective.align(public, extract_features(base.online.module, public).clone())
 
 

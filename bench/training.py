@@ -63,7 +63,7 @@ from models import BYOL, HEADS, Encoder, Online, build_backbone, feature_dim
 from options import Options
 from runtime.bank import Bank
 from runtime.cli import Parser, number, user_errors
-from runtime.device import as_graph, keep_memory
+from runtime.device import StepGraph, keep_memory
 from runtime.run import describe_code, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -201,11 +201,8 @@ def ours(
     objective, images = BYOL(Encoder(encoder), DEVICE), some_images(count)
     if not ema:
         objective.following = None
-    indices = torch.arange(count, device=DEVICE)
-    generator = torch.Generator(DEVICE)
-    return lambda: fedu.local_training(
-        objective, images, fedu.local_batches(indices, 1, batch_size, generator), generator, 0.032, precision, views=views
-    ).item()
+    step, indices = fedu.Step(objective, images, precision, views), torch.arange(count, device=DEVICE)
+    return lambda: fedu.local_training(step, fedu.local_batches(indices, 1, batch_size, step.generator), 0.032).item()
 
 
 def core(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
@@ -321,9 +318,11 @@ def floor(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
                 x = x.detach().requires_grad_(wants)
                 torch.autograd.grad(module(x), [*module.parameters(), *([x] if wants else [])], gradient)
 
+    launcher = StepGraph(step, torch.Generator(DEVICE)) if DEVICE.type == "cuda" else nullcontext(step)
+
     def epoch() -> None:
         batch = torch.zeros((), device=DEVICE)  # that this step does not look at
-        with as_graph(step, torch.Generator(DEVICE)) if DEVICE.type == "cuda" else nullcontext(step) as run:
+        with launcher as run:
             for _ in range(count // batch_size):
                 run(batch)
 

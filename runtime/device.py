@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from runtime.cli import InputError
+
+GRAPHS_ON = "cuda"  # the type of device that a step is launched on as a graph
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,32 +26,39 @@ def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
-@contextmanager
-def as_graph(step: Callable[[Tensor], None], generator: torch.Generator) -> Iterator[Callable[[Tensor], None]]:
+class StepGraph:
     """A training step as a CUDA graph: one launch for the host instead of some 400, for which a GPU would wait.
 
-    The first three steps run as they are, on the stream that the graph is captured on: PyTorch wants its libraries, the gradients and
-    the momentum to be there by then. Gives what takes a batch, always of the same size, in place of `step`.
+    The step takes a batch, always of the same size. All else that it reads and changes are tensors that stay where they are, so the graph
+    is captured once and serves whatever they hold later. The first three steps run as they are, on the stream that the graph is captured
+    on: PyTorch wants its libraries, the gradients and the momentum to be there by then. Used inside a `with` block.
     """
-    stream, graph, first = torch.cuda.Stream(), torch.cuda.CUDAGraph(), iter(range(3))
-    captured: Tensor | None = None
 
-    def run(batch: Tensor) -> None:
-        nonlocal captured
-        if next(first, None) is not None:
-            return step(batch)
-        if captured is None:
-            captured = batch.clone()
-            graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, stream=stream):
-                step(captured)
-        captured.copy_(batch)
-        graph.replay()
+    def __init__(self, step: Callable[[Tensor], None], generator: torch.Generator):
+        self.step, self.generator = step, generator
+        self.stream, self.graph, self.first = torch.cuda.Stream(), torch.cuda.CUDAGraph(), iter(range(3))
+        self.batch: Tensor | None = None  # where the captured step reads its batch
 
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield run
-    torch.cuda.current_stream().wait_stream(stream)
+    def __call__(self, batch: Tensor) -> None:
+        if next(self.first, None) is not None:
+            return self.step(batch)
+        if self.batch is None:
+            self.batch = batch.clone()
+            self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.step(self.batch)
+        self.batch.copy_(batch)
+        self.graph.replay()
+
+    def __enter__(self) -> StepGraph:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        self.on_stream = torch.cuda.stream(self.stream)
+        self.on_stream.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.on_stream.__exit__(*error)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 @cache

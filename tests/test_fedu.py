@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 import fedu
 import ops
-from data import draw_views, keyed_generator, load_npz
+from data import draw_views, load_npz, seed_of
 from eval import load_encoders
 from federation import Client, Federation, Server, Turn, build, divergence_segments
-from fedu import Uploads, cosine, divergence, local_batches, local_training, model_update
+from fedu import Step, Uploads, cosine, divergence, local_batches, local_training, model_update
 from models import BYOL, Encoder, in_memory_order
 from options import METHODS, Options, parse
 from runtime.bank import Bank
@@ -93,8 +93,9 @@ def test_order_of_training_does_not_matter(npz):
         for k in order:
             client = Client(k, torch.arange(k * 20, k * 20 + 16 + 4 * k))
             model_update(client, {}, start, net, Options(), NOTHING, 0)
-            generator = keyed_generator(CPU, 0, "training", 0, k)
-            local_training(net, images, local_batches(client.indices, 1, 8, generator), generator, 0.05)
+            step = Step(net, images)
+            step.generator.manual_seed(seed_of(0, "training", 0, k))
+            local_training(step, local_batches(client.indices, 1, 8, step.generator), 0.05)
             uploads[k] = fedu.model_upload(net, "online")
         results.append(aggregate_all([uploads[k] for k in range(3)], [16, 20, 24], start, torch.tensor([[0, 100]]))[0])
     assert torch.equal(*results)
@@ -266,7 +267,7 @@ def test_local_training_never_waits_for_the_device(monkeypatch):
     for constructor in ("tensor", "as_tensor", "from_numpy"):  # each would copy from the host, unseen by the recorder
         monkeypatch.setattr(torch, constructor, None)
     with Recorder(meta) as recorder:
-        loss = local_training(net, images, batches, None, 0.05)
+        loss = local_training(Step(net, images), batches, 0.05)
     assert len(recorder.calls) > 1000
     assert loss.device == meta and loss.shape == ()
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -285,7 +286,7 @@ def test_every_step_is_the_same_sequence_of_operations(npz):
                 steps.append(recorder.calls[:])
                 recorder.calls.clear()
 
-        local_training(net, images, batches(), torch.Generator().manual_seed(0), 0.05)
+        local_training(Step(net, images), batches(), 0.05)
     assert len(steps) == 4 and len(steps[1]) > 300
     assert steps[1] == steps[2] == steps[3]
 
@@ -312,7 +313,8 @@ def test_local_training_is_torchs_sgd_over_the_modules_own_tensors(monkeypatch):
     for p in module.parameters():
         p.grad = None
     batches, optimizer = torch.arange(32).split(8), torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, weight_decay=0.1)
-    local_training(net, images, batches, None, 0.01, ema_decay=1.0, views=lambda x, _: (x / 255, x.flip(3) / 255))
+    step = Step(net, images, views=lambda x, _: (x / 255, x.flip(3) / 255))
+    local_training(step, batches, 0.01, ema_decay=1.0)
     target = objective().target.module
     target.load_state_dict(module.encoder.state_dict())
     for batch in batches:
@@ -339,7 +341,7 @@ def test_without_decay_the_target_is_the_online_encoder(npz):
     images = load_npz(npz).x_train
     for ema_decay in (0.0, 0.99):
         batches = local_batches(torch.arange(16), 1, 8, torch.Generator().manual_seed(0))
-        local_training(net, images, batches, None, 0.05, ema_decay=ema_decay)
+        local_training(Step(net, images), batches, 0.05, ema_decay)
         weights = net.target.weights
         assert torch.equal(net.target.vector[weights], net.parts["encoder"][weights]) == (ema_decay == 0)
 
