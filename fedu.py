@@ -143,12 +143,18 @@ class Step:
 
     def __call__(self, batch: Tensor) -> None:
         view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in self.views(self.images[batch], self.generator))
-        for term in self.objective.terms(view1, view2, batch):
-            with torch.autocast(batch.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext():
+        with self.in_bf16():  # around all terms, so that a weight is cast once for them
+            for term in self.objective.terms(view1, view2, batch):
                 loss = term()
-            loss.backward()
-            self.loss.add_(loss.detach())
+                with self.in_bf16(False):
+                    loss.backward()
+                self.loss.add_(loss.detach())
         self.objective.update(self.lr, MOMENTUM, WEIGHT_DECAY, self.ema_decay)
+
+    def in_bf16(self, enabled: bool = True) -> AbstractContextManager:
+        """Compute in bf16 where it helps, if that is the precision; or, not enabled, leave off for a moment."""
+        bf16 = self.precision == "bf16"
+        return torch.autocast(self.images.device.type, torch.bfloat16, enabled) if bf16 else nullcontext()
 
     def launcher(self) -> AbstractContextManager[Callable[[Tensor], None]]:
         """What takes the batches: on a GPU a graph of the step, captured again only if what it holds is another now."""

@@ -257,8 +257,13 @@ class WithTarget(Objective):
         self.own["target"] = self.parts["encoder"]  # a copy of what the client received
         if stop_gradient:
             self.following = self.target.vector[self.target.weights]
+            target.requires_grad_()  # none reaches it under no_grad; autocast casts such weights once a step, and others once a forward pass
         else:
             self.trained.append(self.target.weight)
+
+    def compile(self) -> None:
+        super().compile()
+        self.target.module.compile()
 
     def check_views(self) -> None:
         super().check_views()

@@ -370,15 +370,14 @@ class Traffic(TorchDispatchMode):
 
 
 def traffic(encoder: str, batch_size: int, precision: str = "fp32") -> Traffic:
-    """Of a training step's passes, forwards and backwards. In bf16 they are computed, on the CPU: autocast knows no meta device."""
+    """Of a training step but for its views and update. In bf16 it is computed, on the CPU: autocast knows no meta device."""
     device = torch.device("meta" if precision == "fp32" else "cpu")
-    objective = BYOL(Encoder(encoder), device)
-    view1, view2 = torch.zeros(2, batch_size, 3, 32, 32, device=device)
+    objective, views = BYOL(Encoder(encoder), device), torch.zeros(2, batch_size, 3, 32, 32, device=device)
+    objective.update = lambda *_: None
+    images, batch = torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    step = fedu.Step(objective, images, precision, lambda *_: views)
     with Traffic() as counted:
-        for term in objective.terms(view1, view2, torch.empty(batch_size, device=device)):
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                loss = term()
-            loss.backward()
+        step(batch)
     return counted
 
 
