@@ -137,7 +137,10 @@ def build_objective(options: Options, labels: Tensor, device: torch.device) -> O
     """The method's objective with its networks, initialised by the seed."""
     torch.manual_seed(options.seed)
     ablation = {name: False for name in ("predictor", "stop_gradient") if getattr(options, f"no_{name}")}
-    return OBJECTIVES[METHODS[options.method].objective](options.encoder, device, labels, **ablation)
+    objective = OBJECTIVES[METHODS[options.method].objective](options.encoder, device, labels, **ablation)
+    if options.compile:
+        objective.compile()
+    return objective
 
 
 def divergence_segments(objective: Objective, kind: str) -> Tensor:

@@ -217,6 +217,11 @@ class Objective:
         """All that training changes, as views."""
         return [self.online.vector, *(self.parts[name] for name in self.own)]
 
+    def compile(self) -> None:
+        """Let torch.compile fuse what lies between the networks' convolutions and products, once each network is first used."""
+        for network in self.online.module.children():
+            network.compile()
+
     def check_views(self) -> None:
         """Assert that the networks still are views into their vectors."""
         self.online.check_views()
@@ -257,7 +262,7 @@ class WithTarget(Objective):
         self.own["target"] = self.parts["encoder"]  # a copy of what the client received
         if stop_gradient:
             self.following = self.target.vector[self.target.weights]
-            target.requires_grad_()  # none reaches it under no_grad; autocast casts such weights once a step, and others once a forward pass
+            target.requires_grad_()  # no gradient reaches it; but autocast casts such weights once a step, not once a forward pass
         else:
             self.trained.append(self.target.weight)
 

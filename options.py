@@ -125,6 +125,7 @@ class Training:
     lr: float = option(None, "learning rate of round 0, cosine over rounds", type=number(float, 0, open_low=True), shown="0.032")
     ema_decay: float = option(0.99, "m of the target's moving average; 1: the target stays as it was", type=PROBABILITY)
     precision: str = option("fp32", "of the networks' arithmetic", ("fp32", "bf16"))
+    compile: bool = option(False, "let torch.compile fuse what lies between the convolutions; that takes it a minute or more at first")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fedu
+import models
 import ops
 from data import draw_views, load_npz, seed_of
 from eval import load_encoders
@@ -302,6 +303,24 @@ def test_views_and_loss_compile_without_a_graph_break():
 
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images, draws), step(images, draws))
+
+
+@pytest.mark.parametrize("kind", ["byol", "simclr"])
+def test_compiled_networks_train_as_they_are(npz, monkeypatch, kind):
+    """Three steps of a network so small that it is compiled in seconds: same loss, vectors and statistics but for rounding."""
+    monkeypatch.setitem(models.WIDTHS, "tiny", (8,))
+    monkeypatch.setitem(models.HEADS, "tiny", (16, 8))
+    images, results = load_npz(npz), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = models.OBJECTIVES[kind]("tiny", CPU, images.y_train)
+        if compiled:
+            net.compile()
+        step = Step(net, images.x_train)
+        step.generator.manual_seed(0)
+        results.append((local_training(step, torch.arange(24).split(8), 0.01), *net.networks()))
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_local_training_is_torchs_sgd_over_the_modules_own_tensors(monkeypatch):
