@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and mistake
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -37,7 +38,6 @@ from figures import plot, plot_against
 from models import Encoder, build_head, feature_dim
 from report import read_options, table
 from runtime.device import choose_device
-from runtime.run import find_runs, runs_among
 
 
 def main(options: argparse.Namespace) -> None:
@@ -80,6 +80,28 @@ def main(options: argparse.Namespace) -> None:
             result |= {"evaluation": f"semi {options.semi:g}", "head": options.head, "epochs": options.epochs, "labels": len(labelled)}
             accuracies = [fine_tune(e.backbone, images, labelled, options.head, options.epochs, options.seed) for e in encoders]
         print(record(run, result, accuracies))
+
+
+def find_runs(root: Path = Path("runs")) -> list[Path]:
+    """The finished runs under `root`, newest first."""
+    runs = sorted((p.parent for p in root.rglob("encoder.pt")), key=lambda run: (run / "encoder.pt").stat().st_mtime, reverse=True)
+    if not runs:
+        raise InputError(f"there is no finished run under {root}/: train one with `python fedu.py`, or name its folder")
+    return runs
+
+
+def runs_among(paths: list[Path]) -> list[Path]:
+    """The run folders that are named, or lie in folders that are, each once.
+
+    Passes over what else a shell's `*` names, and says so of folders. Raises InputError if a path does not exist, or none holds a run.
+    """
+    found = {path: sorted(config.parent for config in path.rglob("config.json")) for path in paths}
+    for path in paths:
+        if not found[path] and (not path.exists() or not any(found.values())):
+            raise InputError(f"{path} is not a run folder: it has no config.json")
+        if not found[path] and path.is_dir():
+            print(f"{path} holds no run and was passed over", file=sys.stderr)
+    return list(dict.fromkeys(run for path in paths for run in found[path]))
 
 
 def record(run: Path, result: dict, accuracies: list[float]) -> str:

@@ -258,16 +258,9 @@ def training_parser(description: str | None = None) -> Parser:
             if isinstance(f.default, bool):
                 section.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
             else:
-                section.add_argument(flag(f.name), help=f"{f.metadata['help']}  [{shown(f)}]", **argument(f))
+                values = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"type": f.metadata["type"]}
+                section.add_argument(flag(f.name), help=f"{f.metadata['help']}  [{f.metadata['shown'] or f.default}]", **values)
     section.add_argument("--out", type=Path, help="run folder  [runs/DATASET-METHOD-Kclients-sSEED]")
     section.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
     section.add_argument("--overwrite", action="store_true", help="replace the run in an existing folder")
     return parser
-
-
-def argument(f: Any) -> dict[str, Any]:
-    return {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"type": f.metadata["type"]}
-
-
-def shown(f: Any) -> str:
-    return f.metadata["shown"] or str(f.default)

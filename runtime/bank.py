@@ -38,7 +38,10 @@ class Bank:
         self.row_bytes = sum(tensor.nbytes for tensor in like.values())
         named = path if like else None  # nothing to keep, no file
         with os_errors(f"cannot open {path}"):
-            self.file = open_for_update(named) if named else tempfile.TemporaryFile()  # noqa: SIM115
+            if named:  # opened to read and write, made if need be, not emptied
+                self.file = os.fdopen(os.open(named, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            else:
+                self.file = tempfile.TemporaryFile()  # noqa: SIM115
         self.count = 0  # of rows that were ever used
         self.free: list[int] = []
         self.named: set[int] = set()  # by the last checkpoint
@@ -79,11 +82,6 @@ class Bank:
         before, self.named = self.named, set(rows)
         self.count = max([self.count, *(row + 1 for row in self.named)])
         self.free = sorted(set(range(self.count)) - self.named - before, reverse=True)
-
-
-def open_for_update(path: Path):
-    """Open a file to read and write it, and make it if need be, without emptying it."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:

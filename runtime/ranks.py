@@ -44,7 +44,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
         for rank in range(1, COUNT) if RANK == 0 else ():
-            send([torch.tensor([STOP] + [0] * (ORDER + 1), device=device)], rank)
+            transfer(distributed.send, [torch.tensor([STOP] + [0] * (ORDER + 1), device=device)], rank)
     finally:
         distributed.destroy_process_group()
 
@@ -63,7 +63,7 @@ def train_all(
             order = load(turn)
             if rank:
                 header = torch.tensor([*order, *trainable.shared.shape], device=trainable.shared.device)
-                send([header, *trainable.networks(), trainable.shared], rank)
+                transfer(distributed.send, [header, *trainable.networks(), trainable.shared], rank)
         for rank, turn in enumerate(wave):
             yield turn, *(receive_result(rank, trainable) if rank else train(*order))
 
@@ -71,10 +71,10 @@ def train_all(
 def receive_result(rank: int, trainable: Trainable) -> tuple[float, Tensor]:
     """Take what a rank trained into the networks; returns the loss and what the client shares."""
     result = torch.empty(3, dtype=torch.float64, device=trainable.shared.device)
-    receive([result, *trainable.networks()], rank)
+    transfer(distributed.recv, [result, *trainable.networks()], rank)
     loss, *shape = result.tolist()
     share = trainable.shared.new_empty([int(size) for size in shape])
-    receive([share], rank)
+    transfer(distributed.recv, [share], rank)
     return loss, share
 
 
@@ -82,26 +82,19 @@ def serve(train: Callable[..., tuple[float, Tensor]], trainable: Trainable) -> N
     """The other ranks' work: train what rank 0 sends, until it sends no more."""
     header = torch.empty(ORDER + 2, dtype=torch.int64, device=trainable.shared.device)
     while True:
-        receive([header], 0)
+        transfer(distributed.recv, [header], 0)
         order, shape = header[:ORDER].tolist(), header[ORDER:].tolist()
         if order[0] == STOP:
             return
         trainable.shared = trainable.shared.new_empty(shape)
-        receive([*trainable.networks(), trainable.shared], 0)
+        transfer(distributed.recv, [*trainable.networks(), trainable.shared], 0)
         loss, share = train(*order)
         result = torch.tensor([loss, *share.shape], dtype=torch.float64, device=header.device)
-        send([result, *trainable.networks(), share], 0)
-
-
-def send(tensors: list[Tensor], rank: int) -> None:
-    transfer(distributed.send, tensors, rank)
-
-
-def receive(tensors: list[Tensor], rank: int) -> None:
-    transfer(distributed.recv, tensors, rank)
+        transfer(distributed.send, [result, *trainable.networks(), share], 0)
 
 
 def transfer(send_or_receive: Callable[[Tensor, int], object], tensors: list[Tensor], rank: int) -> None:
+    """Send tensors to a rank, or receive them from it; an empty one does not travel. Raises InputError if the rank has ended."""
     try:
         for tensor in tensors:
             if tensor.numel():

@@ -32,31 +32,6 @@ RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previo
 RUN_FILES += ("divergence.png", "eval.jsonl")
 
 
-# ------------------------------------------------------------------------------------------------- runs that are there
-
-
-def find_runs(root: Path = Path("runs")) -> list[Path]:
-    """The finished runs under `root`, newest first."""
-    runs = sorted((p.parent for p in root.rglob("encoder.pt")), key=lambda run: (run / "encoder.pt").stat().st_mtime, reverse=True)
-    if not runs:
-        raise InputError(f"there is no finished run under {root}/: train one with `python fedu.py`, or name its folder")
-    return runs
-
-
-def runs_among(paths: list[Path]) -> list[Path]:
-    """The run folders that are named, or lie in folders that are, each once.
-
-    Passes over what else a shell's `*` names, and says so of folders. Raises InputError if a path does not exist, or none holds a run.
-    """
-    found = {path: sorted(config.parent for config in path.rglob("config.json")) for path in paths}
-    for path in paths:
-        if not found[path] and (not path.exists() or not any(found.values())):
-            raise InputError(f"{path} is not a run folder: it has no config.json")
-        if not found[path] and path.is_dir():
-            print(f"{path} holds no run and was passed over", file=sys.stderr)
-    return list(dict.fromkeys(run for path in paths for run in found[path]))
-
-
 def read_config(run: Path) -> dict:
     """config.json. Raises InputError if it is missing or damaged."""
     try:
@@ -168,16 +143,16 @@ def write_metrics(out: Path, metrics: list[dict]) -> None:
     write_atomic(out / "metrics.jsonl", lambda file: file.write("".join(json.dumps(row) + "\n" for row in metrics).encode()))
 
 
-class Progress:
+class Progress(tqdm):
     """A bar of a round's steps where there is a terminal; after the first steps, `announce` gets an estimate of the round's seconds."""
 
     def __init__(self, title: str, steps: int, announce: Callable[[float], None] | None = None):
-        self.bar = tqdm(total=steps, desc=title, unit="step", leave=False, disable=not sys.stderr.isatty())
+        super().__init__(total=steps, desc=title, unit="step", leave=False, disable=not sys.stderr.isatty())
         self.steps, self.done, self.announce = steps, 0, announce
 
     def update(self) -> None:
         """Count a step."""
-        self.bar.update()
+        super().update()
         self.done += 1
         if self.done == 1:  # which warms up
             self.warm = time.perf_counter()
@@ -185,12 +160,6 @@ class Progress:
         if self.announce and self.done > 2 and passed > 1:
             self.announce(passed / (self.done - 1) * self.steps)
             self.announce = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
