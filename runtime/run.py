@@ -1,4 +1,4 @@
-"""The run folder: what was run (config.json), what happened (metrics.jsonl), and where it can go on (checkpoint.pt).
+"""The run folder: what was run (config.json), what happened (metrics.jsonl), and from where it can be resumed (checkpoint.pt).
 
 Every file appears whole or not at all. docs/run-folder.md describes them for their readers.
 """
@@ -87,7 +87,7 @@ def interrupts_on_sigterm() -> Iterator[None]:
 def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> dict:
     """Begin a run in its folder; returns its config.
 
-    A folder in use is refused unless `overwrite`, which removes a former run's files and no others.
+    A folder that is not empty is refused unless `overwrite`, which removes a former run's files and no others.
     """
     config = {
         "options": options,
@@ -107,7 +107,7 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) ->
 
 
 def holds_run(out: Path, overwrite: bool) -> bool:
-    """Whether a former run is there, to be replaced. Raises InputError if there is something that must not be replaced."""
+    """Whether the folder holds a run, which is to be replaced. Raises InputError if it holds anything that must not be replaced."""
     with os_errors(f"--out {out} cannot be used"):
         if not out.is_dir() or not any(out.iterdir()):
             return False
@@ -126,7 +126,7 @@ def reopen_run(out: Path) -> dict:
 
 
 def describe_code() -> dict:
-    """What the program is: a hash over the sources that can change a result, and git's commit where there is one."""
+    """The code that runs: a hash over the sources that can change a result, and git's commit if there is one."""
     here = Path(__file__).parent.parent
     sources = sorted(p for p in (*here.glob("*.py"), *here.glob("runtime/*.py"), *here.glob("ops/*")) if p.is_file())
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
@@ -135,7 +135,7 @@ def describe_code() -> dict:
 
 
 def write_config(out: Path, config: dict) -> None:
-    """config.json: what was run, by which code, on what. On --resume it stays as it was at the start, except for the seconds."""
+    """Write config.json: the options, the code and the device. On --resume it stays as it was at the start, except for the seconds."""
     write_atomic(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode() + b"\n"))
 
 
