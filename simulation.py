@@ -128,4 +128,4 @@ def announce_time(options: Options, seconds: float) -> None:
     """Print how long a round and the run will take, and if that is more than a day, a smaller run for a CPU."""
     total = seconds * options.rounds
     smaller = "; --encoder small --batch-size 32 --local-epochs 1 --rounds 20 is a run for a CPU" if total > 24 * 3600 else ""
-    print(f"a round will take about {duration(seconds)} here, and {options.rounds} rounds {duration(total)}{smaller}", flush=True)
+    print(f"a round will take about {duration(seconds)} here, and the run {duration(total)}{smaller}", flush=True)

@@ -158,6 +158,7 @@ class Progress(tqdm):
             self.warm = time.perf_counter()
         passed = time.perf_counter() - self.warm
         if self.announce and self.done > 2 and passed > 1:
+            self.clear()  # else the announcement would stand behind the bar
             self.announce(passed / (self.done - 1) * self.steps)
             self.announce = None
 
