@@ -1,7 +1,7 @@
-"""Data: image sets held as uint8 tensors, their partition over the clients, and BYOL's two random views.
+"""Data: image sets as uint8 tensors, their partition over the clients, and BYOL's two random views.
 
 A whole image set is one uint8 tensor `[N, 3, S, S]` on the training device and a batch is an index into it: no worker
-processes, and nothing is decoded inside a loop. Files are named by the user, so every mistake in them is an `InputError`.
+processes, and nothing is decoded inside a loop. The files are the user's, so every mistake in them is an `InputError`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:
-    """A random generator on `device` seeded by its key, (seed, purpose, round, client): no draw depends on what was drawn before."""
+    """A random generator on `device` seeded by its key, such as (seed, purpose, round, client): no draw depends on earlier draws."""
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
@@ -69,7 +69,7 @@ def load_images(name: str, root: Path = Path("~/.cache/fedu"), image_size: int =
         return load_npz(Path(name).expanduser())
     if Path(name).expanduser().is_dir():
         return load_folder(Path(name).expanduser(), image_size)
-    raise InputError(f"--dataset got {name!r}; it wants fashion, cifar10, cifar100, a file PATH.npz or an image folder")
+    raise InputError(f"there is no data set {name!r}: --dataset and --transfer want fashion, cifar10, cifar100, PATH.npz or a folder")
 
 
 def load_npz(path: Path) -> Images:
@@ -95,7 +95,7 @@ def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
         raise InputError(f"data set {path} does not exist") from None
     except KeyError as error:
         raise InputError(f"{path} has no array {error.args[0].split()[0]}; it wants {', '.join(keys)}") from None
-    except Exception as error:  # whatever a damaged archive makes numpy raise, a tokenizer's error among it
+    except Exception as error:  # a damaged archive makes numpy raise errors of many types, even a tokenizer's
         raise InputError(f"{path} is not a readable .npz of plain arrays ({first_line(error)})") from None
 
 
@@ -129,7 +129,7 @@ def load_image_files(folder: Path, size: int) -> Tensor:
         raise InputError(f"{folder} is neither a file PATH.npz nor a folder with images in it")
     try:
         return channels_first(np.stack([np.asarray(square(size)(default_loader(path))) for path in paths]))
-    except Exception as error:  # whatever a damaged image makes PIL raise: a broken PNG is a SyntaxError
+    except Exception as error:  # a damaged image makes PIL raise errors of many types: a broken PNG is a SyntaxError
         raise InputError(f"{folder} holds an image that cannot be read ({first_line(error)})") from None
 
 
@@ -143,7 +143,7 @@ def load_cifar(name: str, root: Path) -> Images:
         try:
             train, test = (cifar(root, train=split) for split in (True, False))
         except RuntimeError:  # it is not there
-            with locked(root):  # of several processes one downloads, and the others then find it
+            with locked(root):  # one of several processes downloads it, and the others then find it
                 train, test = (cifar(root, train=split, download=True) for split in (True, False))
     except (urllib.error.URLError, RuntimeError, OSError) as error:
         raise InputError(
@@ -165,13 +165,13 @@ def load_folder(path: Path, size: int) -> Images:
             arrays += [np.stack([np.asarray(image) for image, _ in split]), np.array(split.targets)]
     except InputError:
         raise
-    except Exception as error:  # whatever a damaged image makes PIL raise: a broken PNG is a SyntaxError
+    except Exception as error:  # a damaged image makes PIL raise errors of many types: a broken PNG is a SyntaxError
         raise InputError(f"{path} is not an image folder of the form {{train,test}}/CLASS/*.png|jpg ({first_line(error)})") from None
     return to_images(*arrays)
 
 
 def square(size: int) -> Callable:
-    """What brings an image's shorter side to `size` pixels and cuts the centre out."""
+    """A transform that resizes an image's shorter side to `size` pixels and cuts out the centre."""
     from torchvision.transforms import CenterCrop, Compose, Resize
 
     return Compose([Resize(size), CenterCrop(size)])
@@ -194,11 +194,11 @@ def to_images(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_te
 def partition(
     labels: np.ndarray, clients: int, kind: str, seed: int, classes_per_client: int | None = None, alpha: float = 0.5, at_least: int = 1
 ) -> list[np.ndarray]:
-    """Deal the images to the clients: disjoint index arrays that together hold every image once.
+    """Partition the images over the clients: disjoint index arrays that together hold every image once.
 
     kind `iid`: equal shares of a permutation. `classes`: client k holds `classes_per_client` classes (default 1/K of them, rounded
-    up), every class shared equally among its holders. `dirichlet`: each class in proportions drawn from Dir(alpha), redrawn until
-    every client has `at_least` images (Yurochkin et al. 2019). Raises InputError if a client cannot have `at_least` images.
+    up), every class divided equally among its clients. `dirichlet`: each class in proportions drawn from Dir(alpha), redrawn until
+    every client has `at_least` images (Yurochkin et al. 2019). Raises InputError if a client has fewer than `at_least` images.
     """
     if clients * at_least > len(labels):
         raise InputError(f"{clients} clients want {at_least} images each, there are {len(labels)}: lower --clients or --batch-size")
@@ -206,9 +206,9 @@ def partition(
     num_classes = int(labels.max()) + 1
     members = [rng.permutation(np.flatnonzero(labels == c)) for c in range(num_classes)]
 
-    def deal(shares: Callable[[int], np.ndarray]) -> list[np.ndarray]:
-        """Cut each class at the cumulative `shares(class)` of the K clients."""
-        parts = [np.split(m, np.round(np.cumsum(shares(c))[:-1] * len(m)).astype(int)) for c, m in enumerate(members)]
+    def divide(proportions: Callable[[int], np.ndarray]) -> list[np.ndarray]:
+        """Divide each class over the K clients by `proportions(class)`, `[K]`, which add up to 1."""
+        parts = [np.split(m, np.round(np.cumsum(proportions(c))[:-1] * len(m)).astype(int)) for c, m in enumerate(members)]
         return [np.sort(np.concatenate([part[k] for part in parts])) for k in range(clients)]
 
     if kind == "iid":
@@ -221,10 +221,10 @@ def partition(
             raise InputError(f"--classes-per-client got {per_client}: {clients} clients then leave some of {num_classes} classes to nobody")
         slots = np.resize(rng.permutation(num_classes), clients * per_client).reshape(clients, per_client)
         holds = np.stack([(slots == c).any(1) for c in range(num_classes)])
-        result = deal(lambda c: holds[c] / holds[c].sum())
+        result = divide(lambda c: holds[c] / holds[c].sum())
     else:
         for _ in range(100):
-            result = deal(lambda c: rng.dirichlet(np.full(clients, alpha)))
+            result = divide(lambda c: rng.dirichlet(np.full(clients, alpha)))
             if min(map(len, result)) >= at_least:
                 break
     smallest = min(range(clients), key=lambda k: len(result[k]))
@@ -258,7 +258,7 @@ def two_views(images: Tensor, generator: torch.Generator | None = None, jitter: 
 def draw_views(
     n: int, height: int, width: int, device: torch.device, generator: torch.Generator | None = None, jitter: float = 1.0
 ) -> Tensor:  # fmt: skip
-    """What `ops.augment` makes n random views by, `[n, len(ops.VIEW)]`: crop, flip (p 0.5), colour jitter (p 0.8), greyscale (p 0.2).
+    """The random numbers of n views for `ops.augment`, `[n, len(ops.VIEW)]`: crop, flip (p 0.5), colour jitter (p 0.8), greyscale (p 0.2).
 
     With jitter = 1, brightness, contrast and saturation are factors in 0.2-1.8 and hue is a shift of -0.2 to 0.2 turns, in random order.
     All have fixed shapes, so that a GPU never waits for the host.

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and mistake
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -37,7 +38,6 @@ from figures import plot, plot_against
 from models import Encoder, build_head, feature_dim
 from report import read_options, table
 from runtime.device import choose_device
-from runtime.run import find_runs, runs_among
 
 
 def main(options: argparse.Namespace) -> None:
@@ -82,8 +82,31 @@ def main(options: argparse.Namespace) -> None:
         print(record(run, result, accuracies))
 
 
+def find_runs(root: Path = Path("runs")) -> list[Path]:
+    """The finished runs under `root`, newest first."""
+    runs = sorted((p.parent for p in root.rglob("encoder.pt")), key=lambda run: (run / "encoder.pt").stat().st_mtime, reverse=True)
+    if not runs:
+        raise InputError(f"there is no finished run under {root}/: train one with `python fedu.py`, or name its folder")
+    return runs
+
+
+def runs_among(paths: list[Path]) -> list[Path]:
+    """The run folders among the paths and inside them, each once.
+
+    Other paths, as a shell's `*` may give them, are passed over, a folder with a message. Raises InputError if a path does not exist, or
+    if there is no run at all.
+    """
+    found = {path: sorted(config.parent for config in path.rglob("config.json")) for path in paths}
+    for path in paths:
+        if not found[path] and (not path.exists() or not any(found.values())):
+            raise InputError(f"{path} is not a run folder: it has no config.json")
+        if not found[path] and path.is_dir():
+            print(f"{path} holds no run and was passed over", file=sys.stderr)
+    return list(dict.fromkeys(run for path in paths for run in found[path]))
+
+
 def record(run: Path, result: dict, accuracies: list[float]) -> str:
-    """Append an evaluation to RUN/eval.jsonl; returns a line that tells it. accuracies: of each encoder, in [0, 1]."""
+    """Append an evaluation to RUN/eval.jsonl; returns a line about it. accuracies: of each encoder, in [0, 1]."""
     result = result | {"accuracy": mean(accuracies), "accuracies": accuracies}
     log = run / "eval.jsonl"
     former = log.read_bytes() if log.exists() else b""
@@ -111,7 +134,7 @@ def load_encoders(run: Path) -> list[Encoder]:
             encoder.projector.load_state_dict(dict(state["projector"]))
             encoders.append(encoder)
         return encoders
-    except Exception as error:  # whatever a damaged archive makes torch raise
+    except Exception as error:  # a damaged archive makes torch raise errors of many types
         raise InputError(f"{path} is not a readable encoder ({first_line(error)})") from None
 
 
@@ -146,8 +169,8 @@ def knn(module: nn.Module, images: Images, k: int = 200, temperature: float = 0.
 def linear(module: nn.Module, images: Images, epochs: int = EVALUATION_EPOCHS["linear"], seed: int = 0) -> float:
     """Accuracy of one linear layer on a frozen module's features, trained by Adam at 3e-3 in shuffled batches of 512.
 
-    Features are standardised by the training set's mean and deviation. The layer could express that map itself, but without it the fixed
-    learning rate under-rates encoders whose features are small, the untrained one above all.
+    Features are standardised by the training set's mean and deviation. The layer could learn that map itself, but without it the fixed
+    learning rate underrates encoders with small features, above all the untrained one.
     """
     before = copy.deepcopy(module.state_dict())
     train, test = (extract_features(module, x).clone() for x in (images.x_train, images.x_test))
@@ -188,7 +211,7 @@ def new_head(build: Callable[..., nn.Module], *widths: int, seed: int) -> nn.Mod
 def train_classifier(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, batch_size: int, seed: int, name: str) -> None:
     """Minimise cross-entropy with Adam over shuffled batches; a last batch of one sample is left out, as BatchNorm needs two.
 
-    x: the model's inputs `[N, ...]`. y: classes `[N]`. name: shown as progress, and the purpose that random numbers are keyed by.
+    x: the model's inputs `[N, ...]`. y: classes `[N]`. name: the title of the progress bar, and the purpose in the random numbers' key.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr)
     generator = keyed_generator(x.device, seed, name)
@@ -206,7 +229,7 @@ def train_classifier(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: fl
 
 
 def export_features(modules: list[nn.Module], images: Images, path: Path) -> str:
-    """Write `train` and `test` `[N, d]`, float32, and `y_train`, `y_test`; returns a line that tells it.
+    """Write `train` and `test` `[N, d]`, float32, and `y_train`, `y_test`; returns a line about it.
 
     With several modules, as of `single`, the features are `[modules, N, d]`.
     """
@@ -219,10 +242,10 @@ def export_features(modules: list[nn.Module], images: Images, path: Path) -> str
 
 
 def export_weights(encoders: list[Encoder], path: Path) -> str:
-    """Write the backbone's state_dict as safetensors; returns a line that tells it. Raises InputError where safetensors is missing.
+    """Write the backbone's state_dict as safetensors; returns a line about it. Raises InputError where safetensors is missing.
 
-    What `models.build_backbone` makes loads it with `strict=True`; where that is resnet18 or resnet50, so does torchvision's with CIFAR's
-    stem. With several encoders, as of `single`, NAME-k.safetensors is the k-th one's.
+    A backbone of `models.build_backbone` loads the file with `strict=True`; so does torchvision's resnet18 or resnet50 with CIFAR's stem.
+    With several encoders, as of `single`, NAME-k.safetensors has that of client k.
     """
     try:
         from safetensors.torch import save

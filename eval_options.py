@@ -25,7 +25,7 @@ TASKS = {
     "against": "--against",
 }
 EVALUATIONS = ("linear", "knn", "semi")
-# each further option of eval.py: its value where it is not given, and the tasks in which it changes something
+# each further option of eval.py: its default, and the tasks in which it changes something
 TASK_OPTIONS = {
     "features": ("backbone", ("linear", "knn", "export")),
     "head": ("linear", ("semi",)),
@@ -54,25 +54,25 @@ def evaluation_parser(description: str | None = None) -> Parser:
     task.add_argument("--table", action="store_true", help="print the runs' evaluations as Markdown, a row for each setting")
     task.add_argument("--plot", action="store_true", help="draw divergence, predictors, loss and kNN accuracy of every round")
     task.add_argument("--against", metavar="OPTION",
-        help="draw linear accuracy against an option of fedu.py, as `mu`; `round`: kNN accuracy as it rose; `ablation`: bars")  # fmt: skip
+        help="draw linear accuracy against an option of fedu.py, as `mu`; `round`: kNN accuracy by round; `ablation`: bars")  # fmt: skip
     task.add_argument("--export", type=Path, metavar="FILE",
         help=".npz: representations and labels of all images, as train, test, y_train and y_test; .safetensors: the backbone's weights, "
-        "of `single` one file for each client k, NAME-k.safetensors")  # fmt: skip
-    how = parser.add_argument_group("settings", "How to do it; an option that changes nothing in the task is refused.")
+        "for `single` of each client k in a file NAME-k.safetensors")  # fmt: skip
+    how = parser.add_argument_group("settings", "How the task is done; an option that changes nothing in it is refused.")
     how.add_argument("--features", choices=("backbone", "projector", "pixels"),
-        help="what represents an image; pixels: without any encoder  [backbone]")  # fmt: skip
+        help="the representation of an image; pixels: no encoder  [backbone]")  # fmt: skip
     how.add_argument("--head", choices=("linear", "mlp"), help="for --semi; mlp: Linear-BN-ReLU-Linear of hidden width 4096  [linear]")
     how.add_argument("--epochs", type=number(int, 1), help="of --linear and --semi  [200 and 100]")
     how.add_argument("--transfer", metavar="DATASET", help="evaluate on another data set than the run was trained on")
     how.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="of the head, the batches and the labelled subset  [0]")
-    how.add_argument("--data-root", help="where CIFAR lies or is downloaded to  [the run's]")
+    how.add_argument("--data-root", help="folder with CIFAR  [the run's]")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute  [auto]")
     how.add_argument("--out", type=Path, help="the figure's file  [RUN/divergence.png; of several runs comparison.png; OPTION.png]")
     return parser
 
 
 def parse_evaluation(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """Read the command line of eval.py: its `task`, a key of TASKS, and a value for each option.
+    """Read the command line of eval.py: its `task`, a key of TASKS, and a value of each option.
 
     A mistake ends the process with one sentence and exit status 2.
     """
@@ -86,5 +86,5 @@ def parse_evaluation(argv: Sequence[str] | None = None, description: str | None 
     for name, (_, tasks) in TASK_OPTIONS.items():
         if name in given and task not in tasks:
             parser.error(f"{flag(name)} goes with {' or '.join(TASKS[t] for t in tasks)}, not with {TASKS[task]}")
-    usual = {name: value for name, (value, _) in TASK_OPTIONS.items()} | {"epochs": EVALUATION_EPOCHS.get(task)}
-    return argparse.Namespace(task=task, **usual | given)
+    default = {name: value for name, (value, _) in TASK_OPTIONS.items()} | {"epochs": EVALUATION_EPOCHS.get(task)}
+    return argparse.Namespace(task=task, **default | given)

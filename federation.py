@@ -1,4 +1,4 @@
-"""Who takes part in a run: servers and clients, how the seed makes them and draws them for a round, and how a run folder keeps them."""
+"""The parties of a run, servers and clients: made from the seed, sampled for a round, stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from runtime.run import Checkpoint
 
 @dataclass
 class Client:
-    """One party: its images, and what it remembers between its rounds. Its networks lie in the bank meanwhile."""
+    """One party: its images, and what it keeps between its rounds, apart from its networks, which lie in the bank."""
 
     id: int
     indices: Tensor  # its images, as indices into the data set
@@ -54,7 +54,7 @@ class Server:
 
 
 class Update(NamedTuple):
-    """What a client took: whose predictor (global, local, mixed; - without any), its own one's share, and the divergence that decided."""
+    """What a client received: whose predictor (global, local, mixed, - for none), the share of its own in it, what divergence decided."""
 
     predictor: str
     own_share: float
@@ -106,18 +106,18 @@ class Federation:
         return f"{len(sizes)} client{'s' * (len(sizes) > 1)} of {spread}"
 
 
-# ---------------------------------------------------------------------------------------------- how the seed makes them
+# ------------------------------------------------------------------------------------------------- made from the seed
 
 
 def build(options: Options, images: Images) -> Federation:
-    """The servers of a method with their clients, all starting from the one network that the seed initialises."""
+    """The servers of a method with their clients; all start from the same network, which the seed initialises."""
     method, device = METHODS[options.method], images.x_train.device
     order = np.random.default_rng([options.seed, *b"public"]).permutation(len(images.y_train))
     count = max(options.batch_size, round(method.public * len(order))) if method.public else 0
     public, private = np.sort(order[:count]), np.sort(order[count:])
-    dealt = (1, "iid") if method.servers == "pooled" else (options.clients, options.partition)
+    clients_and_kind = (1, "iid") if method.servers == "pooled" else (options.clients, options.partition)
     parts = partition(
-        images.y_train.cpu().numpy()[private], *dealt, options.seed,
+        images.y_train.cpu().numpy()[private], *clients_and_kind, options.seed,
         options.classes_per_client, options.alpha, at_least=options.batch_size,
     )  # fmt: skip
     clients = [Client(k, torch.from_numpy(private[part]).to(device)) for k, part in enumerate(parts)]
@@ -150,11 +150,11 @@ def divergence_segments(objective: Objective, kind: str) -> Tensor:
     return torch.tensor([[begin, end] for _, begin, end in segments])
 
 
-# --------------------------------------------------------------------------------------------------- how it draws them
+# ------------------------------------------------------------------------------------------------ sampled for a round
 
 
 def draw_turns(servers: list[Server], options: Options, round_: int) -> tuple[list[Turn], set[int]]:
-    """The turns of a round, those with the most images first so that neighbours take about as long; and who drops out."""
+    """The turns of a round and the clients that drop out. Turns with the most images come first, so that neighbours take about as long."""
     selected = sample_clients(sum(len(server.clients) for server in servers), options.clients_per_round, options.seed, round_)
     dropped = {k for k in selected if drops_out(k, options.dropout, options.seed, round_)}
     turns = []
@@ -166,7 +166,7 @@ def draw_turns(servers: list[Server], options: Options, round_: int) -> tuple[li
 
 
 def most_uploads(servers: list[Server], per_round: int | None) -> int:
-    """The most uploads that one server can get in a round; clients_per_round is of all servers' clients."""
+    """The most uploads that one server can get in a round. per_round: clients drawn for a round, of all servers together."""
     members = max(len(server.clients) for server in servers)
     return min(members, per_round or members)
 
@@ -182,7 +182,7 @@ def drops_out(client: int, probability: float, seed: int, round_: int) -> bool:
     return torch.rand((), generator=keyed_generator(torch.device("cpu"), seed, "dropout", round_, client)).item() < probability
 
 
-# ----------------------------------------------------------------------------------------- how a run folder keeps them
+# ---------------------------------------------------------------------------------------------- stored in checkpoints
 
 
 def checkpoint(federation: Federation, rounds: int, seconds: float) -> Checkpoint:

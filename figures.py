@@ -1,4 +1,4 @@
-"""Figures of runs: their rounds, and their accuracies against an option."""
+"""Figures of runs: curves over the rounds, and accuracies against an option."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UNITS = {"layer-mean": "mean L2 norm per convolution", "squared": "squared L2 no
 
 
 def pyplot():
-    """matplotlib.pyplot without a display, imported only by those who draw."""
+    """matplotlib.pyplot without a display, imported only when something is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -80,9 +80,9 @@ def plot(runs: list[Path], out: Path) -> None:
                 label, width = (name, 1.8) if len(runs) > 1 else ("mean of the clients", 2.4)
                 axis.plot(rounds, [mean(row[key]) for row in rows], color=colour, linewidth=width, label=label, zorder=3)
                 (draw_clients if len(runs) == 1 else draw_band)(axis, rows, key, colour)
-            # an older run tells only whose predictor it was
+            # a run of an earlier version has no own_share
             shares = [100 * mean(row.get("own_share", [taken == "local" for taken in row["predictor"]])) for row in rows]
-            size = 4 + 1.5 * min(len(runs) - 1 - place, 5)  # so that markers at the same place show around each other
+            size = 4 + 1.5 * min(len(runs) - 1 - place, 5)  # markers at the same place show around each other
             own.plot(rounds, shares, color=colour, marker="o", markersize=size)
             measured = [(row["round"], 100 * row["knn"]) for row in rows if row["knn"] is not None]
             accuracy.plot([round_ for round_, _ in measured], [knn for _, knn in measured], color=colour, marker="o", markersize=size)

@@ -1,4 +1,4 @@
-"""What a run can be told: typed options, the table of methods, recipes, and the command line that is made from them.
+"""The options of a run: their types and defaults, the table of methods, recipes, and the command line that is made from them.
 
 Only the standard library is imported here, so that `--help` and a mistyped option are answered before torch is loaded.
 """
@@ -28,8 +28,8 @@ class Method(NamedTuple):
     update: str = "online"
     predictor: str = "global"
     trains: bool = True
-    public: float = 0.0  # share of the training images that no client has, for a base model and the alignment with it
-    dictionary: int = 0  # representations that clients share through the server
+    public: float = 0.0  # FedCA: fraction of the training images that are public; its base model is trained on them, and no client has them
+    dictionary: int = 0  # FedCA: how many representations the clients share through the server
 
 
 METHODS = {
@@ -59,9 +59,9 @@ CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 def option(
     default: object, help: str, choices: Sequence[str] = (), type: Callable[[str], Any] = str, shown: str = "", host: bool = False
 ) -> Any:
-    """A field of Options. type: checks a value and converts its text. shown: the default in words, where it depends on other options.
+    """A field of Options. type: checks and converts a value, given as text. shown: the default in words, if it depends on other options.
 
-    host: says where a run computes and not what, so it may change when the run is resumed.
+    host: whether the option says where a run computes and not what, so that it may change when the run is resumed.
     """
     return field(default=default, metadata={"help": help, "choices": tuple(choices), "type": type, "shown": shown, "host": host})
 
@@ -71,14 +71,14 @@ COUNT, PROBABILITY = number(int, 1), number(float, 0, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The images, and how they are dealt to the clients."""
+    """The images, and their partition over the clients."""
 
     dataset: str = option("fashion", "fashion (embedded), cifar10, cifar100, a file PATH.npz or a folder PATH/{train,test}/CLASS/*")
-    data_root: str = option("~/.cache/fedu", "where CIFAR lies, as NAME.npz or torchvision's archive, or is downloaded to", host=True)
+    data_root: str = option("~/.cache/fedu", "folder with CIFAR: NAME.npz, or torchvision's archive, downloaded if need be", host=True)
     image_size: int = option(32, "side in pixels to which a folder's images are resized and cropped", type=number(int, 8))
-    partition: str = option("classes", "how images are dealt to the clients", ("classes", "iid", "dirichlet"))
-    classes_per_client: int | None = option(None, "for --partition classes", type=COUNT, shown="1/K of the classes")
-    alpha: float = option(0.5, "concentration, for --partition dirichlet", type=number(float, 1e-3, 1e6))
+    partition: str = option("classes", "how the images are partitioned over the clients", ("classes", "iid", "dirichlet"))
+    classes_per_client: int | None = option(None, "classes of each client, for --partition classes", type=COUNT, shown="1/K of the classes")
+    alpha: float = option(0.5, "concentration of --partition dirichlet; smaller: clients differ more", type=number(float, 1e-3, 1e6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,30 +88,31 @@ class Exchange:
     method: str = option("fedu", "a row of the table of methods; it sets the next three", tuple(METHODS))
     aggregate: str = option(None, "the encoder that clients upload", ("online", "target"), shown="by method")
     update: str = option(
-        None, "what the average becomes: the online encoder, the target, both; ema: mixed into the client's online encoder",
+        None, "the encoder of a client that the average replaces; ema: the average is mixed into the online encoder",
         ("online", "target", "both", "ema"), shown="by method",
     )  # fmt: skip
     predictor: str = option(
-        None, "the predictor a client takes: the average, its own, dapu: the average if the divergence is below mu, ema: mixed",
+        None, "the predictor that a client takes; global: the average, local: its own, dapu: the average if its divergence is below mu, "
+        "ema: a mixture of both",
         ("global", "local", "dapu", "ema"), shown="by method",
     )  # fmt: skip
-    mu: float = option(None, "DAPU's threshold; 0: never the average after a first round, inf: always", type=number(float, 0), shown="0.4")
-    tau: float = option(0.7, "FedEMA's share of a client's own model at its first measured divergence", type=PROBABILITY)
-    divergence: str = option("layer-mean", "the authors' code's, or the paper's, which wants a --mu", ("layer-mean", "squared"))
-    divergence_from: str = option("received", "of a trained encoder: from what it began as, or the next average", ("received", "global"))
+    mu: float = option(None, "DAPU's threshold; inf: always the average, 0: in a first round only", type=number(float, 0), shown="0.4")
+    tau: float = option(0.7, "FedEMA: weight of a client's own model at its first measured divergence", type=PROBABILITY)
+    divergence: str = option("layer-mean", "the authors' code's, or the paper's, which needs its own --mu", ("layer-mean", "squared"))
+    divergence_from: str = option("received", "a client's distance from the encoder it received, or from the next", ("received", "global"))
     first_target: str = option("copy", "shared: no EMA in a client's first round, as in the authors' code", ("copy", "shared"))
     no_predictor: bool = option(False, "BYOL and SimSiam without a predictor")
-    no_stop_gradient: bool = option(False, "BYOL and SimSiam with the gradient of the target's projections too")
+    no_stop_gradient: bool = option(False, "BYOL and SimSiam with gradients through the target's projections")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clients:
     """The federation: how many clients there are, who takes part in a round, and what happens when one fails."""
 
-    clients: int = option(5, "K", type=COUNT)
+    clients: int = option(5, "number of clients (K)", type=COUNT)
     clients_per_round: int | None = option(None, "clients drawn for each round", type=COUNT, shown="all")
     dropout: float = option(0.0, "probability that a drawn client fails to report", type=PROBABILITY)
-    on_nonfinite: str = option("skip", "if an upload is not finite: leave the client out, or stop", ("skip", "error"))
+    on_nonfinite: str = option("skip", "what to do if an upload is not finite: leave it out, or stop", ("skip", "error"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,23 +120,23 @@ class Training:
     """Local training: networks, rounds and steps."""
 
     encoder: str = option(None, "backbone", ("tiny", "small", "resnet18-narrow", "resnet18", "resnet50"), shown="resnet18; fashion: tiny")
-    rounds: int = option(None, "R", type=COUNT, shown="100; fashion: 12")
-    local_epochs: int = option(None, "E", type=COUNT, shown="5; fashion: 2")
+    rounds: int = option(None, "number of rounds (R)", type=COUNT, shown="100; fashion: 12")
+    local_epochs: int = option(None, "epochs of a client in a round (E)", type=COUNT, shown="5; fashion: 2")
     batch_size: int = option(None, "B; the last partial batch of an epoch is dropped", type=number(int, 2), shown="128; fashion: 32")
     lr: float = option(None, "learning rate of round 0, cosine over rounds", type=number(float, 0, open_low=True), shown="0.032")
-    ema_decay: float = option(0.99, "m of the target's moving average; 1: the target stays as it was", type=PROBABILITY)
-    precision: str = option("fp32", "of the networks' arithmetic", ("fp32", "bf16"))
-    compile: bool = option(False, "let torch.compile fuse what lies between the convolutions; that takes it a minute or more at first")
+    ema_decay: float = option(0.99, "m of the target's moving average; 1: the target does not move", type=PROBABILITY)
+    precision: str = option("fp32", "number format of the networks' arithmetic", ("fp32", "bf16"))
+    compile: bool = option(False, "let torch.compile fuse what lies between convolutions, which takes it a minute at first")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """The run: its seed, where it computes, and what it tells."""
+    """The run: its seed, its device, and what it logs."""
 
     seed: int = option(0, "random numbers are keyed by (seed, purpose, round, client)", type=number(int, 0, 2**63 - 1))
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"), host=True)
     knn_every: int = option(None, "rounds between kNN measurements, 0 for none", type=number(int, 0), shown="10; fashion: 2")
-    log: str = option("none", "a further log of the rounds, in RUN/tensorboard", ("none", "tensorboard"), host=True)
+    log: str = option("none", "also log the rounds to RUN/tensorboard", ("none", "tensorboard"), host=True)
 
 
 GROUPS = {"data": Data, "method": Exchange, "federation": Clients, "training": Training, "run": Host}
@@ -154,26 +155,26 @@ class Options(Host, Training, Clients, Exchange, Data):
                 object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name)))
         if self.divergence == "squared" and self.mu is None and (self.predictor or METHODS[self.method].predictor) == "dapu":
             raise InputError("--divergence squared wants a --mu of its own, since 0.4 belongs to layer-mean")
-        usual = self.usual()
-        for name, value in usual.items():
+        default = self.own_defaults()
+        for name, value in default.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        self.refuse_idle(name for name, value in usual.items() if getattr(self, name) != value)
+        self.refuse_ineffective(name for name, value in default.items() if getattr(self, name) != value)
         if (self.clients_per_round or 1) > self.clients:
             raise InputError(f"--clients-per-round got {self.clients_per_round}, there are {self.clients} clients")
 
-    def usual(self) -> dict[str, object]:
-        """The value that each option has where nobody gives it, for this method and data set."""
+    def own_defaults(self) -> dict[str, object]:
+        """The default of each option, for this method and data set."""
         row = METHODS[self.method]
-        usual = {f.name: f.default for f in fields(self)} | {name: getattr(row, name) for name in ABLATED} | {"mu": 0.4}
-        usual |= RECIPES.get(self.dataset, PAPER)
-        return usual | ({"predictor": "global"} if self.no_predictor else {})
+        default = {f.name: f.default for f in fields(self)} | {name: getattr(row, name) for name in ABLATED} | {"mu": 0.4}
+        default |= RECIPES.get(self.dataset, PAPER)
+        return default | ({"predictor": "global"} if self.no_predictor else {})
 
-    def refuse_idle(self, given: Iterable[str]) -> None:
-        """Refuse an option among `given` that changes nothing together with the others: raises InputError."""
+    def refuse_ineffective(self, given: Iterable[str]) -> None:
+        """Raises InputError if an option among `given` changes nothing because of the other options."""
         row = METHODS[self.method]
         has_predictor, has_target = row.objective in ("byol", "simsiam"), row.objective in ("byol", "moco-v1", "moco-v2")
-        idle = {
+        ineffective = {
             "predictor": not has_predictor or self.no_predictor or row.servers != "one",
             "no_predictor": not has_predictor,
             "no_stop_gradient": not has_predictor,
@@ -190,7 +191,7 @@ class Options(Host, Training, Clients, Exchange, Data):
             "image_size": self.dataset in ("fashion", *CIFAR_CLASSES) or self.dataset.endswith(".npz"),
         }
         for name in given:
-            if idle.get(name):
+            if ineffective.get(name):
                 value = getattr(self, name)
                 got = flag(name) + ("" if value is True else f" {value}")
                 raise InputError(f"{got} changes nothing in --method {self.method} with its other options")
@@ -219,7 +220,7 @@ def checked(name: str, value: object) -> object:
 
 
 def defaults(method: str) -> dict[str, object]:
-    """The options that no recipe sets, as they are for a method where nobody gives them."""
+    """The defaults of a method, without the options that a recipe sets."""
     return {name: value for name, value in asdict(Options(method=method)).items() if name not in PAPER}
 
 
@@ -227,7 +228,7 @@ def defaults(method: str) -> dict[str, object]:
 
 
 class Command(NamedTuple):
-    """What a command line says: the options that were given, and the folder that they are for."""
+    """A command line of fedu.py: the options that were given, and the run folder."""
 
     given: dict[str, Any]
     out: Path | None
@@ -244,7 +245,7 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
         parser.error("--resume continues a run in its own folder; it goes with neither --out nor --overwrite")
     if not resume:
         try:
-            Options(**given).refuse_idle(given)
+            Options(**given).refuse_ineffective(given)
         except InputError as error:
             parser.error(str(error))
     return Command(given, out, resume, overwrite)
@@ -259,16 +260,9 @@ def training_parser(description: str | None = None) -> Parser:
             if isinstance(f.default, bool):
                 section.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
             else:
-                section.add_argument(flag(f.name), help=f"{f.metadata['help']}  [{shown(f)}]", **argument(f))
+                values = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"type": f.metadata["type"]}
+                section.add_argument(flag(f.name), help=f"{f.metadata['help']}  [{f.metadata['shown'] or f.default}]", **values)
     section.add_argument("--out", type=Path, help="run folder  [runs/DATASET-METHOD-Kclients-sSEED]")
     section.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
     section.add_argument("--overwrite", action="store_true", help="replace the run in an existing folder")
     return parser
-
-
-def argument(f: Any) -> dict[str, Any]:
-    return {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"type": f.metadata["type"]}
-
-
-def shown(f: Any) -> str:
-    return f.metadata["shown"] or str(f.default)

@@ -1,4 +1,4 @@
-"""What runs gave, in words: the progress table, tables beside published numbers, and a log for TensorBoard."""
+"""Reports of runs: the progress table, tables of results beside published ones, and a log for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from options import ABLATED, HOST_OPTIONS, OPTIONS, defaults
 from runtime.cli import InputError, first_line, os_errors
 from runtime.run import read_config, read_metrics
 
-Group = tuple[dict, list[Path]]  # a setting, which is what `by_setting` keeps of the options, and the runs that have it
+Group = tuple[dict, list[Path]]  # a setting, which is the options but for those that `by_setting` leaves out, and the runs with it
 
 # ------------------------------------------------------------------------------------------------- while a run trains
 
@@ -49,7 +49,7 @@ def two_digits(value: float) -> str:
 
 
 def dapu_notice(metrics: list[dict], predictor: str, mu: float) -> str:
-    """A sentence for the case that DAPU decided the same every time, so that mu made no difference; otherwise nothing.
+    """A sentence if all of DAPU's decisions were the same, so that mu made no difference; otherwise an empty string.
 
     metrics: the rows of metrics.jsonl. predictor, mu: the run's options.
     """
@@ -65,9 +65,9 @@ def dapu_notice(metrics: list[dict], predictor: str, mu: float) -> str:
 def tensorboard_log(folder: Path) -> Callable[[dict], None]:
     """A function that writes a row of metrics.jsonl to TensorBoard's files in `folder`, which the first row makes.
 
-    It writes the mean loss, kNN accuracy in %, and for every client its loss, divergence and the share of its own predictor. What the
-    folder already has of the first row's round and later ones, as from a run that this one replaces, is no longer shown. Raises InputError
-    if TensorBoard is not installed.
+    It writes the mean loss, kNN accuracy in %, and for every client its loss, divergence and the share of its own predictor. If the folder
+    already has rounds from the first row's on, as of a run that this one replaces, TensorBoard hides them. Raises InputError if TensorBoard
+    is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -107,7 +107,7 @@ PIXELS = "linear, pixels"  # an evaluation without any encoder
 
 
 def read_evaluations(run: Path) -> dict[str, float]:
-    """The latest accuracy, in [0, 1], of each evaluation in RUN/eval.jsonl, under a name that tells its unusual settings.
+    """The latest accuracy, in [0, 1], of each evaluation in RUN/eval.jsonl, under a name that has its settings other than the defaults.
 
     Raises InputError if a line is damaged.
     """
@@ -118,9 +118,9 @@ def read_evaluations(run: Path) -> dict[str, float]:
         try:
             row = json.loads(line)
             epochs = EVALUATION_EPOCHS.get(row["evaluation"].split()[0])
-            usual = {"features": "backbone", "head": "linear", "dataset": trained_on, "seed": 0, "epochs": epochs}
-            unusual = [row[k] if isinstance(row[k], str) else f"{k} {row[k]}" for k in usual if row.get(k, usual[k]) != usual[k]]
-            results[", ".join([row["evaluation"], *unusual])] = row["accuracy"]
+            default = {"features": "backbone", "head": "linear", "dataset": trained_on, "seed": 0, "epochs": epochs}
+            others = [row[k] if isinstance(row[k], str) else f"{k} {row[k]}" for k in default if row.get(k, default[k]) != default[k]]
+            results[", ".join([row["evaluation"], *others])] = row["accuracy"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not readable ({first_line(error)})") from None
     return results
@@ -138,7 +138,7 @@ def linear_accuracy(run: Path) -> float:
 
 
 def read_options(run: Path) -> dict:
-    """A run's options as this version knows them: one that is newer than the run has its default, one that is gone is left out."""
+    """A run's options as this version knows them: an option that the run does not have takes its default, an unknown one is left out."""
     options = read_config(run)["options"]
     return {name: value for name, value in (defaults(options["method"]) | options).items() if name in OPTIONS}
 
@@ -157,19 +157,19 @@ def is_trained(setting: dict) -> bool:
 
 
 def trained_among(settings: list[dict]) -> list[dict]:
-    """The settings of trained encoders; all settings if none is trained. Training's options say nothing about an untrained encoder."""
+    """The settings of trained encoders, or all if none is trained. For an untrained encoder, the options of training mean nothing."""
     return list(filter(is_trained, settings)) or settings
 
 
 def differing(settings: list[dict]) -> list[str]:
-    """The options in which trained settings differ by more than by their methods."""
+    """The options in which trained settings differ, besides the method and what its row sets."""
     trained = trained_among(settings)
     names = [k for k in trained[0] if len({json.dumps(s.get(k)) for s in trained}) > 1 and k not in ("method", *ABLATED)]
     return names + [k for k in ABLATED if any(s[k] != defaults(s["method"])[k] for s in trained)]
 
 
 def describe_scale(settings: list[dict]) -> str:
-    """What runs of these settings have in common, in words."""
+    """The options that all of these settings have in common, in words."""
     trained = trained_among(settings)
     first = trained[0]
     words = {
@@ -267,14 +267,14 @@ def table(runs: list[Path]) -> str:
 
 
 def published_column(settings: list[dict], differ: list[str]) -> list[str]:
-    """The papers' numbers: a title and a cell for each setting, or nothing if they have none of these settings.
+    """A column of the papers' numbers: its title and a cell for each setting, or an empty list if they have none of these settings.
 
-    A cell is `-` where the papers' run differs in more than its scale. differ: the options in which the settings differ.
+    A cell is `-` if no run of the papers has the setting, apart from its scale. differ: the options in which the settings differ.
     """
     ablation = any(k in ABLATED for k in differ)
 
     def cell(setting: dict) -> str:
-        changed = {k for k, usual in defaults(setting["method"]).items() if setting.get(k, usual) != usual}
+        changed = {k for k, default in defaults(setting["method"]).items() if setting.get(k, default) != default}
         changed -= {"method", "dataset", "partition", "classes_per_client", *(ABLATED if ablation else ())}
         column = {("classes", None): 0, ("classes", 2): 0, ("iid", None): 1}.get((setting["partition"], setting["classes_per_client"]))
         if Path(setting["dataset"]).stem != "cifar10" or column is None or changed:

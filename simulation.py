@@ -1,4 +1,7 @@
-"""A whole run: its rounds one after the other, whoever makes them, and what it prints and leaves in its folder."""
+"""A whole run: all rounds, what is printed about them, and what the run folder holds at the end.
+
+The function that makes a round is an argument: `fedu.py` gives one that simulates all clients, `flower/` one that asks real clients.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class Run(NamedTuple):
 
     @property
     def encoders(self) -> list[Encoder]:
-        """The encoder of each server: of `single` one for each client, else one."""
+        """One encoder for each server: of `single` one for each client, else one in all."""
         return load_encoders(self.folder)
 
     @property
@@ -67,9 +70,9 @@ def run_rounds(
     options: Options, out: Path, config: dict, federation: Federation, images: Images, bank: Bank,
     make_round: Callable[[int, Announce], dict], resumed: bool = False, log: Callable[[dict], None] = lambda row: None,
 ) -> Run:  # fmt: skip
-    """All rounds, from the first one or from the run's checkpoint, and what the run folder holds afterwards.
+    """Make the rounds that are left, all of them or those after the run's checkpoint, and write all that the run folder holds.
 
-    make_round: changes the federation as the round of this number does, and returns its metrics. log: takes these too.
+    make_round: makes the round of this number, which changes the federation, and returns its metrics. log: is called with these.
     """
     device = images.x_train.device
     rounds = options.rounds if METHODS[options.method].trains else 0
@@ -101,7 +104,7 @@ def run_rounds(
 
 
 def describe_round(round_: int, lr: float, reported: list[Turn], dropped: Iterable[int], nonfinite: Iterable[int]) -> dict:
-    """A round as its line in metrics.jsonl; whoever made the round fills in its bytes and seconds."""
+    """A round as its line in metrics.jsonl, but for the bytes and seconds, which the caller fills in."""
     return {
         "round": round_,
         "lr": lr,
@@ -122,7 +125,7 @@ def describe_round(round_: int, lr: float, reported: list[Turn], dropped: Iterab
 
 
 def announce_time(options: Options, seconds: float) -> None:
-    """Say how long a round and the run will take, and what to run on a CPU if that is more than a day."""
+    """Print how long a round and the run will take, and if that is more than a day, a smaller run for a CPU."""
     total = seconds * options.rounds
     smaller = "; --encoder small --batch-size 32 --local-epochs 1 --rounds 20 is a run for a CPU" if total > 24 * 3600 else ""
-    print(f"a round will take about {duration(seconds)} here, and {options.rounds} rounds {duration(total)}{smaller}", flush=True)
+    print(f"a round will take about {duration(seconds)} here, and the run {duration(total)}{smaller}", flush=True)

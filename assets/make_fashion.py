@@ -9,6 +9,7 @@ and the first 100 test images of each class, in the files' order.
 
 import gzip
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -31,4 +32,10 @@ def main(folder: Path, out: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    try:
+        if len(sys.argv) not in (2, 3):
+            raise ValueError(f"got {len(sys.argv) - 1} arguments, wants FOLDER, and FILE.npz for all images")
+        main(*map(Path, sys.argv[1:]))
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:  # the last four: a damaged file
+        print(f"make_fashion.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

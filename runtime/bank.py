@@ -2,7 +2,7 @@
 
 A row holds one client's tensors; a client that never took part has none. A round writes to rows that no checkpoint names, so that the
 last two checkpoints stay whole whatever interrupts it. Rows are read and written, not mapped: the system keeps them in its page cache
-while there is room, a full disk is an error and not a signal, and what was read does not stay with the process.
+while there is room, a full disk is an OSError and not a signal, and what was read does not count as the process's memory.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Row(NamedTuple):
 
 
 class Bank:
-    """Rows of the form of `like`: a client's tensors by their names.
+    """A file of rows, each with one client's tensors, of the names and shapes of `like`.
 
-    path: the file, made if it does not exist; without one a temporary file. Raises InputError if it cannot be read or written.
+    path: the file, made if it does not exist; None for a temporary file. Raises InputError if it cannot be read or written.
     """
 
     def __init__(self, like: Mapping[str, Tensor], path: Path | None = None):
@@ -38,7 +38,10 @@ class Bank:
         self.row_bytes = sum(tensor.nbytes for tensor in like.values())
         named = path if like else None  # nothing to keep, no file
         with os_errors(f"cannot open {path}"):
-            self.file = open_for_update(named) if named else tempfile.TemporaryFile()  # noqa: SIM115
+            if named:  # opened to read and write, made if need be, not emptied
+                self.file = os.fdopen(os.open(named, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            else:
+                self.file = tempfile.TemporaryFile()  # noqa: SIM115
         self.count = 0  # of rows that were ever used
         self.free: list[int] = []
         self.named: set[int] = set()  # by the last checkpoint
@@ -59,7 +62,7 @@ class Bank:
         return {name: tensor.to(self.like[name].device) for name, tensor in self.verify(row).items()}
 
     def verify(self, row: Row) -> dict[str, Tensor]:
-        """The same in the host's memory, for one who asks only whether they are what was written."""
+        """The same in the host's memory: enough to know whether the row is damaged."""
         state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in self.like.items()}
         with os_errors(f"cannot read or write {self.path}"):  # what was buffered is written first
             self.file.seek(row.index * self.row_bytes)
@@ -69,26 +72,21 @@ class Bank:
         return state
 
     def flush(self) -> None:
-        """Bring what was written to the disk, before a checkpoint names it."""
+        """Wait until the rows are on the disk; needed before a checkpoint names them."""
         with os_errors(f"cannot write {self.path}"):
             self.file.flush()
             os.fsync(self.file.fileno())
 
     def protect(self, rows: Iterable[int]) -> None:
-        """A checkpoint names these rows now: others may be used again, but for those that the checkpoint before it names."""
+        """Keep the rows that a new checkpoint names, and those that the checkpoint before it names. All others may be used again."""
         before, self.named = self.named, set(rows)
         self.count = max([self.count, *(row + 1 for row in self.named)])
         self.free = sorted(set(range(self.count)) - self.named - before, reverse=True)
 
 
-def open_for_update(path: Path):
-    """Open a file to read and write it, and make it if need be, without emptying it."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-
-
 def checksum(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of the tensors' bytes, in their order."""
-    digest = hashlib.sha256()  # which processors have instructions for
+    digest = hashlib.sha256()  # fast, since processors have instructions for it
     for tensor in tensors:
         digest.update(tensor.cpu().numpy())
     return digest.hexdigest()

@@ -29,7 +29,7 @@ def first_line(error: BaseException) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that answers a mistake with one sentence and exit status 2, and holds only the options that were given."""
+    """An ArgumentParser that ends with one sentence and exit status 2 on a mistake; its namespace has only the options that were given."""
 
     def __init__(self, description: str | None):
         super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -58,7 +58,7 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 
 @contextmanager
 def os_errors(failure: str) -> Iterator[None]:
-    """Turn what the system refuses into an InputError: `failure`, and the system's reason."""
+    """Turn an OSError into an InputError: the sentence `failure`, and the system's reason."""
     try:
         yield
     except OSError as error:
@@ -67,9 +67,9 @@ def os_errors(failure: str) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
-    """Hold a folder for this process alone: wait for one that has it, or raise `busy` as an InputError.
+    """Lock a folder for this process. While another process has it, wait, or with `busy` raise an InputError with this text.
 
-    Where the file system cannot lock a folder, as NFS, say so and go on.
+    If the file system cannot lock folders, as NFS cannot, this says so on stderr and goes on without a lock.
     """
     with os_errors(f"cannot open {folder}"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -89,7 +89,7 @@ def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
 def user_errors(prog: str) -> Iterator[None]:
     """Turn an InputError, or an interrupt from the keyboard, into one line on stderr and an exit status of 2 or 130.
 
-    Where nobody reads the output any more, as after `| head`, end silently as a shell's tools do, with 141.
+    If the reader of the output has gone, as after `| head`, end silently with 141, as a shell's tools do.
     """
     try:
         yield
@@ -107,16 +107,16 @@ def user_errors(prog: str) -> Iterator[None]:
 
 
 def say(error: str) -> None:
-    """Print a mistake. Of several processes the first one answers, and is ended with it; only what it does not see, others say."""
+    """Print an error. Of several processes that meet the same error, rank 0 alone prints it: torchrun then ends the others, which wait."""
     if RANK:
-        time.sleep(3)
+        time.sleep(3)  # not ended by then: this rank alone has met the error
     print(f"rank {RANK}: {error}" if RANK else error, file=sys.stderr, flush=True)
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object], keep_as: Path | None = None) -> None:
-    """Let `write(file)` fill a temporary file beside `path`, then move it there: a reader sees the old file or the new one.
+    """Let `write(file)` fill a temporary file beside `path`, then move it to `path`: a reader sees the old file or the new one, whole.
 
-    With `keep_as`, the old file is moved there first.
+    keep_as: a path to which the old file is moved first.
     """
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -132,7 +132,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object], keep_as: Path 
                 os.unlink(file.name)
                 raise
     except (OSError, RuntimeError) as error:
-        # torch.save makes a RuntimeError of its archive writer of what kept it from writing
+        # whatever keeps torch.save from writing, its archive writer raises as a RuntimeError, with the cause as context
         cause = error.__context__ if isinstance(error.__context__, OSError | KeyboardInterrupt) else error
         if isinstance(cause, KeyboardInterrupt):
             raise KeyboardInterrupt from None

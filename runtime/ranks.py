@@ -1,7 +1,7 @@
 """Several processes: rank 0 holds the federation and alone writes, the others train the clients that it sends them.
 
-`torchrun` starts them, and without it there is rank 0 alone. What travels is what a client trains from and what became of it, so a rank
-needs nothing but the images: gloo carries it between CPUs, nccl between GPUs.
+`torchrun` starts them, and without it there is rank 0 alone. A client's networks travel to a rank before its training and back after it,
+by gloo between CPUs and by nccl between GPUs. Of everything else, a rank needs only the images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from runtime.cli import RANK, InputError, first_line
 
 COUNT = int(os.environ.get("WORLD_SIZE", 1))
-ORDER = 3  # whole numbers that tell a rank what to train: round, client, whether the client joins
+JOB = 3  # a job is so many whole numbers, which tell a rank what to train: round, client, whether the client joins
 STOP = -1
 Turn = TypeVar("Turn")
 
@@ -33,7 +33,7 @@ class Trainable(Protocol):
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes, if there are any, each with a GPU of its own; at the end rank 0 dismisses them."""
+    """Join the other processes, if there are any, each with a GPU of its own; at the end rank 0 tells them to stop."""
     if COUNT == 1:
         yield
         return
@@ -44,7 +44,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
         for rank in range(1, COUNT) if RANK == 0 else ():
-            send([torch.tensor([STOP] + [0] * (ORDER + 1), device=device)], rank)
+            transfer(distributed.send, [torch.tensor([STOP] + [0] * (JOB + 1), device=device)], rank)
     finally:
         distributed.destroy_process_group()
 
@@ -54,54 +54,47 @@ def train_all(
 ) -> Iterator[tuple[Turn, float, Tensor]]:
     """Train every turn, one on each rank at a time, and yield them in their order with the loss and what the client shares.
 
-    load: fills the networks with what a turn starts from, and returns its order. train: takes the order and trains the networks.
-    When a turn is yielded, the networks hold what became of it.
+    load: fills the networks with what a turn starts from, and returns its job. train: does the job, which changes the networks.
+    When a turn is yielded, the networks hold what it trained.
     """
     for first in range(0, len(turns), COUNT):
         wave = turns[first : first + COUNT]
         for rank, turn in reversed(list(enumerate(wave))):  # this rank's own turn is loaded last, and stays in the networks
-            order = load(turn)
+            job = load(turn)
             if rank:
-                header = torch.tensor([*order, *trainable.shared.shape], device=trainable.shared.device)
-                send([header, *trainable.networks(), trainable.shared], rank)
+                header = torch.tensor([*job, *trainable.shared.shape], device=trainable.shared.device)
+                transfer(distributed.send, [header, *trainable.networks(), trainable.shared], rank)
         for rank, turn in enumerate(wave):
-            yield turn, *(receive_result(rank, trainable) if rank else train(*order))
+            yield turn, *(receive_result(rank, trainable) if rank else train(*job))
 
 
 def receive_result(rank: int, trainable: Trainable) -> tuple[float, Tensor]:
-    """Take what a rank trained into the networks; returns the loss and what the client shares."""
+    """Receive what a rank trained into the networks; returns the loss and what the client shares."""
     result = torch.empty(3, dtype=torch.float64, device=trainable.shared.device)
-    receive([result, *trainable.networks()], rank)
+    transfer(distributed.recv, [result, *trainable.networks()], rank)
     loss, *shape = result.tolist()
     share = trainable.shared.new_empty([int(size) for size in shape])
-    receive([share], rank)
+    transfer(distributed.recv, [share], rank)
     return loss, share
 
 
 def serve(train: Callable[..., tuple[float, Tensor]], trainable: Trainable) -> None:
     """The other ranks' work: train what rank 0 sends, until it sends no more."""
-    header = torch.empty(ORDER + 2, dtype=torch.int64, device=trainable.shared.device)
+    header = torch.empty(JOB + 2, dtype=torch.int64, device=trainable.shared.device)
     while True:
-        receive([header], 0)
-        order, shape = header[:ORDER].tolist(), header[ORDER:].tolist()
-        if order[0] == STOP:
+        transfer(distributed.recv, [header], 0)
+        job, shape = header[:JOB].tolist(), header[JOB:].tolist()
+        if job[0] == STOP:
             return
         trainable.shared = trainable.shared.new_empty(shape)
-        receive([*trainable.networks(), trainable.shared], 0)
-        loss, share = train(*order)
+        transfer(distributed.recv, [*trainable.networks(), trainable.shared], 0)
+        loss, share = train(*job)
         result = torch.tensor([loss, *share.shape], dtype=torch.float64, device=header.device)
-        send([result, *trainable.networks(), share], 0)
-
-
-def send(tensors: list[Tensor], rank: int) -> None:
-    transfer(distributed.send, tensors, rank)
-
-
-def receive(tensors: list[Tensor], rank: int) -> None:
-    transfer(distributed.recv, tensors, rank)
+        transfer(distributed.send, [result, *trainable.networks(), share], 0)
 
 
 def transfer(send_or_receive: Callable[[Tensor, int], object], tensors: list[Tensor], rank: int) -> None:
+    """Send tensors to a rank, or receive them from it; an empty one does not travel. Raises InputError if the rank has ended."""
     try:
         for tensor in tensors:
             if tensor.numel():

@@ -1,4 +1,4 @@
-"""The run folder: what was run (config.json), what happened (metrics.jsonl), and where it can go on (checkpoint.pt).
+"""The run folder: what was run (config.json), what happened (metrics.jsonl), and from where it can be resumed (checkpoint.pt).
 
 Every file appears whole or not at all. docs/run-folder.md describes them for their readers.
 """
@@ -30,31 +30,6 @@ from runtime.device import describe_device
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin", "encoder.pt")
 RUN_FILES += ("divergence.png", "eval.jsonl")
-
-
-# ------------------------------------------------------------------------------------------------- runs that are there
-
-
-def find_runs(root: Path = Path("runs")) -> list[Path]:
-    """The finished runs under `root`, newest first."""
-    runs = sorted((p.parent for p in root.rglob("encoder.pt")), key=lambda run: (run / "encoder.pt").stat().st_mtime, reverse=True)
-    if not runs:
-        raise InputError(f"there is no finished run under {root}/: train one with `python fedu.py`, or name its folder")
-    return runs
-
-
-def runs_among(paths: list[Path]) -> list[Path]:
-    """The run folders that are named, or lie in folders that are, each once.
-
-    Passes over what else a shell's `*` names, and says so of folders. Raises InputError if a path does not exist, or none holds a run.
-    """
-    found = {path: sorted(config.parent for config in path.rglob("config.json")) for path in paths}
-    for path in paths:
-        if not found[path] and (not path.exists() or not any(found.values())):
-            raise InputError(f"{path} is not a run folder: it has no config.json")
-        if not found[path] and path.is_dir():
-            print(f"{path} holds no run and was passed over", file=sys.stderr)
-    return list(dict.fromkeys(run for path in paths for run in found[path]))
 
 
 def read_config(run: Path) -> dict:
@@ -112,7 +87,7 @@ def interrupts_on_sigterm() -> Iterator[None]:
 def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> dict:
     """Begin a run in its folder; returns its config.
 
-    A folder in use is refused unless `overwrite`, which removes a former run's files and no others.
+    A folder that is not empty is refused unless `overwrite`, which removes a former run's files and no others.
     """
     config = {
         "options": options,
@@ -132,7 +107,7 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) ->
 
 
 def holds_run(out: Path, overwrite: bool) -> bool:
-    """Whether a former run is there, to be replaced. Raises InputError if there is something that must not be replaced."""
+    """Whether the folder holds a run, which is to be replaced. Raises InputError if it holds anything that must not be replaced."""
     with os_errors(f"--out {out} cannot be used"):
         if not out.is_dir() or not any(out.iterdir()):
             return False
@@ -151,7 +126,7 @@ def reopen_run(out: Path) -> dict:
 
 
 def describe_code() -> dict:
-    """What the program is: a hash over the sources that can change a result, and git's commit where there is one."""
+    """The code that runs: a hash over the sources that can change a result, and git's commit if there is one."""
     here = Path(__file__).parent.parent
     sources = sorted(p for p in (*here.glob("*.py"), *here.glob("runtime/*.py"), *here.glob("ops/*")) if p.is_file())
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
@@ -160,7 +135,7 @@ def describe_code() -> dict:
 
 
 def write_config(out: Path, config: dict) -> None:
-    """config.json: what was run, by which code, on what. On --resume it stays as it was at the start, except for the seconds."""
+    """Write config.json: the options, the code and the device. On --resume it stays as it was at the start, except for the seconds."""
     write_atomic(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode() + b"\n"))
 
 
@@ -168,29 +143,24 @@ def write_metrics(out: Path, metrics: list[dict]) -> None:
     write_atomic(out / "metrics.jsonl", lambda file: file.write("".join(json.dumps(row) + "\n" for row in metrics).encode()))
 
 
-class Progress:
+class Progress(tqdm):
     """A bar of a round's steps where there is a terminal; after the first steps, `announce` gets an estimate of the round's seconds."""
 
     def __init__(self, title: str, steps: int, announce: Callable[[float], None] | None = None):
-        self.bar = tqdm(total=steps, desc=title, unit="step", leave=False, disable=not sys.stderr.isatty())
+        super().__init__(total=steps, desc=title, unit="step", leave=False, disable=not sys.stderr.isatty())
         self.steps, self.done, self.announce = steps, 0, announce
 
     def update(self) -> None:
         """Count a step."""
-        self.bar.update()
+        super().update()
         self.done += 1
         if self.done == 1:  # which warms up
             self.warm = time.perf_counter()
         passed = time.perf_counter() - self.warm
         if self.announce and self.done > 2 and passed > 1:
+            self.clear()  # else the announcement would stand behind the bar
             self.announce(passed / (self.done - 1) * self.steps)
             self.announce = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

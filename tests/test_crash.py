@@ -15,7 +15,7 @@ KILLS = int(os.environ.get("FEDU_KILLS", 3))
 
 
 def contents(run) -> tuple[list[dict], list[torch.Tensor], list[dict]]:
-    """All that a run leaves but the seconds: metrics, encoder, the clients' and the server's state."""
+    """All that a run leaves, apart from the seconds: metrics, encoder, the state of clients and server."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (encoder,) = torch.load(run / "encoder.pt", weights_only=True)["encoders"]
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import refused, run
 from PIL import Image
 
 import data
@@ -251,3 +251,8 @@ def test_an_image_folder_is_resized(tmp_path):
     options = ["--dataset", str(tmp_path / "images"), "--image-size", "16", "--encoder", "tiny", "--method", "central", "--rounds", "1"]
     result = run(tmp_path / "run", *options, "--batch-size", "4", "--ema-decay", "0.9", "--clients", "2", "--data-root", str(tmp_path))
     assert result["metrics"][0]["num_examples"] == [8]
+
+
+@pytest.mark.parametrize("arguments, words", [([], "got 0 arguments, wants FOLDER"), (["absent"], "absent/train-images-idx3-ubyte.gz")])
+def test_making_fashion_without_its_files_is_refused(command, tmp_path, arguments, words):
+    assert refused(command("assets/make_fashion.py", *arguments, cwd=tmp_path), words)

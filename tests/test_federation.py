@@ -28,7 +28,7 @@ def test_a_dropped_client_is_as_it_was(tiny, tmp_path):
 
 
 def test_single_never_communicates(tiny, npz, tmp_path):
-    """Other images at client 1 change nothing at client 0, and no byte is counted."""
+    """With other images at client 1, client 0 trains the same encoder; no byte of traffic is counted."""
     alone = run(tmp_path / "a", *tiny, "--method", "single")
     assert all(row["upload_bytes"] == row["download_bytes"] == 0 for row in alone["metrics"])
     arrays = dict(np.load(npz))

@@ -36,7 +36,7 @@ class Vectors:
 def aggregate_all(
     uploads: list[torch.Tensor], num_examples: list[int], model: torch.Tensor, segments: torch.Tensor, rows: int | None = None
 ) -> tuple[torch.Tensor, list[float], int]:
-    """The server's mean of the uploads, each one's divergence, and the rows of the matrix that they passed through."""
+    """The server's mean of the uploads, the divergence of each client, and the number of rows that the matrix of uploads had."""
     options = Options(divergence="squared", mu=1)
     memory = fedu.UPLOAD_MEMORY if rows is None else rows * model.nbytes
     clients = [Client(k, torch.arange(n)) for k, n in enumerate(num_examples)]
@@ -122,7 +122,7 @@ def test_divergence_by_hand():
 
 
 def test_divergence_of_a_network():
-    """Its four convolutions each move by a vector of norm 2, the projector's last bias by one of norm 16, and so does the predictor."""
+    """Each of the four convolutions moves by norm 2, the projector's last bias by norm 16; the predictor moves too, and does not count."""
     net = objective()
     convolutions, whole = (divergence_segments(net, kind) for kind in ("layer-mean", "squared"))
     assert len(convolutions) == 4 and len(whole) == 1
@@ -203,7 +203,7 @@ def test_fedema_mixes_by_its_divergence():
 
 
 def test_fedema_is_scaled_by_the_first_divergence_that_was_measured(tiny, tmp_path):
-    """Also of a client that was absent then, whose next model is the server's whatever it was."""
+    """Also for a client that was absent from the round after it, and so took the server's model next, whatever its divergence was."""
     run(tmp_path / "run", *tiny, "--method", "fedema", "--clients", "3", "--clients-per-round", "1", "--rounds", "6", "--seed", "2")
     metrics = load(tmp_path / "run")["metrics"]
     rounds = {k: [row for row in metrics if row["clients"] == [k]] for k in range(3)}
@@ -245,7 +245,7 @@ def test_first_participation_takes_everything_from_the_server():
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down each operation and its tensors' shapes, and asserts that all of these lie on one device."""
+    """Records each operation and its tensors' shapes, and asserts that all of these tensors lie on one device."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -260,7 +260,7 @@ class Recorder(TorchDispatchMode):
 
 
 def test_local_training_never_waits_for_the_device(monkeypatch):
-    """On the meta device any synchronisation, and any mixing with another device's tensors, raises; nothing is copied there either."""
+    """On the meta device, every synchronisation and every mixing with another device's tensors raises. Nothing is copied there either."""
     meta = torch.device("meta")
     net = objective(meta)
     images = torch.empty(40, 3, 16, 16, dtype=torch.uint8, device=meta)
@@ -276,7 +276,7 @@ def test_local_training_never_waits_for_the_device(monkeypatch):
 
 
 def test_every_step_is_the_same_sequence_of_operations(npz):
-    """Whatever the images, the draws and the state: what a CUDA graph needs. The first step differs, as SGD then makes its momentum."""
+    """A CUDA graph needs this for all images, draws and states. The first record also has what comes before the steps."""
     images = load_npz(npz).x_train
     net, steps = objective(), []
     with Recorder(CPU) as recorder:
@@ -355,7 +355,7 @@ def test_batches_are_shuffled_passes_without_the_rest():
 
 
 def test_without_decay_the_target_is_the_online_encoder(npz):
-    """So it is in a client's first round with --first-target shared."""
+    """A client's first round with --first-target shared has no decay."""
     net = objective()
     images = load_npz(npz).x_train
     for ema_decay in (0.0, 0.99):
@@ -475,7 +475,7 @@ def test_the_rarer_options_together(tiny, tmp_path):
 
 
 def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkeypatch):
-    """Client 1 of 3 gets an infinite weight in round 1: as if it had dropped out, but that the others' shares are known only later."""
+    """Client 1 of 3 gets an infinite weight in round 1. It is as if it had dropped out, up to rounding, since the mean is rescaled."""
     images = load_npz(npz)
     options = Options(**parse([*tiny, "--clients", "3", "--method", "fedema"]).given)
     training = fedu.train_client

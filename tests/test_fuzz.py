@@ -55,7 +55,7 @@ def image_file(kind: str) -> bytes:
 
 @pytest.fixture
 def readers(npz, finished, tmp_path):
-    """Name: a file as it should be, where it is read, and what reads it."""
+    """For each kind of file: an intact one, where it is read, and what reads it."""
     with np.load(npz) as arrays:
         np.savez_compressed(tmp_path / "packed.npz", **arrays)
     folder, run = tmp_path / "images", tmp_path / "run"

@@ -1,4 +1,4 @@
-"""For every input either a result that holds what it must, or one sentence."""
+"""For random input, a function returns a result with the promised properties, or refuses the input in one sentence."""
 
 import numpy as np
 import torch

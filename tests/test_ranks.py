@@ -35,7 +35,7 @@ def assert_same_runs(a: Path, b: Path) -> None:
     ],
 )
 def test_several_processes_give_the_bits_of_one(tiny, command, tmp_path, count, more):
-    """And one continues what several began, or the other way round."""
+    """Also, one process continues a run that several began, and the other way round."""
     alone = command("fedu.py", *tiny, *more, "--out", "alone", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     done = torchrun(count, *tiny, *more, "--out", "together", cwd=tmp_path)

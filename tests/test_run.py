@@ -68,7 +68,7 @@ def test_without_git_and_where_folders_cannot_be_locked(tiny, tmp_path, monkeypa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupts_name_the_command_that_continues(tiny, tmp_path, number):
-    """And while the run goes on, its folder is refused to another."""
+    """While the run goes on, its folder is refused to a second command."""
     env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, str(ROOT / "fedu.py"), *tiny, "--rounds", "999", "--out", "run"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_fragment(tiny, command, tmp_p
 
 
 def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(finished, tiny, tmp_path):
-    """A tmpfs of 16 MB holds the first round and not the second; what it holds is then continued elsewhere."""
+    """A tmpfs of 16 MB has room for the first round and not for the second; a copy of the run folder is then resumed elsewhere."""
     script = (
         f"mount -t tmpfs -o size=16m none full && {sys.executable} {ROOT / 'fedu.py'} {' '.join(tiny)} --out full/run; cp -r full/run run"
     )
@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(finished, tiny, t
 
 @pytest.mark.parametrize("cause, expected", [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left"), InputError)])
 def test_what_keeps_torch_save_from_writing_is_what_is_reported(tmp_path, cause, expected):
-    """Its archive writer makes a RuntimeError of either."""
+    """torch.save raises both causes as a RuntimeError of its archive writer."""
 
     class Hindered:
         def __init__(self, file):

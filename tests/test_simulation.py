@@ -1,4 +1,6 @@
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from conftest import load, objective, run
 import fedu
 import simulation
 from options import Options
-from runtime.run import RUN_FILES
+from runtime.run import RUN_FILES, Progress
 
 
 def test_run_folder(finished):
@@ -36,6 +38,17 @@ def test_a_notebook_trains_and_gets_the_run(npz, finished, tmp_path):
     assert done.folder == tmp_path / "run" and [row["round"] for row in done.metrics] == [0, 1, 2]
     assert torch.equal(load(done.folder)["encoders"][0], load(finished / "runs/run")["encoders"][0])
     assert done.encoder(torch.rand(2, 3, 16, 16)).shape == (2, done.encoder.head[-1])
+
+
+def test_the_time_of_a_run_is_estimated_once_from_its_first_steps(monkeypatch, capsys):
+    """After the first step, which warms up, each takes 600 s; a round has 100 steps and the run 100 rounds."""
+    clock = iter([0, 0, 600, 1200, 1800, 2400])
+    monkeypatch.setattr("runtime.run.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with Progress("round 0", 100, partial(simulation.announce_time, Options(dataset="cifar10"))) as progress:
+        for _ in range(5):
+            progress.update()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("a round will take about 17 h here, and the run 69 days; --encoder small ")
 
 
 def test_one_seed_one_answer(tiny, finished, tmp_path):
