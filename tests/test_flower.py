@@ -457,8 +457,11 @@ class Deployment:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "FLWR_HOME": str(folder / "home"),
             "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         }  # fmt: skip
-        self.call(str(ROOT / "flower" / "certificates.sh"), "keys", "localhost", "4")
         self.address = f"127.0.0.1:{free_port()}"
+
+    def begin(self) -> None:
+        self.call(str(ROOT / "flower" / "certificates.sh"), "keys", "localhost", "4")
+        folder = self.folder
         (folder / "home").mkdir()
         (folder / "home" / "config.toml").write_text(
             f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "{self.address}"\nroot-certificates = "{folder}/keys/ca.crt"\n'
@@ -467,11 +470,16 @@ class Deployment:
         self.start("link", f"flower-superlink --port {self.address[10:]} {tls} --disable-runtime-dependency-installation")
         wait_for(lambda: "Uvicorn running" in self.log("link"))
         for k in range(3):
-            self.call("flwr", "supernode", "register", f"keys/client-{k}.pub", "local")
+            wait_for(partial(self.register, k))
         self.nodes = [self.start_node(k) for k in range(4)]
 
-    def call(self, *line: str) -> subprocess.CompletedProcess:
-        return subprocess.run(line, cwd=self.folder, env=self.environment, check=True, capture_output=True, text=True, timeout=300)
+    def call(self, *line: str, check: bool = True) -> subprocess.CompletedProcess:
+        return subprocess.run(line, cwd=self.folder, env=self.environment, check=check, capture_output=True, text=True, timeout=300)
+
+    def register(self, k: int) -> bool:
+        """Where the machine is slow, flwr gives up after two seconds, perhaps after the SuperLink has heard it."""
+        done = self.call("flwr", "supernode", "register", f"keys/client-{k}.pub", "local", check=False)
+        return done.returncode == 0 or "already in use" in done.stdout + done.stderr
 
     def start(self, name: str, line: str) -> subprocess.Popen:
         with open(self.folder / f"{name}.log", "a") as log:
@@ -526,6 +534,7 @@ def wait_for(condition, seconds: float = 120) -> None:
 def deployment(parts, tmp_path_factory):
     deployment = Deployment(tmp_path_factory.mktemp("deployment"), parts)
     try:
+        deployment.begin()
         yield deployment
     finally:
         deployment.end()
