@@ -1,8 +1,8 @@
 """A party's side of FedU on Flower: it trains on its own images, and keeps its target encoder and its predictor on its own disk.
 
 A SuperNode starts it for each message. Its `--node-config` says which client it is (`client`, from 0), where its images lie (`data`, a file
-PATH.npz or a folder; labels are not needed), and, if need be, the folder for what it keeps (`state`) and the `device`. What it sends is what
-`fedu.py` counts as upload_bytes, who it is, how many images it has, and its loss, divergence and predictor's origin of the round.
+PATH.npz or a folder; labels are not needed), and, if need be, the folder for what it keeps (`state`) and the `device`. What it sends is
+what `fedu.py` counts as upload_bytes, who it is, how many images it has, and its loss, divergence and predictor's origin of the round.
 """
 
 import json
