@@ -45,7 +45,7 @@ from runtime import ranks
 from runtime.bank import Bank
 from runtime.cli import RANK, InputError, user_errors
 from runtime.device import GRAPHS_ON, StepGraph, choose_device, keep_memory, release_memory
-from runtime.run import Progress, holds_run, open_run, reopen_run, run_folder
+from runtime.run import Progress, holds_run, open_run, reopen_run, resumable, run_folder
 from simulation import Announce, Run, describe_round, load_kernels, run_rounds, stored_options
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
@@ -391,7 +391,7 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
         if RANK:
             ranks.serve(partial(train_client, options, federation, None), federation.objective)
             return Run(out, [])
-        with run_folder(out):
+        with run_folder(out), resumable(out):
             config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite)
             bank = Bank(kept_parts(federation.objective, options), out / "bank.bin")
             make_round = partial(run_round, options, federation, bank, Uploads(federation, options))

@@ -1,13 +1,14 @@
 """A party's side of FedU on Flower: it trains on its own images, and keeps its target encoder and its predictor on its own disk.
 
 A SuperNode starts it for each message. Its `--node-config` says which client it is (`client`, from 0), where its images lie (`data`, a file
-PATH.npz or a folder; labels are not needed), and, if need be, the folder for what it keeps (`state`) and the `device`. What it uploads is
-what `fedu.py` counts as upload_bytes, and seven numbers about the round.
+PATH.npz or a folder; labels are not needed), and, if need be, the folder for what it keeps (`state`) and the `device`. What it sends is
+what `fedu.py` counts as upload_bytes, who it is, how many images it has, and its loss, divergence and predictor's origin of the round.
 """
 
 import json
 import math
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,13 +29,22 @@ from runtime.run import load_checkpoint, save_checkpoint
 METHODS = ("fedu", "fedbyol", "fedema")
 
 
+class Told(InputError):
+    """A mistake whose sentence the server reads too. Its cause, if any, has the sentence for the party, which may name files."""
+
+
 def answer(message: Message, context: Context, call_next) -> Message:
-    """Say what the party can mend in one sentence, here and to the server, which goes on without it."""
+    """Say here what is wrong, and tell the server, which goes on without this client, what a `Told` says and nothing else."""
     try:
         return call_next(message, context)
+    except Told as error:
+        here, there = error.__cause__ or error, str(error)
     except InputError as error:
-        print(f"client {context.node_config.get('client')}: error: {error}", file=sys.stderr, flush=True)
-        return Message(Error(code=2, reason=str(error)), reply_to=message)
+        here, there = error, "its own log says why"
+    except Exception:  # whose text may hold anything
+        here, there = traceback.format_exc(), "its own log says why"
+    print(f"client {context.node_config.get('client')}: error: {here}", file=sys.stderr, flush=True)
+    return Message(Error(code=2, reason=there), reply_to=message)
 
 
 app = ClientApp(mods=[answer])
@@ -62,7 +72,7 @@ def train(message: Message, context: Context) -> Message:
     client, images = open_client(context, options, config)
     received = torch.from_numpy(message.content["model"]["model"].numpy()).to(images.device)
     state = Path(str(context.node_config.get("state", "fedu-state"))).expanduser()
-    folder = state / Path(config["run"]).name / f"client-{client.id}"  # the name alone: the server does not choose where this writes
+    folder = state / config["run"] / f"client-{client.id}"
     turn, upload = take_turn(client, images, received, options, config["round"], config["last-round"], folder)
     divergence = math.nan if client.divergence is None else client.divergence  # of an upload that is not finite
     told = {"loss": turn.loss, "divergence": divergence, "predictor": turn.update.predictor, "own-share": turn.update.own_share}
@@ -84,7 +94,7 @@ def take_turn(
     (server,), objective = federation.servers, federation.objective
     sent = fedu.num_exchanged(objective, options)
     if len(received) != sent:
-        raise InputError(f"the server sent a network of {len(received)} numbers, that of --encoder {options.encoder} has {sent} here")
+        raise Told(f"the server sent a network of {len(received)} numbers, that of --encoder {options.encoder} has {sent} here")
     with os_errors(f"the state folder {folder} cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"{folder} is in use by another SuperNode: give each client a folder of its own"):
@@ -119,13 +129,15 @@ def recall(federation: Federation, bank: Bank, folder: Path, last_round: int) ->
 
 
 def read_options(config: ConfigRecord, context: Context) -> Options:
-    """The server's options, on this client's device. Raises InputError for one that would let private networks leave."""
+    """The server's options, on this client's device. Raises Told for one that is wrong, or would let private networks leave."""
     try:
         options = replace(Options(**json.loads(config["options"])), device=context.node_config.get("device", "auto"))
     except TypeError as error:
-        raise InputError(f"the server's options are not known here ({first_line(error)}), its code is of another version") from None
+        raise Told(f"the server's options are not known here ({first_line(error)}), its code is of another version") from None
+    except InputError as error:
+        raise Told(f"the server's options are wrong: {error}") from None
     if options.method not in METHODS or options.aggregate != "online":
-        raise InputError(f"the server wants --method {options.method} --aggregate {options.aggregate}, which this client does not upload")
+        raise Told(f"the server wants --method {options.method} --aggregate {options.aggregate}, which this client does not upload")
     return options
 
 
@@ -134,10 +146,15 @@ def open_client(context: Context, options: Options, config: ConfigRecord) -> tup
     keep_memory()
     node = context.node_config
     if missing := {"client", "data"} - node.keys():
-        raise InputError(f"--node-config has no {min(missing)}; it wants at least 'client=0 data=\"PATH\"'")
+        raise Told(f"--node-config has no {min(missing)}; it wants at least 'client=0 data=\"PATH\"'")
     if not isinstance(node["client"], int) or not 0 <= node["client"] < options.clients:
-        raise InputError(f"--node-config got client={node['client']}; the federation has the clients 0 to {options.clients - 1}")
-    images = load_unlabelled(Path(str(node["data"])).expanduser(), config["image-size"]).to(choose_device(options.device))
-    if len(images) < options.batch_size:
-        raise InputError(f"{node['data']} has {len(images)} images, a batch wants {options.batch_size}")
+        raise Told(f"--node-config got client={node['client']}; the federation has the clients 0 to {options.clients - 1}")
+    data = Path(str(node["data"])).expanduser()
+    try:
+        images = load_unlabelled(data, config["image-size"])
+        if len(images) < options.batch_size:
+            raise InputError(f"{data} has {len(images)} images, a batch wants {options.batch_size}")
+    except InputError as error:  # a file's name may be a patient's; what the system says, in brackets, may name one
+        raise Told(str(error).replace(str(data), "DATA").partition(" (")[0]) from error
+    images = images.to(choose_device(options.device))
     return Client(node["client"], torch.arange(len(images), device=images.device)), images

@@ -4,9 +4,14 @@ The SuperLink starts it for `flwr run`. `options` are those of the command line 
 images measure the encoder. The run folder, below where the SuperLink was started, is that of `fedu.py`, and `--resume` continues it.
 """
 
+import io
 import json
+import logging
 import secrets
 import shlex
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,9 +26,9 @@ from data import load_images
 from federation import Client, assemble
 from options import Command, Options, flag, parse
 from runtime.bank import Bank
-from runtime.cli import InputError, locked, os_errors
+from runtime.cli import InputError, number
 from runtime.device import choose_device
-from runtime.run import holds_run, open_run, reopen_run, write_config
+from runtime.run import holds_run, open_run, reopen_run, run_folder, write_config
 from simulation import load_kernels, run_rounds, stored_options
 
 IDLE = ("partition", "classes_per_client", "alpha", "dropout", "log")  # options of the simulation alone
@@ -31,11 +36,24 @@ IDLE = ("partition", "classes_per_client", "alpha", "dropout", "log")  # options
 app = ServerApp()
 
 
+def one_sentence(record: logging.LogRecord) -> bool:
+    """A filter of Flower's log. Of an InputError, which ends the run as failed, it leaves the sentence, without a traceback."""
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, InputError):
+        record.msg, record.args, record.exc_info = f"error: {error}", (), None
+    return not record.getMessage().startswith("Exit Code: 201")  # "an unhandled exception", after what the exception was
+
+
+logging.getLogger("flwr").addFilter(one_sentence)
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """All rounds of a run, from the first one or from its checkpoint. Raises InputError for options that cannot be used here."""
     command = read_command(str(context.run_config["options"]))
     options = stored_options(command.resume, {}) if command.resume else Options(**command.given)
+    least = read_number(context, "min-clients", number(int, 0, options.clients)) or options.clients
+    timeout = read_number(context, "timeout", number(float, 0, open_low=True))
     out = command.resume or command.out or Path("runs") / f"flower-{options.method}-{options.clients}clients-s{options.seed}"
     if not command.resume:
         holds_run(out, command.overwrite)
@@ -45,28 +63,29 @@ def main(grid: Grid, context: Context) -> None:
     unknown = torch.empty(0, device="meta")  # how many images each client has, it tells when it comes
     everyone = [Client(k, unknown) for k in range(options.clients)]
     federation = assemble(options, [everyone], images.x_train, images.y_train)
-    with os_errors(f"--out {out} cannot be made"):
-        out.mkdir(parents=True, exist_ok=True)
-    with locked(out, f"{out} is in use by another run: wait for it, or choose another --out"):
+    with run_folder(out):
         if command.resume:
-            config = reopen_run(out)
+            config = reopen_run(out, parties=True)
         else:
             given = f"options={json.dumps(context.run_config['options'])}"
             config = open_run(out, asdict(options), device, command.overwrite)
             config |= {"command": shlex.join(["flwr", "run", "flower", "--run-config", given]), "run": secrets.token_hex(8)}
             write_config(out, config)
-        least = int(context.run_config["min-clients"]) or options.clients
-        strategy = FedU(options, federation, config["run"], least, float(context.run_config["timeout"]))
+        strategy = FedU(options, federation, config["run"], least, timeout)
         strategy.roll_call(grid, set(range(options.clients)))
         run_rounds(options, out, config, federation, images, Bank({}), partial(strategy.make_round, grid), bool(command.resume))
 
 
 def read_command(text: str) -> Command:
     """What `options` says. Raises InputError for what `fedu.py` would refuse, and for what has no meaning between parties."""
+    said = io.StringIO()
     try:
-        command = parse(shlex.split(text))
+        with redirect_stderr(said):
+            command = parse(shlex.split(text))
+    except ValueError as error:
+        raise InputError(f"--run-config got options={text!r}: {error}") from None
     except SystemExit:
-        raise InputError(f"--run-config got options={text!r}; the line above says what is wrong with it") from None
+        raise InputError(said.getvalue().partition("error: ")[2].strip() or "--help starts no run") from None
     if idle := [name for name in IDLE if name in command.given]:
         raise InputError(f"{flag(idle[0])} changes nothing between parties, which have images, and failures, of their own")
     if command.given.get("aggregate") == "target":
@@ -76,3 +95,11 @@ def read_command(text: str) -> Command:
     if command.given.get("method", METHODS[0]) not in METHODS:
         raise InputError(f"--method got {command.given['method']}, between parties it wants one of {', '.join(METHODS)}")
     return command
+
+
+def read_number(context: Context, name: str, convert: Callable[[str], float]) -> float:
+    """A number of `--run-config`. Raises InputError if it is none, or out of range."""
+    try:
+        return convert(str(context.run_config[name]))
+    except ArgumentTypeError as error:
+        raise InputError(f"--run-config {name} {error}") from None

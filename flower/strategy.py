@@ -104,7 +104,8 @@ class FedU(FedAvg):
             print(f"node {node} was refused: client {client} is node {self.nodes[client]}", file=sys.stderr, flush=True)
             return
         self.nodes[client], self.clients[client].indices = node, torch.empty(count, device="meta")
-        print(f"client {client} is node {node} and has {count} images", flush=True)
+        here = f"{len(self.nodes)} here, a round waits for {self.min_available_nodes}"
+        print(f"client {client} is node {node} and has {count} images ({here})", flush=True)
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """A message for each client that is drawn and connected. Flower counts rounds from 1, `fedu.py` from 0."""

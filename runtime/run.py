@@ -57,17 +57,23 @@ def read_metrics(run: Path) -> list[dict]:
 
 @contextmanager
 def run_folder(out: Path) -> Iterator[None]:
-    """Hold the run folder for this process alone, and end on SIGTERM as on Ctrl-C: with the command that continues the run."""
+    """Hold the run folder for this process alone."""
     with os_errors(f"--out {out} cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
-    with locked(out, f"{out} is in use by another fedu.py: wait for it, or choose another --out"):
+    with locked(out, f"{out} is in use by another run: wait for it, or choose another --out"):
         for fragment in (path for name in RUN_FILES for path in out.glob(f".{name}.*")):
             fragment.unlink()  # of a run that was killed while it wrote
-        with interrupts_on_sigterm():
-            try:
-                yield
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"continue with `python fedu.py --resume {shlex.quote(str(out))}`") from None
+        yield
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C: with the command that continues the run."""
+    with interrupts_on_sigterm():
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"continue with `python fedu.py --resume {shlex.quote(str(out))}`") from None
 
 
 @contextmanager
@@ -117,9 +123,11 @@ def holds_run(out: Path, overwrite: bool) -> bool:
     return True
 
 
-def reopen_run(out: Path) -> dict:
-    """The config of a run that was begun; says so on stderr if other code began it."""
+def reopen_run(out: Path, parties: bool = False) -> dict:
+    """The config of a run that was begun, `parties`: between parties, by Flower; says so on stderr if other code began it."""
     config = read_config(out)
+    if ("run" in config) != parties:  # its name at the parties, which have the clients' networks
+        raise InputError(f"{out} was begun by {'fedu.py' if parties else 'flwr run'}, which alone can go on with it")
     if config.get("source") != describe_code()["source"]:
         print(f"{out} was begun by other code, commit {config.get('commit')}: the rest may differ from what that gave", file=sys.stderr)
     return config

@@ -26,6 +26,7 @@ import client_app
 import server_app
 import strategy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 import fedu
@@ -33,7 +34,7 @@ from data import load_images, load_unlabelled, partition
 from federation import build_objective
 from options import Options, parse
 from runtime.cli import InputError
-from runtime.run import read_config, read_metrics
+from runtime.run import read_config, read_metrics, write_config
 
 RECIPE = "--encoder small --clients 3 --rounds 3 --local-epochs 1 --batch-size 8 --lr 0.05 --knn-every 3 --device cpu"
 FEDU = f"{RECIPE} --mu 0.45"  # of which both decisions come
@@ -166,31 +167,68 @@ def contains(data: bytes, pieces: set[bytes]) -> bool:
     return False
 
 
+def wire(message: Message) -> bytes:
+    """All that Flower sends of a message."""
+    return b"".join(part.deflate() for part in get_all_nested_objects(message).values())
+
+
 @pytest.mark.parametrize("predictor", ["dapu", "local"])
-def test_nothing_private_leaves_a_client(npz, grid, tmp_path, predictor):
-    """Looked for in the bytes of every reply: the images, and what the clients keep on their disks."""
+def test_nothing_private_leaves_a_client(npz, parts, grid, tmp_path, capfd, monkeypatch, predictor):
+    """Looked for in the bytes of every reply of each kind: images, what clients keep on their disks, and the names of their files."""
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "miller.png").write_bytes(b"no image")
+    wrong = {(1, 100): {"state": str(npz)}, (2, 100): {"data": "a folder (of miller's).npz"}, (2, 102): {"data": str(tmp_path / "scans")}}
+    looks = []
+
+    def fail(message: Message, answer) -> Message:
+        looks.append((message.content["config"]["round"], message.metadata.dst_node_id))
+        if looks[-1] == (1, 101) and looks.count((1, 101)) < 4:  # it takes long, and is asked whether it is alive
+            return BUSY
+        if looks[-1] == (1, 102):  # an error that nobody expected
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(client_app, "load_unlabelled", lambda path, size: (tmp_path / "miller" / path.name).read_bytes())
+                return answer()
+        config = grid.contexts[message.metadata.dst_node_id].node_config | wrong.get(looks[-1], {})
+        return client_app.app(message, Context(1, message.metadata.dst_node_id, config, RecordDict(), {}))
+
+    grid.fault = fail
     grid.serve(f"{RECIPE} --predictor {predictor} --dataset {npz} --out run")
     objective = build_objective(Options(**read_config(tmp_path / "run")["options"]), torch.empty(0), torch.device("cpu"))
     sizes = [len(objective.parts["target"]), len(objective.parts["predictor"])]
     rows = [np.fromfile(path, np.float32).reshape(-1, sum(sizes)) for path in (tmp_path / "state").glob("*/*/bank.bin")]
     assert len(rows) == 3
-    images = pieces_of(image for context in grid.contexts.values() for image in np.load(context.node_config["data"])["x_train"])
-    targets = pieces_of(row[: sizes[0]] for kept in rows for row in kept)
-    predictors = pieces_of(row[sizes[0] :] for kept in rows for row in kept)
-    assert min(len(images), len(targets), len(predictors)) > 60
+    images = [image for path in parts for image in np.load(path)["x_train"]]
+    private = {
+        "images": images + [image.transpose(2, 0, 1) for image in images],  # as in the file, and as they are trained on
+        "targets": [row[: sizes[0]] for kept in rows for row in kept],
+        "predictors": [row[sizes[0] :] for kept in rows for row in kept],
+    }
+    pieces = {name: pieces_of(tensors) for name, tensors in private.items()}
+    assert min(map(len, pieces.values())) > 60
 
     replies = [message for message in grid.messages if message.metadata.dst_node_id == 1]
-    assert len(replies) == 3 + 9
-    sent = b""
-    for reply in replies:
-        if reply.metadata.message_type == MessageType.QUERY:
-            assert list(reply.content) == ["client"] and set(reply.content["client"]) == {"id", "num-examples"}
-            continue
-        assert set(reply.content) == {"model", "turn"} and list(reply.content["model"]) == ["model"]
-        assert set(reply.content["turn"]) <= {"loss", "divergence", "predictor", "own-share", "decided-on"}
-        sent += reply.content["model"]["model"].data
-    assert not contains(sent, images) and not contains(sent, targets)
-    assert contains(sent, predictors) == (predictor == "dapu")  # which is shared by DAPU
+    kinds = [(reply.metadata.message_type, reply.has_error()) for reply in replies]
+    expected = {("query", False): 3, (strategy.ALIVE, False): 1, ("train", False): 5, ("train", True): 4}
+    assert {kind: kinds.count(kind) for kind in kinds} == expected
+    for reply in (reply for reply in replies if reply.has_content()):
+        told = reply.content.pop("turn", {})
+        assert set(told) <= {"loss", "divergence", "predictor", "own-share", "decided-on"}
+        if model := reply.content.pop("model", {}):
+            assert list(model) == ["model"] and model["model"].numpy().shape == (sizes[0] + sizes[1] * (predictor == "dapu"),)
+            reply.content["model"] = model
+        else:
+            assert {name: set(record) for name, record in reply.content.items()} in ({}, {"client": {"id", "num-examples"}})
+    sent = b"".join(map(wire, replies))
+    assert not contains(sent, pieces["images"]) and not contains(sent, pieces["targets"])
+    assert contains(sent, pieces["predictors"]) == (predictor == "dapu")  # which is shared by DAPU
+    for name, tensors in private.items():  # the search does find what is there
+        assert contains(sent + b"odd" + np.ascontiguousarray(tensors[-1]).tobytes(), pieces[name])
+
+    said, names = capfd.readouterr().err, [str(tmp_path), str(npz.parent), str(parts[0].parent), "miller"]
+    assert all(name in said for name in names[:2] + names[3:]), said  # by the clients, of which the server reads:
+    assert not any(name.encode() in sent for name in names)
+    for sentence in ("its own log says why", "data set DATA does not exist", "DATA holds an image that cannot be read"):
+        assert f"was left out: {sentence}\n" in said and sentence.encode() in sent
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -273,10 +311,10 @@ def test_what_a_client_has_to_mend_is_said_there_and_at_the_server_and_the_other
     grey.mkdir()
     good = [{"client": k, "data": str(parts[k])} for k in range(2)]
     wrong = {
-        "few.npz has 7 images, a batch wants 8": {"client": 2, "data": str(few)},
-        "large.npz: x_train is 32 pixels wide, the federation's images are 16": {"client": 2, "data": str(large)},
-        "absent.npz does not exist": {"client": 2, "data": "absent.npz"},
-        "neither a file PATH.npz nor a folder with images": {"client": 2, "data": str(grey)},
+        "DATA has 7 images, a batch wants 8": {"client": 2, "data": str(few)},
+        "DATA: x_train is 32 pixels wide, the federation's images are 16": {"client": 2, "data": str(large)},
+        "data set DATA does not exist": {"client": 2, "data": "absent.npz"},
+        "DATA is neither a file PATH.npz nor a folder with images": {"client": 2, "data": str(grey)},
         "--node-config has no client": {"data": str(parts[2])},
         "--node-config got client=3; the federation has the clients 0 to 2": {"client": 3, "data": str(parts[2])},
         "client 0 is node 100": {"client": 0, "data": str(parts[2])},
@@ -286,8 +324,10 @@ def test_what_a_client_has_to_mend_is_said_there_and_at_the_server_and_the_other
     assert read_metrics(tmp_path / "run")[0]["clients"] == [0, 1]
     said = capfd.readouterr().err.splitlines()
     for k, sentence in enumerate(wrong):
+        config = grid.contexts[102 + k].node_config
         assert any(f"node {102 + k} was refused:" in line and sentence in line for line in said), sentence
-        assert sentence.startswith("client 0") or any(line.startswith("client ") and sentence in line for line in said), sentence
+        at_client = f"client {config.get('client')}: error: {sentence.replace('DATA', str(config['data']))}"
+        assert sentence.startswith("client 0") or any(line.startswith(at_client) for line in said), at_client
 
 
 def test_a_client_of_another_architecture_is_left_out(npz, grid, tmp_path, capfd):
@@ -335,7 +375,9 @@ def test_a_client_whose_state_is_lost_says_so_and_begins_anew(npz, grid, tmp_pat
         ("--aggregate target", "target encoders do not leave the parties"),
         ("--resume run --seed 1", "--resume run continues with the options that the run has, and got --seed"),
         ("--partition iid", "--partition changes nothing between parties"),
-        ("--mu x", "says what is wrong with it"),
+        ("--lr -1", "--lr: got '-1', wants a number above 0"),
+        ("--lr '1", '--run-config got options="--lr \'1": No closing quotation'),
+        ("--help", "--help starts no run"),
         ("--dataset absent.npz", "absent.npz does not exist"),
         ("--resume absent", "absent is not a run folder"),
     ],
@@ -343,6 +385,32 @@ def test_a_client_whose_state_is_lost_says_so_and_begins_anew(npz, grid, tmp_pat
 def test_options_that_the_server_refuses(grid, text, sentence):
     with pytest.raises(InputError, match=re.escape(sentence)):
         grid.serve(text)
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        ({"min_clients": 4}, "--run-config min-clients got '4', wants a whole number of at least 0 and at most 3"),
+        ({"timeout": "soon"}, "--run-config timeout got 'soon', wants a number above 0"),
+    ],
+)
+def test_numbers_that_the_server_refuses(npz, grid, config, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        grid.serve(f"{FEDU} --dataset {npz}", **config)
+
+
+def test_runs_that_the_server_does_not_resume(npz, grid, tmp_path):
+    """One by a version with other options, and one of fedu.py; nor does fedu.py resume one of the server's."""
+    grid.serve(f"{FEDU} --rounds 1 --dataset {npz} --out run")
+    with pytest.raises(InputError, match="run was begun by flwr run, which alone can go on with it"):
+        fedu.resume(tmp_path / "run")
+    config = read_config(tmp_path / "run")
+    write_config(tmp_path / "run", config | {"options": config["options"] | {"warm_up": 3}})
+    with pytest.raises(InputError, match="run was begun by a version that had the option --warm-up: train it again with --overwrite"):
+        grid.serve("--resume run")
+    simulate(npz, tmp_path / "simulated", f"{FEDU} --rounds 1")
+    with pytest.raises(InputError, match="simulated was begun by fedu.py, which alone can go on with it"):
+        grid.serve("--resume simulated")
 
 
 @pytest.mark.parametrize(
@@ -389,8 +457,11 @@ class Deployment:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "FLWR_HOME": str(folder / "home"),
             "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         }  # fmt: skip
-        self.call(str(ROOT / "flower" / "certificates.sh"), "keys", "localhost", "4")
         self.address = f"127.0.0.1:{free_port()}"
+
+    def begin(self) -> None:
+        self.call(str(ROOT / "flower" / "certificates.sh"), "keys", "localhost", "4")
+        folder = self.folder
         (folder / "home").mkdir()
         (folder / "home" / "config.toml").write_text(
             f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "{self.address}"\nroot-certificates = "{folder}/keys/ca.crt"\n'
@@ -399,11 +470,16 @@ class Deployment:
         self.start("link", f"flower-superlink --port {self.address[10:]} {tls} --disable-runtime-dependency-installation")
         wait_for(lambda: "Uvicorn running" in self.log("link"))
         for k in range(3):
-            self.call("flwr", "supernode", "register", f"keys/client-{k}.pub", "local")
+            wait_for(partial(self.register, k))
         self.nodes = [self.start_node(k) for k in range(4)]
 
-    def call(self, *line: str) -> subprocess.CompletedProcess:
-        return subprocess.run(line, cwd=self.folder, env=self.environment, check=True, capture_output=True, text=True, timeout=300)
+    def call(self, *line: str, check: bool = True) -> subprocess.CompletedProcess:
+        return subprocess.run(line, cwd=self.folder, env=self.environment, check=check, capture_output=True, text=True, timeout=300)
+
+    def register(self, k: int) -> bool:
+        """Where the machine is slow, flwr gives up after two seconds, perhaps after the SuperLink has heard it."""
+        done = self.call("flwr", "supernode", "register", f"keys/client-{k}.pub", "local", check=False)
+        return done.returncode == 0 or "already in use" in done.stdout + done.stderr
 
     def start(self, name: str, line: str) -> subprocess.Popen:
         with open(self.folder / f"{name}.log", "a") as log:
@@ -458,6 +534,7 @@ def wait_for(condition, seconds: float = 120) -> None:
 def deployment(parts, tmp_path_factory):
     deployment = Deployment(tmp_path_factory.mktemp("deployment"), parts)
     try:
+        deployment.begin()
         yield deployment
     finally:
         deployment.end()
@@ -469,6 +546,17 @@ def test_three_processes_give_the_bits_of_the_simulation(npz, deployment, tmp_pa
     assert_same(run, simulate(npz, tmp_path / "simulated"))
     done = command("eval.py", run, "--device", "cpu", "--epochs", "2", cwd=tmp_path)
     assert done.returncode == 0 and "linear" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_wrong_option_ends_the_run_as_failed_in_one_sentence(deployment):
+    deployment.run("wrong", "--lr -1").wait(timeout=100)
+    said, sentence = deployment.log("wrong"), "argument --lr: got '-1', wants a number above 0"
+    assert f"error: {sentence}\n" in said and "Traceback" not in said and "exception" not in said.lower(), said
+    (run,) = (
+        run for run in json.loads(deployment.call("flwr", "list", "local", "--format", "json").stdout)["runs"] if run["run-id"] in said
+    )
+    assert run["status"] == "finished:failed" and run["status-details"].endswith(sentence)
 
 
 @pytest.mark.slow

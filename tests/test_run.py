@@ -78,8 +78,8 @@ def test_interrupts_name_the_command_that_continues(tiny, tmp_path, number):
         while not process.stdout.readline().startswith("      1"):
             assert process.poll() is None, process.stderr.read()
         for other, words in (
-            ([*line, "--overwrite"], "run is in use by another fedu.py"),
-            ([*line[:2], "--resume", "run"], "run is in use by another fedu.py"),
+            ([*line, "--overwrite"], "run is in use by another run"),
+            ([*line[:2], "--resume", "run"], "run is in use by another run"),
             (line, "run is not empty"),
         ):
             assert refused(subprocess.run(other, cwd=tmp_path, env=env, capture_output=True, text=True), words)
