@@ -71,7 +71,7 @@ class Turn:
     update: Update | None = None
     received: Tensor | None = None
     loss: float = math.nan
-    share: Tensor | None = None  # what it shares besides its networks, `[N, d]`
+    representations: Tensor | None = None  # that it shares besides its networks, `[N, d]`
 
     @property
     def weight(self) -> float:

@@ -2,7 +2,7 @@
 
 Clients hold unlabelled images that never leave them. In each round every selected client trains BYOL on its own images and uploads its
 online encoder and predictor, and the server averages them. A client then takes the averaged encoder, and the averaged predictor only if
-its last divergence lay below mu (DAPU). One process, or several under torchrun, simulate the whole federation.
+its last divergence was below mu (DAPU). One process, or several under torchrun, simulate the whole federation.
 
     python fedu.py                                    five clients on the embedded images, one to three minutes on two cores
     python fedu.py --dataset cifar100 --clients 5     the paper's run
@@ -58,10 +58,10 @@ UPLOAD_MEMORY = 2 << 30  # bytes for a round's uploads; larger rounds are aggreg
 def run_round(
     options: Options, federation: Federation, bank: Bank, uploads: Uploads, round_: int, announce: Announce = None
 ) -> dict:  # fmt: skip
-    """The paper's figure 2 for each client that reports: download, train, upload, aggregate. Returns the round's metrics.
+    """The paper's figure 2: download, train and upload for each client, then aggregate. Returns the round's metrics.
 
-    Changes servers and clients. announce: takes an estimate of the round's seconds after its first steps. Raises InputError if an upload
-    is not finite and the options do not let it be left out, or if none is finite.
+    Changes servers and clients. announce: takes an estimate of the round's seconds after its first steps. Raises InputError if no upload
+    is finite, or if one is not and `on_nonfinite` is `error`.
     """
     clock, objective = time.perf_counter(), federation.objective
     turns, dropped = draw_turns(federation.servers, options, round_)
@@ -74,7 +74,7 @@ def run_round(
         client, joins = turn.client, turn.client.last_round is None
         kept = bank.read(client.row) if client.row else {}
         turn.update = model_update(client, kept, turn.server.model, objective, options, federation.segments, round_)
-        turn.received = objective.online.vector.clone() if begins_apart(options) else turn.server.model
+        turn.received = objective.online.vector.clone() if starts_from_own_encoder(options) else turn.server.model
         objective.shared = turn.server.dictionary
         return round_, client.id, joins
 
@@ -84,14 +84,14 @@ def run_round(
         for turn, loss, share in ranks.train_all(turns, download, train, objective):
             client, upload = turn.client, model_upload(objective, options.aggregate, out=uploads.next_row(turn.server))
             if math.isfinite(loss) and upload.isfinite().all():
-                turn.loss, turn.share = loss, share[: METHODS[options.method].dictionary // len(turns)]
+                turn.loss, turn.representations = loss, share[: METHODS[options.method].dictionary // len(turns)]
                 uploads.add(turn)
                 if kept := kept_parts(objective, options):
                     client.row = bank.write(kept)
                 client.last_round = round_
                 reported.append(turn)
             if turn is last_turn[id(turn.server)]:
-                uploads.settle(turn.server)
+                uploads.finish(turn.server)
     reported.sort(key=lambda turn: turn.client.id)
     nonfinite = sorted({turn.client.id for turn in turns} - {turn.client.id for turn in reported})
     if nonfinite and (options.on_nonfinite == "error" or not reported):
@@ -100,22 +100,23 @@ def run_round(
     for k in nonfinite:
         print(f"round {round_}: the upload of client {k} is not finite and was left out", file=sys.stderr)
     row = describe_round(round_, cosine(options.lr, round_, options.rounds), reported, dropped, nonfinite)
-    row |= {"upload_bytes": sum(sent + turn.share.nbytes for turn in reported if exchanges(turn)), "download_bytes": download_bytes}
+    upload_bytes = sum(sent + turn.representations.nbytes for turn in reported if exchanges(turn))
+    row |= {"upload_bytes": upload_bytes, "download_bytes": download_bytes}
     return row | {"seconds": round(time.perf_counter() - clock, 2)}
 
 
 def exchanges(turn: Turn) -> bool:
-    """Whether anything travels: a client alone has nobody to exchange anything with."""
+    """Whether models travel in this turn: a server with one client has none to exchange."""
     return len(turn.server.clients) > 1
 
 
 def num_exchanged(objective: Objective, exchange: Exchange) -> int:
-    """How many numbers of a model travel: the predictor's, its last ones, stay where each client keeps its own."""
+    """How many numbers of a model travel: with `predictor=local` the predictor's, which come last, do not."""
     return len(objective.online.vector) if exchange.predictor != "local" else len(objective.parts["encoder"])
 
 
-def begins_apart(exchange: Exchange) -> bool:
-    """Whether clients begin a round with online networks of their own, and not all with the server's model."""
+def starts_from_own_encoder(exchange: Exchange) -> bool:
+    """Whether each client starts a round from an online network of its own, and not from the server's model."""
     return exchange.update in ("target", "ema")
 
 
@@ -197,9 +198,9 @@ def local_batches(indices: Tensor, epochs: int, batch_size: int, generator: torc
 def train_client(
     options: Options, federation: Federation, progress: Progress | None, round_: int, client_id: int, joins: bool
 ) -> tuple[float, Tensor]:  # fmt: skip
-    """A client's local training from what the networks hold; returns its loss and what it shares besides its networks.
+    """Train the client whose networks the objective holds; returns its loss and the representations that it shares.
 
-    joins: whether it takes part for the first time. Random numbers are keyed by (seed, round, client): the result is the same on any rank.
+    joins: whether this is the client's first round. Random numbers are keyed by (seed, round, client): the result is the same on any rank.
     """
     objective = federation.objective
     if federation.step is None:
@@ -209,7 +210,7 @@ def train_client(
     batches = local_batches(indices, options.local_epochs, options.batch_size, step.generator)
     ema_decay = 0.0 if options.first_target == "shared" and joins else options.ema_decay
     loss = local_training(step, batches, cosine(options.lr, round_, options.rounds), ema_decay, progress).item()
-    share = objective.share(METHODS[options.method].dictionary)
+    share = objective.newest_representations(METHODS[options.method].dictionary)
     release_memory()
     return loss, share
 
@@ -234,7 +235,7 @@ def kept_parts(objective: Objective, exchange: Exchange) -> dict[str, Tensor]:
     """The parts that a client keeps from round to round: those that `model_update` does not replace by the server's, or mixes in."""
     kept = {name: True for name in objective.own}
     kept["target"] = "target" in kept and exchange.update in ("online", "ema")
-    kept["encoder"] = begins_apart(exchange) or exchange.divergence_from == "global"
+    kept["encoder"] = starts_from_own_encoder(exchange) or exchange.divergence_from == "global"
     kept["predictor"] = exchange.predictor != "global"
     return {name: objective.parts[name] for name, needed in kept.items() if needed}
 
@@ -242,18 +243,18 @@ def kept_parts(objective: Objective, exchange: Exchange) -> dict[str, Tensor]:
 class Uploads:
     """Stage 3: the uploads of a round as rows of one matrix `[rows, P]`. The server's mean and every drift come from one pass over it.
 
-    So `phi = sum_k (n_k / n) theta_k` for encoder, predictor and BatchNorm's statistics alike. Where `memory`, in bytes, has room for
-    fewer rows than there are uploads, these are aggregated in tiles: the sum so far is then one more row, of weight 1. The results are
-    the same bits.
+    The mean is `phi = sum_k (n_k / n) theta_k`, of encoder, predictor and BatchNorm's statistics alike. Where `memory`, in bytes, has
+    room for fewer rows than there are uploads, these are aggregated in tiles: the sum so far is then one more row, of weight 1. The
+    results are the same bits.
     """
 
     def __init__(self, federation: Federation, options: Options, memory: int = UPLOAD_MEMORY):
         self.objective, self.exchange, self.segments = federation.objective, options, federation.segments
-        like, matrices = self.objective.online.vector, 1 + begins_apart(options)
+        like, matrices = self.objective.online.vector, 1 + starts_from_own_encoder(options)
         most = most_uploads(federation.servers, options.clients_per_round)
         rows = min(most, max(2, memory // (matrices * like.nbytes)))
         self.matrix = like.new_empty(rows, len(like))
-        self.received = torch.empty_like(self.matrix) if begins_apart(options) else None
+        self.received = torch.empty_like(self.matrix) if starts_from_own_encoder(options) else None
         self.mean = torch.empty_like(like)
         self.summed: list[Turn] = []  # whose uploads are in the sum so far
         self.waiting: list[Turn] = []  # whose uploads are in the matrix
@@ -263,14 +264,14 @@ class Uploads:
         return bool(self.summed) + len(self.waiting)
 
     def next_row(self, server: Server) -> Tensor:
-        """The row for the next upload to this server."""
+        """The row for the next upload to this server; when all are taken, their uploads are aggregated first."""
         if self.filled == len(self.matrix):
             self.aggregate(server)
             self.matrix[0] = self.mean
         return self.matrix[self.filled]
 
     def add(self, turn: Turn) -> None:
-        """Count the upload in the next row, of the turn whose trained networks the objective holds."""
+        """Accept the upload in the next row. turn: whose trained networks the objective holds."""
         if self.exchange.aggregate == "target":  # the divergence is the online encoder's, whichever is uploaded
             self.measure(turn, ops.layer_norms(self.objective.online.vector, turn.received, self.segments))
         if self.received is not None:
@@ -290,8 +291,8 @@ class Uploads:
         self.summed += self.waiting
         self.waiting = []
 
-    def settle(self, server: Server) -> None:
-        """After the last turn of a server: the mean of those that reported becomes its model, if anybody did."""
+    def finish(self, server: Server) -> None:
+        """Make the mean of the uploads the server's model, after its last turn, if anybody reported."""
         if self.waiting:
             self.aggregate(server)
         if not self.summed:
@@ -301,7 +302,7 @@ class Uploads:
         if reported < expected:  # some uploads were not finite
             self.mean.mul_(expected / reported)
         server.model, self.mean = self.mean, server.model
-        server.dictionary = torch.cat([turn.share for turn in sorted(self.summed, key=lambda turn: turn.client.id)])
+        server.dictionary = torch.cat([turn.representations for turn in sorted(self.summed, key=lambda turn: turn.client.id)])
         self.summed = []
 
     def measure(self, turn: Turn, norms: Tensor) -> None:
@@ -317,7 +318,7 @@ def model_update(
 
     FedU: the online encoder is the server's, the target the client's own, and by DAPU the predictor is the server's if the client's
     divergence is below mu, else its own. FedEMA mixes its own online encoder and predictor in, by `own_share`. The options `update` and
-    `predictor` give the other columns. A client that takes part for the first time has everything from the server; so has one of
+    `predictor` select the other rules. A client that takes part for the first time has everything from the server; so has one of
     FedEMA's that was not in the last round.
     """
     parts = objective.parts
@@ -325,9 +326,9 @@ def model_update(
     objective.online.vector.copy_(model)
     for name, start in objective.own.items():
         parts[name].copy_(start if starts_anew else kept.get(name, start))
-    servers = "global" if len(parts["predictor"]) else "-"
+    from_server = "global" if len(parts["predictor"]) else "-"
     if starts_anew:
-        return Update(servers, 0.0, None)
+        return Update(from_server, 0.0, None)
     d = client.divergence
     if exchange.divergence_from == "global":
         d = divergence(ops.layer_norms(kept["encoder"], parts["encoder"], segments), exchange.divergence)
@@ -344,7 +345,7 @@ def model_update(
         mix(objective, "predictor", kept["predictor"], mixed)
     elif own_share:
         parts["predictor"].copy_(kept["predictor"])
-    return Update({0.0: servers, 1.0: "local"}.get(own_share, "mixed"), own_share, d)
+    return Update({0.0: from_server, 1.0: "local"}.get(own_share, "mixed"), own_share, d)
 
 
 def mix(objective: Objective, name: str, own: Tensor, own_share: float) -> None:
@@ -364,11 +365,11 @@ def divergence(norms: Tensor, kind: str) -> float:
 def train(options: Options, out: Path | None = None, overwrite: bool = False) -> Run:
     """Train as the options say, in a new run folder, by default `runs/DATASET-METHOD-Kclients-sSEED`.
 
-    Raises InputError if the folder is in use, and for images and options that do not go together.
+    Raises InputError if the folder is not empty, or if the images do not fit the options.
     """
     name = f"{Path(options.dataset).stem}-{options.method}-{options.clients}clients-s{options.seed}"
     out = Path(out or Path("runs") / name)
-    holds_run(out, overwrite)  # before anything that takes its time
+    holds_run(out, overwrite)  # refuses a folder that must not be replaced, before anything slow
     return simulate(options, out, resumed=False, overwrite=overwrite)
 
 
@@ -378,7 +379,7 @@ def resume(out: Path, **given: object) -> Run:
 
 
 def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False) -> Run:
-    """Get all that a run needs, and make its rounds. Whatever can fail for want of input fails before the run folder is touched."""
+    """Load images and networks, then make the rounds. Wrong input is refused before the run folder is made."""
     load_kernels()
     keep_memory()
     log = tensorboard_log(out / "tensorboard") if options.log == "tensorboard" else lambda row: None
@@ -399,7 +400,7 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
 
 
 def align_with_base(federation: Federation, options: Options) -> None:
-    """FedCA: train a base model by SimCLR on the public images, as many epochs as a client makes in the run, for clients to align with."""
+    """FedCA: train the base model by SimCLR on the public images, for as many epochs as a client trains in the run."""
     objective, public = federation.objective, federation.images[federation.public]
     device, epochs = public.device, options.rounds * options.local_epochs
     base = SimCLR(copy.deepcopy(objective.online.module.encoder), device)

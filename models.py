@@ -35,7 +35,7 @@ def build_backbone(name: str) -> nn.Module:
     """An untrained backbone, images `[B, 3, S, S]` -> features `[B, d]`, d = 128 to 2048 in PyTorch's default initialisation."""
     if name in WIDTHS:
         return plain_backbone(WIDTHS[name])
-    import torchvision  # here, since the plain encoders do without
+    import torchvision  # imported here, since the plain encoders do not need it
 
     name, _, narrow = name.partition("-")
     backbone = getattr(torchvision.models, name)()
@@ -46,12 +46,12 @@ def build_backbone(name: str) -> nn.Module:
         quarter_width(backbone)
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
-            module.reset_parameters()  # torchvision's own initialisation is another one
+            module.reset_parameters()  # torchvision initialises convolutions differently
     return backbone
 
 
 def quarter_width(backbone: nn.Module) -> None:
-    """Give each convolution, but for the colours of the images, and each BatchNorm a quarter of its channels."""
+    """Cut the channels of each convolution and BatchNorm to a quarter; the first convolution keeps its three input channels."""
     for parent in list(backbone.modules()):
         for name, m in list(parent.named_children()):
             if isinstance(m, nn.Conv2d):
@@ -193,9 +193,9 @@ class Objective:
     """What a client minimises on two views of its images, and the networks that it needs for that.
 
     `parts` are the pieces that a client and the server exchange or keep, as views. `encoder` and `predictor` make up the online network;
-    the predictor is empty where the objective has none. Each part that an objective adds has an entry in `own`: what a client begins
-    with when it takes part for the first time. `trained` are the tensors that the optimizer sees. `jitter` is the strength of the colour
-    jitter that its views are drawn with.
+    the predictor is empty where the objective has none. `own` has an entry for each part that an objective adds: its content in a
+    client's first round. `trained` are the tensors that the optimizer sees. `jitter` is the strength of the colour jitter that its views
+    are drawn with.
     """
 
     jitter = 1.0
@@ -227,7 +227,7 @@ class Objective:
         self.online.check_views()
 
     def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
-        """The loss as terms, each to be computed and differentiated before the next, so that one's activations exist at a time.
+        """The loss as terms, each to be computed and differentiated before the next, so that only one term's activations are in memory.
 
         view1, view2: `[B, 3, S, S]`, of the images whose indices are `batch`, `[B]`.
         """
@@ -244,7 +244,7 @@ class Objective:
             momentum=momentum, weight_decay=weight_decay, ema_decay=ema_decay,
         )  # fmt: skip
 
-    def share(self, rows: int) -> Tensor:
+    def newest_representations(self, rows: int) -> Tensor:
         """After local training: what a client shares besides its networks, at most `rows` rows; nothing in most objectives."""
         return self.shared[:0]
 
@@ -262,7 +262,6 @@ class WithTarget(Objective):
         self.own["target"] = self.parts["encoder"]  # a copy of what the client received
         if stop_gradient:
             self.following = self.target.vector[self.target.weights]
-            target.requires_grad_()  # no gradient reaches it; but autocast casts such weights once a step, not once a forward pass
         else:
             self.trained.append(self.target.weight)
 
@@ -378,7 +377,7 @@ class FedCA(SimCLR):
         images = self.public[chosen].float().div_(255).contiguous(memory_format=torch.channels_last)
         return (1 - cosine_similarity(self.online.module(images), self.base[chosen])).mean()
 
-    def share(self, rows: int) -> Tensor:
+    def newest_representations(self, rows: int) -> Tensor:
         newest = self.newest[self.newest.any(1)][:rows]
         self.newest.zero_()
         return newest
@@ -409,14 +408,14 @@ class MoCo(WithTarget):
 
     @torch.no_grad()
     def update(self, lr: Tensor, momentum: float, weight_decay: float, ema_decay: float) -> None:
-        """Besides: the batch's keys replace the queue's oldest."""
+        """A step as above; then the batch's keys replace the queue's oldest."""
         super().update(lr, momentum, weight_decay, ema_decay)
         self.queue.copy_(torch.cat([*self.keys, self.queue])[: len(self.queue)])
         self.keys.clear()
 
 
 class Supervised(Objective):
-    """Cross-entropy of the first view with its label; the projector is the classifier. The upper bound, and alone in seeing labels."""
+    """Cross-entropy of the first view with its label; the projector is the classifier. An upper bound; it alone reads labels."""
 
     def __init__(self, encoder: Encoder, device: torch.device, labels: Tensor):
         super().__init__(encoder, device)
@@ -426,7 +425,7 @@ class Supervised(Objective):
         return [lambda: cross_entropy(self.online.module(view1), self.labels[batch])]
 
 
-# each is built from the encoder's name, the device, and the images' labels, which one objective looks at
+# each is built from the encoder's name, the device, and the images' labels, which only `supervised` reads
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "byol": lambda name, device, labels, **ablation: BYOL(Encoder(name), device, **ablation),
     "simsiam": lambda name, device, labels, **ablation: SimSiam(Encoder(name), device, **ablation),

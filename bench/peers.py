@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import fedu
-from bench.training import ROOT, as_large_as_cifar10, installed, print_origin, simulation
+from bench.training import ROOT, as_large_as_cifar10, installed, print_origin, rounds_of_fedu
 from federation import Federation, build
 from options import Options
 from runtime.cli import Parser, number, user_errors
@@ -39,7 +39,7 @@ WARM_UP = 2  # rounds
 def ours(rounds: int) -> list[float]:
     keep_memory()  # as fedu.py does; for the other ways `federation` does
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        run, times = simulation(as_large_as_cifar10(), Path(folder), **SIZE), [time.perf_counter()]
+        run, times = rounds_of_fedu(as_large_as_cifar10(), Path(folder), **SIZE), [time.perf_counter()]
         for _ in range(rounds):
             run()
             times.append(time.perf_counter())

@@ -1,9 +1,8 @@
-"""Times local training against the other ways to do it.
+"""Times local training, and compares it with other implementations.
 
     python -m bench.training [views|start|server|epoch|memory|growth|clients|ranks ...]
 
-
-Medians; every row's ways are timed in turns in this one run, each way of `epoch`, `memory` and `clients` in a process of its own. `x` is
+Times are medians. The ways of a row are timed alternately, each way of `epoch`, `memory` and `clients` in a process of its own. `x` is
 that way's time (or memory) over ours: above 1, ours is better. `epoch` trains the same network on the same images:
 
     authors    a loop as in EasyFL's fedssl: PIL images in a DataLoader without workers, EMA tensor by tensor, a wait for the loss every
@@ -15,9 +14,9 @@ that way's time (or memory) over ours: above 1, ours is better. `epoch` trains t
     bf16       our step with --precision bf16
 
 `memory` is the peak of two rounds of the paper's setting, cut to two batches a client. `growth` is the time of a round as one thing
-grows, `clients` its time and peak memory as the clients of whom it draws ten become many. `ranks` are the main job's rounds by a process
-of one thread for each core, against one process with all threads. The operations of the model are counted; MFU, with --peak-tflops, is
-the share of the device's peak that they make up.
+grows, `clients` the time and peak memory of a round of ten clients as the federation grows to 10,000. `ranks` are rounds of FedU by one
+process a core, each of one thread, against one process with all threads. The operations of the model are counted; MFU, with
+--peak-tflops, is the share of the device's peak that they make up.
 
     pip install -r requirements-dev.txt kornia lightly
     python -m bench.training
@@ -404,7 +403,7 @@ def bench_epoch(encoder: str, repeats: int, peak_tflops: float | None) -> None:
 # -------------------------------------------------------------------------------------------------- whole rounds
 
 
-def simulation(images: Images, folder: Path | None = None, per_client: int | None = None, **given: object) -> Callable[[], None]:
+def rounds_of_fedu(images: Images, folder: Path | None = None, per_client: int | None = None, **given: object) -> Callable[[], None]:
     """Rounds of FedU, one a call, with options as given and else the paper's; each client's images are cut to `per_client`.
 
     With a folder, each round ends with a checkpoint in it.
@@ -434,7 +433,7 @@ def as_large_as_cifar10() -> Images:
 
 def rounds_of_ours(folder: Path, rounds: int) -> Callable[[], object]:
     keep_memory()
-    run = simulation(as_large_as_cifar10(), folder, per_client=256, local_epochs=1)
+    run = rounds_of_fedu(as_large_as_cifar10(), folder, per_client=256, local_epochs=1)
     return lambda: [run() for _ in range(rounds)]
 
 
@@ -491,7 +490,7 @@ def bench_server(repeats: int) -> None:
     training, fedu.local_training = fedu.local_training, lambda *_, **__: torch.zeros(())
     with tempfile.TemporaryDirectory(dir=".") as folder:
         images = as_large_as_cifar10()
-        ways = {"all": simulation(images, Path(folder)), "without checkpoint": simulation(images)}
+        ways = {"all": rounds_of_fedu(images, Path(folder)), "without checkpoint": rounds_of_fedu(images)}
         print_rows("server, resnet18, K = 5", timed(ways, repeats), 5 * 5 * 78 * 128)  # images of the paper's round
     fedu.local_training = training
 
@@ -509,7 +508,7 @@ def bench_growth(repeats: int, figure: Path | None) -> None:
             width, total = size.pop("width"), size["clients"] * size["per_client"]
             part = images._replace(x_train=images.x_train[:total], y_train=images.y_train[:total])
             with tiny_encoder(width):
-                ways[f"x {factor}"] = simulation(part, encoder="tiny", partition="iid", local_epochs=1, **size)
+                ways[f"x {factor}"] = rounds_of_fedu(part, encoder="tiny", partition="iid", local_epochs=1, **size)
         measured = timed(ways, repeats)
         seconds[what] = list(measured.values())
         print_rows(f"growth, {what}", measured, 0, {"x 8": f"slope {slope(seconds[what]):.2f}"})
@@ -570,7 +569,7 @@ def bench_clients(repeats: int, figure: Path | None) -> None:
 def rounds_of_many(clients: int, per_round: int, folder: Path) -> Callable[[], object]:
     keep_memory()
     options = {"clients": clients, "clients_per_round": per_round, "encoder": "small", "partition": "iid"}
-    return simulation(as_large_as_cifar10(), folder, per_client=5, batch_size=5, local_epochs=20, **options)
+    return rounds_of_fedu(as_large_as_cifar10(), folder, per_client=5, batch_size=5, local_epochs=20, **options)
 
 
 def draw_clients(sizes: list[tuple[int, int]], seconds: dict, peaks: dict, path: Path) -> None:

@@ -104,12 +104,12 @@ def take_turn(
         turn, kept = Turn(client, server, client.num_examples), bank.read(client.row) if client.row else {}
         turn.update = fedu.model_update(client, kept, server.model, objective, options, federation.segments, round_)
         turn.received = objective.online.vector.clone()
-        turn.loss, turn.share = fedu.train_client(options, federation, None, round_, client.id, client.last_round is None)
+        turn.loss, turn.representations = fedu.train_client(options, federation, None, round_, client.id, client.last_round is None)
         uploads = fedu.Uploads(federation, options)
         upload = fedu.model_upload(objective, options.aggregate, out=uploads.next_row(server))
         if math.isfinite(turn.loss) and upload.isfinite().all():  # else it keeps what it had, and the server refuses the upload
             uploads.add(turn)
-            uploads.settle(server)  # which measures the divergence
+            uploads.finish(server)  # which measures the divergence
             client.row, client.last_round = bank.write(fedu.kept_parts(objective, options)), round_
             save_checkpoint(folder, checkpoint(federation, round_ + 1, 0.0), bank)
         return turn, upload[:sent]

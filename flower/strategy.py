@@ -146,10 +146,10 @@ class FedU(FedAvg):
         reported = [turn for turn in self.turns if turn.client.id in uploads]
         total = sum(turn.client.num_examples for turn in reported)
         for turn in reported:
-            turn.total, turn.received, turn.share = total, server.model, server.dictionary[:0]
+            turn.total, turn.received, turn.representations = total, server.model, server.dictionary[:0]
             self.uploads.next_row(server).copy_(server.model)[: self.sent] = uploads[turn.client.id][0]
             self.uploads.add(turn)
-        self.uploads.settle(server)
+        self.uploads.finish(server)
         for turn in reported:  # what the client measured: with FedEMA only it knows what it began with
             turn.client.divergence, turn.client.last_round = uploads[turn.client.id][1], round_
         reported.sort(key=lambda turn: turn.client.id)

@@ -63,15 +63,15 @@ class StepGraph:
 
 @cache
 def glibc() -> ctypes.CDLL | None:
-    """The C library if it is glibc; asked once, since the answer is read from the interpreter's file."""
+    """The C library if it is glibc; cached, since `libc_ver` reads the interpreter's file."""
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def keep_memory() -> None:
     """Let the C library keep the memory that tensors free, instead of giving it back to the system and faulting it in at every step.
 
-    A fifth of a ResNet-18's step on the CPU went there. Vectors of whole networks, 64 MB or more, are still mapped and unmapped as they
-    come and go, since they would leave holes. Does nothing where the library is not glibc.
+    A fifth of a ResNet-18's step on the CPU went there. Blocks of 64 MB and more, such as whole networks, are still mapped
+    and unmapped, since they would fragment the heap. Does nothing where the library is not glibc.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
     if libc := glibc():

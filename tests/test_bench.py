@@ -79,7 +79,7 @@ def test_seconds_and_memory_of_many_clients_are_drawn(tmp_path):
 
 def test_a_simulated_round_trains_on_its_images(tmp_path):
     images = load_images("fashion")
-    round_ = training.simulation(images, tmp_path, per_client=64, encoder="tiny", batch_size=32, local_epochs=1, partition="iid")
+    round_ = training.rounds_of_fedu(images, tmp_path, per_client=64, encoder="tiny", batch_size=32, local_epochs=1, partition="iid")
     round_()
     assert (tmp_path / "checkpoint.pt").exists()
 

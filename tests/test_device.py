@@ -93,7 +93,7 @@ def train_three_clients(kind: str, npz, precision: str) -> tuple[dict[str, torch
         step.generator.manual_seed(seed_of(0, client))
         batches = fedu.local_batches(torch.arange(40) + 12 * client, 1, 8, step.generator)
         losses.append(fedu.local_training(step, batches, 0.01 * (client + 1)).item())
-        objective.share(16)
+        objective.newest_representations(16)
     return objective.parts, losses
 
 

@@ -45,8 +45,8 @@ def aggregate_all(
     matrix = Uploads(federation, options, memory)
     for client, upload in zip(clients, uploads, strict=True):
         matrix.next_row(server).copy_(upload)
-        matrix.add(Turn(client, server, sum(num_examples), share=torch.empty(0, 0)))
-    matrix.settle(server)
+        matrix.add(Turn(client, server, sum(num_examples), representations=torch.empty(0, 0)))
+    matrix.finish(server)
     return server.model, [client.divergence for client in clients], len(matrix.matrix)
 
 

@@ -269,7 +269,7 @@ def test_fedca_by_hand():
     contrast, alignment = (term().item() for term in objective.terms(views, views, torch.tensor([4, 7])))
     first, second = (-math.log(math.exp(2) / (math.exp(2) + 2 + math.exp(d))) for d in (2, 0))
     assert contrast == pytest.approx((first + second) / 2) and alignment == pytest.approx(0.5)
-    assert objective.share(5).tolist() == 2 * [[1.0, 0.0], [0.0, 1.0]] and len(objective.share(5)) == 0
+    assert objective.newest_representations(5).tolist() == 2 * [[1.0, 0.0], [0.0, 1.0]] and len(objective.newest_representations(5)) == 0
 
 
 def test_moco_by_hand():
