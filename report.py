@@ -138,8 +138,12 @@ def linear_accuracy(run: Path) -> float:
 
 
 def read_options(run: Path) -> dict:
-    """A run's options as this version knows them: an option that the run does not have takes its default, an unknown one is left out."""
-    options = read_config(run)["options"]
+    """A run's options as this version knows them: an option that the run does not have takes its default, an unknown one is left out.
+
+    Between parties, by Flower, the partition is `own`: nobody dealt their images.
+    """
+    config = read_config(run)
+    options = config["options"] | ({"partition": "own"} if "run" in config else {})
     return {name: value for name, value in (defaults(options["method"]) | options).items() if name in OPTIONS}
 
 
@@ -190,7 +194,8 @@ def capitalized(text: str) -> str:
 
 def describe_partition(setting: dict) -> str:
     classes = "1/K of the" if setting["classes_per_client"] is None else setting["classes_per_client"]
-    return {"classes": f"{classes} classes each", "iid": "iid"}.get(setting["partition"], f"dirichlet {setting['alpha']}")
+    dealt = {"classes": f"{classes} classes each", "iid": "iid", "own": "with images of their own"}
+    return dealt.get(setting["partition"], f"dirichlet {setting['alpha']}")
 
 
 def describe_option(setting: dict, name: str) -> str:

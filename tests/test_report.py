@@ -136,6 +136,14 @@ def test_table_has_a_row_a_setting_with_mean_and_deviation(tmp_path):
     ]
 
 
+def test_a_run_between_parties_has_no_partition_that_somebody_dealt(tmp_path):
+    run = write_run(tmp_path / "hospitals")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"run": "0123"}))
+    assert "5 clients, with images of their own; accuracies" in report.table([run])
+    assert "published" not in report.table([run])
+
+
 def test_table_shows_the_options_that_differ_and_published_accuracies(tmp_path):
     iid, classes = write_run(tmp_path / "iid", partition="iid"), write_run(tmp_path / "classes")
     header, _, *rows = report.table([iid, classes]).splitlines()[2:]
