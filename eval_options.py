@@ -60,7 +60,7 @@ def evaluation_parser(description: str | None = None) -> Parser:
         "for `single` of each client k in a file NAME-k.safetensors")  # fmt: skip
     how = parser.add_argument_group("settings", "How the task is done; an option that changes nothing in it is refused.")
     how.add_argument("--features", choices=("backbone", "projector", "pixels"),
-        help="the representation of an image; pixels: no encoder  [backbone]")  # fmt: skip
+        help="what represents an image; pixels: no encoder  [backbone]")  # fmt: skip
     how.add_argument("--head", choices=("linear", "mlp"), help="for --semi; mlp: Linear-BN-ReLU-Linear of hidden width 4096  [linear]")
     how.add_argument("--epochs", type=number(int, 1), help="of --linear and --semi  [200 and 100]")
     how.add_argument("--transfer", metavar="DATASET", help="evaluate on another data set than the run was trained on")
