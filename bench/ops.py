@@ -11,9 +11,7 @@ uploads [K, P] with `out=`, against `folded`, each upload stacked with the sum s
 reads and writes in the vectors. Of 50 clients it takes 8 GB.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 import ops
+from bench.timing import print_origin, time_ways
 from runtime.cli import Parser, number
 
 
@@ -221,29 +220,6 @@ class Case:
         return worst
 
 
-def time_ways(ways: dict[str, Callable], repeats: int, budget: float, device: str) -> dict[str, float]:
-    """Median seconds of each way: in turns, so that a busy moment of the machine falls on all; a fast one is timed in batches."""
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-
-    def seconds(way: Callable, calls: int) -> float:
-        wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            way()
-        wait()
-        return (time.perf_counter() - start) / calls
-
-    once = {name: seconds(way, 1) for name, way in ways.items()}  # warms up
-    once = {name: t if t > 0.1 else seconds(ways[name], 1) for name, t in once.items()}
-    calls = {name: max(1, min(1000, int(0.005 / t))) for name, t in once.items()}
-    rounds = int(max(3, min(repeats, budget / sum(once[name] * calls[name] for name in ways))))
-    times = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            times[name].append(seconds(way, calls[name]))
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=number(int, 3), default=25, help="of each way  [25]")
@@ -256,9 +232,7 @@ def main() -> int:
     if not ops.load():
         print("ops: there is no library to time: without FEDU_OPS=reference, the warning says why", file=sys.stderr)
         return 2
-    print("$ python -m bench.ops", *sys.argv[1:])
-    on_cpu = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    print(f"torch {torch.__version__}, {options.device}: {torch.cuda.get_device_name() if options.device == 'cuda' else on_cpu}")
+    print_origin("bench.ops", f"3 to {options.repeats}, as many as {options.budget:g} s an op allow", options.device)
     print(f"{'network':9} {'K':>3} {'op':14} {'way':12} {'ms':>10} {'x':>7} {'GB/s':>6} {'copy':>5} {'read':>5}  error")
     round_ms = {}
     of_many = ("aggregate", "weighted_mean")
