@@ -225,7 +225,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=number(int, 3), default=25, help="of each way  [25]")
     parser.add_argument("--budget", type=number(float, 0), default=20, help="seconds to spend on an op, beyond 3 repeats  [20]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=("resnet18", "online", "small"), default=None, help="one of the networks  [all]")
+    parser.add_argument("--only", nargs="+", choices=("resnet18", "online", "small"), default=(), help="some of the networks  [all]")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible to this torch")
@@ -240,7 +240,7 @@ def main() -> int:
     cases = [("resnet18", resnet18(), 5, of_all), ("resnet18", resnet18(), 50, of_many)]
     cases += [("online", online(), 5, ("round",)), ("online", online(), 50, ("round",)), ("small", small(), 5, (*of_all, "round"))]
     for name, network, num_clients, timed in cases:
-        if options.only not in (None, name):
+        if options.only and name not in options.only:
             continue
         case = None  # before the next one's memory is taken
         case = Case(network, num_clients, options.device)
