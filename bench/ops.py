@@ -2,7 +2,7 @@
 
 One table, medians of interleaved repetitions. `x` is that way's time over the op's: above 1, the op is faster. GB/s counts the bytes
 that the op must move; `copy` and `read` are the shares of the bandwidth of a plain `copy_` of a vector and of a plain sum over the
-clients in the same run. `error` is the worst relative error of the norms against float64. The ways: ours; the same with `out=`;
+clients, which are timed in turns with the op: a virtual machine's bandwidth halves and doubles within a minute. `error` is the worst relative error of the norms against float64. The ways: ours; the same with `out=`;
 `reference` (FEDU_OPS=reference); `authors`, one tensor of a state dict at a time and `torch.dist`; `foreach`, `torch._foreach_*` over the
 same tensors; the best plain torch over flat vectors; and for sgd_ema_ `separate`, the four passes of torch and `ema_` that it replaces.
 
@@ -245,15 +245,14 @@ def main() -> int:
         case = None  # before the next one's memory is taken
         case = Case(network, num_clients, options.device)
         destination = torch.empty_like(case.received)
-        timing = (options.repeats, options.budget, options.device)
         plain = {"copy_": partial(destination.copy_, case.received), "read": case.clients.sum}
-        rates = {}
-        for way, seconds in time_ways(plain, *timing).items():
-            rates[way] = 4 * (2 * case.size if way == "copy_" else case.clients.numel()) / seconds
-            print(f"{name:9} {num_clients:3} {way:14} {'':12} {seconds * 1e3:10.3f} {'':7} {rates[way] / 1e9:6.1f}")
+        plain_floats = {"copy_": 2 * case.size, "read": case.clients.numel()}
         for op in timed:
             ways = getattr(case, op)()
-            times = time_ways(ways, *timing)
+            times = time_ways(ways | plain, options.repeats, options.budget, options.device)
+            rates = {way: 4 * plain_floats[way] / times.pop(way) for way in plain}
+            for way, rate in rates.items():
+                print(f"{name:9} {num_clients:3} {way:14} {'':12} {4e3 * plain_floats[way] / rate:10.3f} {'':7} {rate / 1e9:6.1f}")
             for way, seconds in times.items():
                 moved, error = 4 * case.floats(op, way), case.error(op, ways[way]())
                 rate, note = moved / seconds, f"{moved / 1e9:.4f} GB" if op == "round" else "" if error is None else f"{error:.0e}"
