@@ -2,9 +2,10 @@
 
 One table, medians of interleaved repetitions. `x` is that way's time over the op's: above 1, the op is faster. GB/s counts the bytes
 that the op must move; `copy` and `read` are the shares of the bandwidth of a plain `copy_` of a vector and of a plain sum over the
-clients, which are timed in turns with the op: a virtual machine's bandwidth halves and doubles within a minute. `error` is the worst relative error of the norms against float64. The ways: ours; the same with `out=`;
-`reference` (FEDU_OPS=reference); `authors`, one tensor of a state dict at a time and `torch.dist`; `foreach`, `torch._foreach_*` over the
-same tensors; the best plain torch over flat vectors; and for sgd_ema_ `separate`, the four passes of torch and `ema_` that it replaces.
+clients. Both are timed in turns with the op, for the bandwidth of a virtual machine halves and doubles within a minute. `error` is the
+worst relative error of the norms against float64. The ways: ours; the same with `out=`; `reference` (FEDU_OPS=reference); `authors`, one
+tensor of a state dict at a time and `torch.dist`; `foreach`, `torch._foreach_*` over the same tensors; the best plain torch over flat
+vectors; and for sgd_ema_ `separate`, the four passes of torch and `ema_` that it replaces.
 
 `round` is the server's work in one round on the whole online network, ResNet-18 with projector and predictor: `matrix`, one call on the
 uploads [K, P] with `out=`, against `folded`, each upload stacked with the sum so far and aggregated, as it came. Bytes are what each
