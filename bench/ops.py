@@ -2,18 +2,17 @@
 
 One table, medians of interleaved repetitions. `x` is that way's time over the op's: above 1, the op is faster. GB/s counts the bytes
 that the op must move; `copy` and `read` are the shares of the bandwidth of a plain `copy_` of a vector and of a plain sum over the
-clients in the same run. `error` is the worst relative error of the norms against float64. The ways: ours; the same with `out=`;
-`reference` (FEDU_OPS=reference); `authors`, one tensor of a state dict at a time and `torch.dist`; `foreach`, `torch._foreach_*` over the
-same tensors; the best plain torch over flat vectors; and for sgd_ema_ `separate`, the four passes of torch and `ema_` that it replaces.
+clients. Both are timed in turns with the op, for the bandwidth of a virtual machine halves and doubles within a minute. `error` is the
+worst relative error of the norms against float64. The ways: ours; the same with `out=`; `reference` (FEDU_OPS=reference); `authors`, one
+tensor of a state dict at a time and `torch.dist`; `foreach`, `torch._foreach_*` over the same tensors; the best plain torch over flat
+vectors; and for sgd_ema_ `separate`, the four passes of torch and `ema_` that it replaces.
 
 `round` is the server's work in one round on the whole online network, ResNet-18 with projector and predictor: `matrix`, one call on the
 uploads [K, P] with `out=`, against `folded`, each upload stacked with the sum so far and aggregated, as it came. Bytes are what each
 reads and writes in the vectors. Of 50 clients it takes 8 GB.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 import ops
+from bench.timing import print_origin, time_ways
 from runtime.cli import Parser, number
 
 
@@ -221,44 +221,19 @@ class Case:
         return worst
 
 
-def time_ways(ways: dict[str, Callable], repeats: int, budget: float, device: str) -> dict[str, float]:
-    """Median seconds of each way: in turns, so that a busy moment of the machine falls on all; a fast one is timed in batches."""
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-
-    def seconds(way: Callable, calls: int) -> float:
-        wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            way()
-        wait()
-        return (time.perf_counter() - start) / calls
-
-    once = {name: seconds(way, 1) for name, way in ways.items()}  # warms up
-    once = {name: t if t > 0.1 else seconds(ways[name], 1) for name, t in once.items()}
-    calls = {name: max(1, min(1000, int(0.005 / t))) for name, t in once.items()}
-    rounds = int(max(3, min(repeats, budget / sum(once[name] * calls[name] for name in ways))))
-    times = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            times[name].append(seconds(way, calls[name]))
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=number(int, 3), default=25, help="of each way  [25]")
     parser.add_argument("--budget", type=number(float, 0), default=20, help="seconds to spend on an op, beyond 3 repeats  [20]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=("resnet18", "online", "small"), default=None, help="one of the networks  [all]")
+    parser.add_argument("--only", nargs="+", choices=("resnet18", "online", "small"), default=(), help="some of the networks  [all]")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible to this torch")
     if not ops.load():
         print("ops: there is no library to time: without FEDU_OPS=reference, the warning says why", file=sys.stderr)
         return 2
-    print("$ python -m bench.ops", *sys.argv[1:])
-    on_cpu = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    print(f"torch {torch.__version__}, {options.device}: {torch.cuda.get_device_name() if options.device == 'cuda' else on_cpu}")
+    print_origin("bench.ops", f"3 to {options.repeats}, as many as {options.budget:g} s an op allow", options.device)
     print(f"{'network':9} {'K':>3} {'op':14} {'way':12} {'ms':>10} {'x':>7} {'GB/s':>6} {'copy':>5} {'read':>5}  error")
     round_ms = {}
     of_many = ("aggregate", "weighted_mean")
@@ -266,20 +241,19 @@ def main() -> int:
     cases = [("resnet18", resnet18(), 5, of_all), ("resnet18", resnet18(), 50, of_many)]
     cases += [("online", online(), 5, ("round",)), ("online", online(), 50, ("round",)), ("small", small(), 5, (*of_all, "round"))]
     for name, network, num_clients, timed in cases:
-        if options.only not in (None, name):
+        if options.only and name not in options.only:
             continue
         case = None  # before the next one's memory is taken
         case = Case(network, num_clients, options.device)
         destination = torch.empty_like(case.received)
-        timing = (options.repeats, options.budget, options.device)
         plain = {"copy_": partial(destination.copy_, case.received), "read": case.clients.sum}
-        rates = {}
-        for way, seconds in time_ways(plain, *timing).items():
-            rates[way] = 4 * (2 * case.size if way == "copy_" else case.clients.numel()) / seconds
-            print(f"{name:9} {num_clients:3} {way:14} {'':12} {seconds * 1e3:10.3f} {'':7} {rates[way] / 1e9:6.1f}")
+        plain_floats = {"copy_": 2 * case.size, "read": case.clients.numel()}
         for op in timed:
             ways = getattr(case, op)()
-            times = time_ways(ways, *timing)
+            times = time_ways(ways | plain, options.repeats, options.budget, options.device)
+            rates = {way: 4 * plain_floats[way] / times.pop(way) for way in plain}
+            for way, rate in rates.items():
+                print(f"{name:9} {num_clients:3} {way:14} {'':12} {4e3 * plain_floats[way] / rate:10.3f} {'':7} {rate / 1e9:6.1f}")
             for way, seconds in times.items():
                 moved, error = 4 * case.floats(op, way), case.error(op, ways[way]())
                 rate, note = moved / seconds, f"{moved / 1e9:.4f} GB" if op == "round" else "" if error is None else f"{error:.0e}"

@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 import fedu
-from bench.training import ROOT, as_large_as_cifar10, installed, print_origin, rounds_of_fedu
+from bench.timing import print_origin
+from bench.training import ROOT, as_large_as_cifar10, installed, rounds_of_fedu
 from federation import Federation, build
 from options import Options
 from runtime.cli import Parser, number, user_errors

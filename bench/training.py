@@ -31,9 +31,7 @@ import json
 import multiprocessing
 import os
 import pickle
-import platform
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -55,7 +53,7 @@ import fedu
 import figures
 import models
 import ops
-from bench.ops import time_ways
+from bench.timing import print_origin, time_ways
 from data import Images, draw_views, load_images, two_views
 from federation import build, checkpoint
 from models import BYOL, HEADS, Encoder, Online, build_backbone, feature_dim
@@ -63,7 +61,7 @@ from options import Options
 from runtime.bank import Bank
 from runtime.cli import Parser, number, user_errors
 from runtime.device import StepGraph, keep_memory
-from runtime.run import describe_code, save_checkpoint
+from runtime.run import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("views", "start", "server", "epoch", "memory", "growth", "clients", "ranks")
@@ -654,19 +652,6 @@ def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float 
         bench_clients(repeats, figures and figures / "clients.png")
     if "ranks" in parts:
         bench_ranks(repeats)
-
-
-def print_origin(module: str, sizes: str) -> None:
-    """What figures are made by: the command, torch, the device, the commit, and of how many timings each is the median."""
-    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {describe_cpu()}"
-    print("$", shlex.join(["python", "-m", module, *sys.argv[1:]]))
-    print(f"torch {torch.__version__}, {DEVICE.type}: {where}; commit {describe_code()['commit']}; medians of {sizes}", flush=True)
-
-
-def describe_cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 // The fused ops as PyTorch operators: schemas, argument checks and CPU kernels; the CUDA kernels are in fused_cuda.cu.
 //
-// Every kernel is bound by memory: it reads each float once from DRAM, and what it needs again it finds in the cache. Sums of
-// squares are kept in double, but for short ones of 16. Work is cut by the vector alone (fused.h), in which threads take whole chunks, so the number of
-// threads changes no bit of a result. Under -ffp-contract=off a product and a sum are rounded each, as in the reference and on the GPU.
+// Every kernel is bound by memory: it reads each float once from DRAM, and what it needs again it finds in the cache. Sums of squares are
+// kept in double, but for short ones of 16. Work is cut by the vector alone (fused.h), and threads take whole chunks of it: so the number
+// of threads changes no bit of a result. Under -ffp-contract=off a product and a sum are rounded each, as in the reference and on the GPU.
 
 #include "augment.h"
 #include "fused.h"
@@ -117,10 +117,11 @@ std::vector<Piece> check_segments(const Tensor& segments, int64_t size) {
 
 namespace cpu {
 
-constexpr int64_t kLanes = 16;       // sums kept side by side, one cache line of floats: the compiler maps them to its registers
-constexpr int64_t kBlock = 256;      // floats of each client that are read at once, 16 a lane: short, so that they stay in the cache
-constexpr int64_t kAhead = 1024;     // floats from what is computed to what is fetched
-constexpr int64_t kGrain = 1 << 15;  // floats below which a second thread costs more than it saves
+constexpr int64_t kLanes = 16;        // sums kept side by side, one cache line of floats: the compiler maps them to its registers
+constexpr int64_t kBlock = 256;       // floats whose squares are added up as floats, 16 a lane
+constexpr int64_t kTile = 1024;       // the most floats of each client to work off at once, and to fetch ahead
+constexpr int64_t kCached = 1 << 16;  // the most floats of all clients in a tile: the L2 cache holds them, and the next tile beside them
+constexpr int64_t kGrain = 1 << 15;   // floats below which a second thread costs more than it saves
 
 struct alignas(64) Lanes {
   double sums[kLanes] = {};
@@ -140,35 +141,49 @@ void stream_out(const T* values, T* out, int64_t n) {
   std::memcpy(out, values, n * sizeof(T));
 }
 
-// sum_k w_k x_k of the n floats at clients, in the order of k; four clients at a time, to read four streams at once.
+// Fetches the cache line of floats at `from` into the L2 cache. That is what keeps the memory busy: the CPU itself looks ahead in a few
+// streams at once, and not over the end of a page. The L1 cache has no room.
 template <typename T>
-void mean_block(const T* clients, const T* weights, T* mean, int64_t num_clients, int64_t stride, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) mean[i] = weights[0] * clients[i];
+void fetch_line(const T* from) {
+  for (int64_t j = 0; j < kLanes; j += 64 / sizeof(T)) __builtin_prefetch(from + j, 0, 2);
+}
+
+// mean <- sum_k w_k x_k of n floats in the order of k, for kCount clients; added to what mean is, unless kFirst. Fetches what lies
+// `ahead` floats further, unless that is 0.
+template <int kCount, bool kFirst, typename T>
+void mean_of(const T* clients, const T* weights, T* mean, int64_t stride, int64_t n, int64_t ahead) {
+  const auto add = [&](int64_t i) {
+    T sum = kFirst ? weights[0] * clients[i] : mean[i] + weights[0] * clients[i];
+    for (int k = 1; k < kCount; ++k) sum += weights[k] * clients[k * stride + i];
+    mean[i] = sum;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int k = 0; k < kCount && ahead; ++k) fetch_line(clients + k * stride + i + ahead);
+    for (int64_t j = i; j < i + kLanes; ++j) add(j);
+  }
+  for (; i < n; ++i) add(i);
+}
+
+// The same for all clients, eight at a time while there are as many: to read eight streams at once.
+template <typename T>
+void mean_tile(const T* clients, const T* weights, T* mean, int64_t num_clients, int64_t stride, int64_t n, int64_t ahead) {
+  mean_of<1, true>(clients, weights, mean, stride, n, ahead);
   int64_t k = 1;
-  for (; k + 4 <= num_clients; k += 4) {
-    const T *x0 = clients + k * stride, *x1 = x0 + stride, *x2 = x1 + stride, *x3 = x2 + stride;
-    const T w0 = weights[k], w1 = weights[k + 1], w2 = weights[k + 2], w3 = weights[k + 3];
-    for (int64_t i = 0; i < n; ++i) {
-      mean[i] = (((mean[i] + w0 * x0[i]) + w1 * x1[i]) + w2 * x2[i]) + w3 * x3[i];
-    }
-  }
-  for (; k < num_clients; ++k) {
-    const T* x = clients + k * stride;
-    for (int64_t i = 0; i < n; ++i) mean[i] += weights[k] * x[i];
-  }
+  for (; k + 8 <= num_clients; k += 8) mean_of<8, false>(clients + k * stride, weights + k, mean, stride, n, ahead);
+  for (; k + 4 <= num_clients; k += 4) mean_of<4, false>(clients + k * stride, weights + k, mean, stride, n, ahead);
+  for (; k < num_clients; ++k) mean_of<1, false>(clients + k * stride, weights + k, mean, stride, n, ahead);
 }
 
 // Adds the squares of x - a, and of x - b if kTwo, of kLanes * steps floats to the lanes of from_a and from_b. They are added up as
-// Sum, and only the result as double: conversions to double would bound the loop. While it computes, it fetches what comes next into
-// the L2 cache: that is what keeps the memory busy, and the L1 cache has no room. Not inlined: g++ would pick the lanes apart into scalars.
+// Sum, and only the result as double: conversions to double would bound the loop. Fetches what lies `ahead` floats further. Not inlined:
+// g++ would pick the lanes apart into scalars.
 template <typename Sum, bool kTwo, typename T>
-[[gnu::noinline]] void add_steps(const T* x, const T* a, const T* b, int64_t steps, Lanes& from_a, Lanes& from_b) {
+[[gnu::noinline]] void add_steps(const T* x, const T* a, const T* b, int64_t steps, int64_t ahead, Lanes& from_a, Lanes& from_b) {
   Sum sum_a[kLanes] = {}, sum_b[kLanes] = {};
   for (int64_t step = 0; step < steps; ++step, x += kLanes, a += kLanes, b += kLanes) {
-    for (int64_t j = 0; j < kLanes; j += 64 / sizeof(T)) {
-      __builtin_prefetch(x + kAhead + j, 0, 2);
-      __builtin_prefetch(a + kAhead + j, 0, 2);
-    }
+    fetch_line(x + ahead);
+    fetch_line(a + ahead);
     for (int64_t j = 0; j < kLanes; ++j) {
       const Sum d = Sum(x[j]) - Sum(a[j]);
       sum_a[j] = std::fma(d, d, sum_a[j]);
@@ -186,22 +201,30 @@ template <typename Sum, bool kTwo, typename T>
 
 // The same of n <= kBlock floats.
 template <typename Sum, bool kTwo, typename T>
-void add_squares(const T* x, const T* a, const T* b, int64_t n, Lanes& from_a, Lanes& from_b) {
+void add_block(const T* x, const T* a, const T* b, int64_t n, int64_t ahead, Lanes& from_a, Lanes& from_b) {
   const int64_t whole = n / kLanes * kLanes;
-  add_steps<Sum, kTwo>(x, a, b, n / kLanes, from_a, from_b);
+  add_steps<Sum, kTwo>(x, a, b, n / kLanes, ahead, from_a, from_b);
   if (whole == n) return;
   T rest[3][kLanes] = {};  // the last few, with zeros behind them
   std::copy(x + whole, x + n, rest[0]);
   std::copy(a + whole, a + n, rest[1]);
   if (kTwo) std::copy(b + whole, b + n, rest[2]);
-  add_steps<Sum, kTwo>(rest[0], rest[1], rest[2], 1, from_a, from_b);
+  add_steps<Sum, kTwo>(rest[0], rest[1], rest[2], 1, 0, from_a, from_b);
+}
+
+// The same of any number of floats. Blocks begin at multiples of kBlock from the chunk's begin, so tiles of them change no bit.
+template <typename Sum, bool kTwo, typename T>
+void add_squares(const T* x, const T* a, const T* b, int64_t n, int64_t ahead, Lanes& from_a, Lanes& from_b) {
+  for (int64_t i = 0; i < n; i += kBlock) {
+    add_block<Sum, kTwo>(x + i, a + i, b + i, std::min(kBlock, n - i), ahead, from_a, from_b);
+  }
 }
 
 // The squared distance of x from a over a chunk.
 template <typename Sum, typename T>
 Lanes squares(const T* x, const T* a, int64_t n) {
   Lanes lanes, unused;
-  for (int64_t i = 0; i < n; i += kBlock) add_squares<Sum, false>(x + i, a + i, a, std::min(kBlock, n - i), lanes, unused);
+  add_squares<Sum, false>(x, a, a, n, kTile, lanes, unused);
   return lanes;
 }
 
@@ -250,16 +273,18 @@ void finish(const std::vector<Piece>& pieces, const double* partials, int64_t wi
 template <typename T>
 void aggregate(const T* clients, const T* weights, const T* received, int64_t received_stride, const std::vector<Piece>& pieces,
                T* mean, double* partials, double* drift, double* spread, int64_t num_clients, int64_t size, int64_t num_segments) {
+  // Few clients' tiles lie in the L1 cache, and short ones are best. Many clients' tiles need the L2 cache, and the longer the better.
+  const int64_t ahead = std::clamp(kCached / num_clients / kBlock * kBlock, kBlock, kTile), tile = num_clients > 16 ? ahead : kBlock;
   for_each_chunk(pieces, num_clients, 1, [&](const Piece& piece, int64_t chunk, Range range) {
     const int64_t measured = piece.segment < 0 ? 0 : num_clients;
     std::vector<Lanes> drifts(measured), spreads(measured);
-    for (int64_t i = range.begin; i < range.end; i += kBlock) {
-      T values[kBlock];
-      const int64_t n = std::min(kBlock, range.end - i);
-      mean_block(clients + i, weights, values, num_clients, size, n);
+    for (int64_t i = range.begin; i < range.end; i += tile) {
+      T values[kTile];
+      const int64_t n = std::min(tile, range.end - i);
+      mean_tile(clients + i, weights, values, num_clients, size, n, measured ? 0 : tile);
       stream_out(values, mean + i, n);
       for (int64_t k = 0; k < measured; ++k) {
-        add_squares<T, true>(clients + k * size + i, received + k * received_stride + i, values, n, drifts[k], spreads[k]);
+        add_squares<T, true>(clients + k * size + i, received + k * received_stride + i, values, n, ahead, drifts[k], spreads[k]);
       }
     }
     if (measured == 0) return;

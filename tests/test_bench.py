@@ -97,6 +97,14 @@ def ops_timed() -> list[list[str]]:
     return rows(done.stdout)
 
 
+def test_ops_say_what_made_their_figures_and_hold_all_against_a_plain_read(ops_timed):
+    assert ops_timed[0][:4] == ["$", "python", "-m", "bench.ops"] and "commit" in ops_timed[1]
+    title = ops_timed[2]
+    assert title[:4] == ["network", "K", "op", "way"] and title[-2:] == ["read", "error"]
+    timed = [row for row in ops_timed[3:] if row[:2] == ["small", "5"] and row[2] not in ("copy_", "read")]
+    assert timed and all(row[8].endswith("%") for row in timed)
+
+
 def test_ops_are_timed_and_their_errors_shown(ops_timed):
     ours = [row for row in ops_timed if row[:3] == ["small", "5", "aggregate"] and row[3] == "ours"]
     assert len(ours) == 1 and float(ours[0][-1]) < 1e-6
