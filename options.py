@@ -49,7 +49,7 @@ METHODS = {
 ABLATED = ("aggregate", "update", "predictor")  # the columns of a method's row that are options too
 
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
-RECIPES = {"fashion": {"encoder": "tiny", "rounds": 12, "local_epochs": 2, "batch_size": 32, "lr": 0.032, "knn_every": 2}}
+RECIPES = {"fashion": {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}}
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
@@ -66,7 +66,7 @@ def option(
     return field(default=default, metadata={"help": help, "choices": tuple(choices), "type": type, "shown": shown, "host": host})
 
 
-COUNT, PROBABILITY = number(int, 1), number(float, 0, 1)
+COUNT, PROBABILITY, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 0, open_low=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +120,10 @@ class Training:
     """Local training: networks, rounds and steps."""
 
     encoder: str = option(None, "backbone", ("tiny", "small", "resnet18-narrow", "resnet18", "resnet50"), shown="resnet18; fashion: tiny")
-    rounds: int = option(None, "number of rounds (R)", type=COUNT, shown="100; fashion: 12")
+    rounds: int = option(None, "number of rounds (R)", type=COUNT, shown="100; fashion: 8")
     local_epochs: int = option(None, "epochs of a client in a round (E)", type=COUNT, shown="5; fashion: 2")
     batch_size: int = option(None, "B; the last partial batch of an epoch is dropped", type=number(int, 2), shown="128; fashion: 32")
-    lr: float = option(None, "learning rate of round 0, cosine over rounds", type=number(float, 0, open_low=True), shown="0.032")
+    lr: float = option(None, "learning rate of round 0; cosine over rounds", type=POSITIVE, shown="0.032; fashion: 0.1")
     ema_decay: float = option(0.99, "m of the target's moving average; 1: the target does not move", type=PROBABILITY)
     precision: str = option("fp32", "number format of the networks' arithmetic", ("fp32", "bf16"))
     compile: bool = option(False, "let torch.compile fuse what lies between convolutions, which takes it a minute at first")
