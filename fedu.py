@@ -4,7 +4,7 @@ Clients hold unlabelled images that never leave them. In each round every select
 online encoder and predictor, and the server averages them. A client then takes the averaged encoder, and the averaged predictor only if
 its last divergence was below mu (DAPU). One process, or several under torchrun, simulate the whole federation.
 
-    python fedu.py                                    five clients on the embedded images, one to three minutes on two cores
+    python fedu.py                                    five clients on the embedded images, a minute on two cores
     python fedu.py --dataset cifar100 --clients 5     the paper's run
 
 | word           | paper (FedU, section 3)                                                                                  |
