@@ -50,11 +50,11 @@ class Images(NamedTuple):
         return Images(*(t.to(device) for t in self[:4]), self.num_classes)
 
 
-def load_images(name: str, root: Path = Path("~/.cache/fedu"), image_size: int = 32) -> Images:
+def load_images(name: str, root: Path = Path("~/.cache/fedu"), image_size: int = 32, option: str = "--dataset") -> Images:
     """Load `fashion` (embedded), `cifar10`, `cifar100`, a file PATH.npz or a folder PATH/{train,test}/CLASS/*.
 
     CIFAR is taken from `root`: first `<name>.npz`, else torchvision's verified archive, downloaded if it is not there.
-    `image_size` is the side to which a folder's images are resized; the other sources keep theirs.
+    `image_size` is the side to which a folder's images are resized; the other sources keep theirs. option: that named it, for an error.
     Raises InputError if the source is missing, unreadable or of another form.
     """
     root = root.expanduser()
@@ -69,7 +69,7 @@ def load_images(name: str, root: Path = Path("~/.cache/fedu"), image_size: int =
         return load_npz(Path(name).expanduser())
     if Path(name).expanduser().is_dir():
         return load_folder(Path(name).expanduser(), image_size)
-    raise InputError(f"there is no data set {name!r}: --dataset and --transfer want fashion, cifar10, cifar100, PATH.npz or a folder")
+    raise InputError(f"{option} got {name!r}; it wants fashion, cifar10, cifar100, a file PATH.npz or an image folder")
 
 
 def load_npz(path: Path) -> Images:

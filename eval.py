@@ -64,7 +64,8 @@ def main(options: argparse.Namespace) -> None:
         trained_on = read_options(run)
         dataset, root = options.transfer or trained_on["dataset"], options.data_root or trained_on["data_root"]
         encoders = [encoder.to(device) for encoder in load_encoders(run)]
-        images = load_images(dataset, Path(root), trained_on["image_size"]).to(device)
+        option = "--transfer" if options.transfer else "--dataset"
+        images = load_images(dataset, Path(root), trained_on["image_size"], option).to(device)
         modules = [{"backbone": e.backbone, "projector": e, "pixels": nn.Flatten()}[options.features] for e in encoders]
         if options.task == "export":
             return print(export_features(modules, images, options.export))

@@ -2,7 +2,7 @@
 
 P is the number of floats in a network's vector, K the number of clients, L the number of segments: int64 `[L, 2]`, the
 begin and end of each layer in the vector, ascending, without overlap. Floats outside every segment count towards no norm.
-Segments may lie on the CPU or beside the vectors; from a GPU they cost a wait for it, and on the CPU none.
+Segments may lie on the CPU or on the vectors' device; reading them from a GPU waits for it.
 
 The kernels are built by `load`, or else by the first op (build.py). The environment variable FEDU_OPS says what happens: `auto` (the
 default) builds, and falls back to reference.py with one warning where it cannot; `build` raises the reason; `reference` never builds.
@@ -10,7 +10,7 @@ Tensors of any other device than CPU and CUDA, such as `meta`, always take the r
 
 All ops take contiguous float32 or float64 tensors, of one type and on one device, and raise ValueError for any other. None has a
 gradient, so a tensor that requires one is refused, except under `torch.no_grad()`. The same numbers give the same bits on any number
-of threads or blocks, and NaN and Inf reach the results that they touch and no others.
+of threads or blocks, and NaN and Inf appear only in results that are computed from them.
 """
 
 import os
@@ -34,8 +34,8 @@ VIEW += ("first", "second", "third", "fourth", "greyscale")
 def weighted_mean(clients: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Mean of the clients' vectors, `sum_k w_k x_k`, summed in the order k = 0..K-1 (FedAvg).
 
-    clients: `[K, P]`, K >= 1. weights: `[K]`, of the same type, summing to 1 by the caller's care. Returns `[P]`: out, or a new tensor.
-    out: `[P]`, sharing no memory with the others.
+    clients: `[K, P]`, K >= 1. weights: `[K]`, of the same type, which the caller makes sum to 1. Returns `[P]`: out, or a new tensor.
+    out: `[P]`, which must not overlap the others.
     """
     out = clients.new_empty(clients.shape[1:]) if out is None else out
     _implementation(clients).weighted_mean(clients, weights, out)
@@ -52,8 +52,8 @@ def aggregate(
     both given in float64 and right to 6e-7. The authors' divergence is the mean of a client's drift over the conv layers, the paper's the
     sum of its squares; FedEMA's paper measures the spread.
 
-    A client's drift is the same bits whichever others are beside it, so rows that do not fit the memory together may come in tiles, the
-    mean so far being each next one's first row, of weight 1. The mean is then the same bits too, and `layer_norms` gives the spread's.
+    Rows that do not fit the memory together may be aggregated in tiles: the mean so far is then the first row of the next tile, with
+    weight 1. Mean and drift have the same bits for any tiles. The spread is from a tile's own mean; `layer_norms` gives it from the last.
     """
     out = clients.new_empty(clients.shape[1:]) if out is None else out
     drift, spread = _implementation(clients).aggregate(clients, weights, received, segments, out)

@@ -232,7 +232,7 @@ def test_missing_safetensors_is_one_sentence(tmp_path, monkeypatch):
         (["--epochs", "0"], ["--epochs", "at least 1"]),
         (["--head", "mlp"], ["--head goes with --semi", "--linear"]),
         (["--knn", "--linear"], ["--linear", "--knn"]),
-        (["--transfer", "mnist"], ["'mnist'"]),
+        (["--transfer", "mnist"], ["--transfer got 'mnist'"]),
         (["--plot", "--transfer", "fashion"], ["--transfer"]),
         (["--plot", "--out", "none/x.png"], ["cannot write none/x.png"]),
         (["--plot", "--out", "x.xyz"], ["--out got x.xyz", ".png"]),
