@@ -140,7 +140,7 @@ class Step:
         self.lr, self.loss = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), device=device)
         self.ema_decay = 0.99
         self.graph: StepGraph | None = None
-        self.captured: tuple = ()  # what the graph holds as it was
+        self.captured: tuple = ()  # what the graph was captured with
 
     def __call__(self, batch: Tensor) -> None:
         view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in self.views(self.images[batch], self.generator))
@@ -153,12 +153,12 @@ class Step:
         self.objective.update(self.lr, MOMENTUM, WEIGHT_DECAY, self.ema_decay)
 
     def in_bf16(self, enabled: bool = True) -> AbstractContextManager:
-        """Compute in bf16 where it helps, if that is the precision; or, not enabled, leave off for a moment."""
+        """A block that computes in bf16 if that is the precision; not enabled, an exception inside such a block."""
         bf16 = self.precision == "bf16"
         return torch.autocast(self.images.device.type, torch.bfloat16, enabled) if bf16 else nullcontext()
 
     def launcher(self) -> AbstractContextManager[Callable[[Tensor], None]]:
-        """What takes the batches: on a GPU a graph of the step, captured again only if what it holds is another now."""
+        """What takes the batches: on a GPU a graph of the step, which is captured again only when what it holds has changed."""
         if self.images.device.type != GRAPHS_ON:
             return nullcontext(self)
         holds = (self.ema_decay, self.objective.shared.data_ptr(), self.objective.shared.shape)

@@ -31,7 +31,7 @@ from runtime.device import choose_device
 from runtime.run import holds_run, open_run, reopen_run, run_folder, write_config
 from simulation import load_kernels, run_rounds, stored_options
 
-IDLE = ("partition", "classes_per_client", "alpha", "dropout", "log")  # options of the simulation alone
+INEFFECTIVE = ("partition", "classes_per_client", "alpha", "dropout", "log")  # options of the simulation alone
 
 app = ServerApp()
 
@@ -86,8 +86,8 @@ def read_command(text: str) -> Command:
         raise InputError(f"--run-config got options={text!r}: {error}") from None
     except SystemExit:
         raise InputError(said.getvalue().partition("error: ")[2].strip() or "--help starts no run") from None
-    if idle := [name for name in IDLE if name in command.given]:
-        raise InputError(f"{flag(idle[0])} changes nothing between parties, which have images, and failures, of their own")
+    if ineffective := [name for name in INEFFECTIVE if name in command.given]:
+        raise InputError(f"{flag(ineffective[0])} changes nothing between parties, which have images, and failures, of their own")
     if command.given.get("aggregate") == "target":
         raise InputError("--aggregate got target, but target encoders do not leave the parties")
     if command.resume and command.given:

@@ -1,4 +1,4 @@
-"""Flower's FedAvg, but that clients are drawn, and uploads averaged, as `fedu.py` does it; DAPU is each client's own decision."""
+"""Flower's FedAvg, except that clients are drawn and uploads averaged as in `fedu.py`; DAPU is each client's own decision."""
 
 import json
 import math
