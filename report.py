@@ -140,7 +140,7 @@ def linear_accuracy(run: Path) -> float:
 def read_options(run: Path) -> dict:
     """A run's options as this version knows them: an option that the run does not have takes its default, an unknown one is left out.
 
-    Between parties, by Flower, the partition is `own`: nobody dealt their images.
+    Between parties, by Flower, the partition is `own`: each came with images of its own.
     """
     config = read_config(run)
     options = config["options"] | ({"partition": "own"} if "run" in config else {})
@@ -194,8 +194,8 @@ def capitalized(text: str) -> str:
 
 def describe_partition(setting: dict) -> str:
     classes = "1/K of the" if setting["classes_per_client"] is None else setting["classes_per_client"]
-    dealt = {"classes": f"{classes} classes each", "iid": "iid", "own": "with images of their own"}
-    return dealt.get(setting["partition"], f"dirichlet {setting['alpha']}")
+    partitions = {"classes": f"{classes} classes each", "iid": "iid", "own": "with images of their own"}
+    return partitions.get(setting["partition"], f"dirichlet {setting['alpha']}")
 
 
 def describe_option(setting: dict, name: str) -> str:

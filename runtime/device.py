@@ -70,8 +70,8 @@ def glibc() -> ctypes.CDLL | None:
 def keep_memory() -> None:
     """Let the C library keep the memory that tensors free, instead of giving it back to the system and faulting it in at every step.
 
-    A fifth of a ResNet-18's step on the CPU went there. Blocks of 64 MB and more, such as whole networks, are still mapped
-    and unmapped, since they would fragment the heap. Does nothing where the library is not glibc.
+    A fifth of a ResNet-18's step on the CPU went there. Blocks of 64 MB and more, such as whole networks, are still mapped and unmapped,
+    since they would fragment the heap. Does nothing where the library is not glibc.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
     if libc := glibc():
