@@ -1,4 +1,4 @@
-"""What a mean in new memory costs, against one with `out=`: `python results/ops/new_memory.py`.
+"""What a mean in new memory costs, against one with `out=`: `python -m results.ops.new_memory`.
 
 For 5 and 50 clients of ResNet-18's size: ms of a plain sum over the clients ("read"), of the op in new memory and of the op with `out=`,
 in turns, and the share of the read's bandwidth that both reach. "at first" are the medians of the first five turns, "then" those of the
@@ -8,11 +8,7 @@ in which nothing ran.
 """
 
 import statistics
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench.ops import Case, resnet18
 from bench.timing import print_origin

@@ -1,4 +1,4 @@
-"""Counts the memory that a training step moves, as it is and in other ways: `PYTHONPATH=. python results/speed/traffic.py`.
+"""Counts the memory that a training step moves, as it is and in other ways: `python -m results.speed.traffic`.
 
 step            all passes, but for views and update, operation by operation (`traffic` of bench/training.py)
 --compile       the same with --compile: what inductor counts for its fused loops and for convolutions and products

@@ -1,4 +1,4 @@
-"""Five clients' forward and backward passes as one batched network, against one client after the other: `python results/speed/vmap.py`.
+"""Five clients' forward and backward passes as one batched network, against one client after the other: `python -m results.speed.vmap`.
 
 The batched network is torch.func's: the parameters stacked, and `vmap` over the gradient of BYOL's loss, with B = 32. Printed are ms of
 both ways, in turns, on one thread and on two, and how far their gradients differ, as a share of the gradients' norm, in float32 and in
@@ -6,14 +6,10 @@ float64.
 """
 
 import copy
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench.timing import print_origin, time_ways
 from models import Encoder, Online
