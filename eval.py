@@ -124,7 +124,7 @@ def load_encoders(run: Path) -> list[Encoder]:
     """
     path = run / "encoder.pt"
     if not path.exists():
-        raise InputError(f"{run} has no encoder.pt: the run is not finished; continue it with `python fedu.py --resume {run}`")
+        raise InputError(f"{run} has no encoder.pt: the run is not finished, and --resume {run} continues it")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         encoders = []
