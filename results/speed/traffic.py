@@ -52,6 +52,7 @@ def compiled_bytes(encoder: str, batch_size: int, precision: str) -> int:
 
 
 def main() -> None:
+    print("$ python -m results.speed.traffic")
     print(f"torch {torch.__version__}, commit {describe_code()['commit']}", flush=True)
     for encoder, batch_size in (("small", 64), ("resnet18", 128)):
         for precision in ("fp32", "bf16"):
