@@ -70,9 +70,9 @@ for method in ("single", "fedu", "fedbyol", "fedema"):
     EXPERIMENTS[f"e5-{method}"] = (f"{LONG} --local-epochs 5 --method {method}", 2)
 EXPERIMENTS["e5-central"] = (f"{LONG} --local-epochs 5 --method central", 1)
 # does the lead depend on the encoder? What `epochs-5` and `single-epochs-5` are for `small`, in bf16, since it takes two thirds of the time
+narrow = f"{LONG} --encoder resnet18-narrow --precision bf16 --local-epochs 5 --rounds 4"
 for method in ("untrained", "single", "fedu", "fedema"):
-    narrow = "--encoder resnet18-narrow --precision bf16 --local-epochs 5 --rounds 4"
-    EXPERIMENTS[f"narrow-{method}"] = (f"{LONG} {narrow} --method {method}", 1)
+    EXPERIMENTS[f"narrow-{method}"] = (f"{narrow} --method {method}", 1)
 # does updating the target alone collapse, as in the paper, with more rounds than the ablation's?
 EXPERIMENTS["longer-online-target-global"] = (f"{LONG} --method fedbyol --update target", 1)
 # 0.42, 0.76 and 1.29 are the quartiles of the divergences that decided in short-2

@@ -2,8 +2,8 @@
 
 For 5 and 50 clients of ResNet-18's size: ms of a plain sum over the clients ("read"), of the op in new memory and of the op with `out=`,
 in turns, and the share of the read's bandwidth that both reach. "at first" are the medians of the first five turns, "then" those of the
-last fifteen of thirty. In a virtual machine the host gives memory on its first touch and takes back what was free for a while, so `then`
-is the op and what the system's own kernel does, and `at first` includes what the host does. "after N s": the same call after N seconds
+last fifteen of thirty. In a virtual machine the host gives memory on its first touch and takes back what was free for a while, so "then"
+is the op and what the system's own kernel does, and "at first" includes what the host does. "after N s": the same call after N seconds
 in which nothing ran.
 """
 
