@@ -1,6 +1,6 @@
 """What a round costs over the simulation's, with Flower between three clients on this machine: seconds, and bytes on the wire.
 
-    PYTHONPATH=. python results/flower/overhead.py tiny resnet18 > results/flower/overhead.log
+    python results/flower/overhead.py tiny resnet18 > results/flower/overhead.log
 
 Each client has one batch of eight images, so that next to nothing of a round is training. The bytes are counted by a proxy between the
 SuperNodes and the SuperLink; the connection is not encrypted.
