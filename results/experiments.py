@@ -92,7 +92,7 @@ def parse_options() -> dict:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="of the experiments  [all]")
     parser.add_argument("--seed", type=number(int, 0), action="append", help="only these seeds, may be repeated  [all]")
-    parser.add_argument("--jobs", type=number(int, 1), help="runs side by side, of one thread each  [the number of cores]")
+    parser.add_argument("--jobs", type=number(int, 1), help="runs side by side, which share the cores  [one a core]")
     parser.add_argument("--list", action="store_true", help="print the commands, and run nothing")
     given = {"names": list(EXPERIMENTS), "seed": None, "jobs": os.cpu_count(), "list": False} | vars(parser.parse_args())
     given["names"] = given["names"] or list(EXPERIMENTS)
@@ -108,8 +108,10 @@ def main(names: list[str], seed: list[int] | None, jobs: int, list: bool) -> Non
     runs = [(name, s) for name, s in runs if seed is None or s in seed]
     if list:
         return print("\n".join(shlex.join(["python", *training(name, s)]) for name, s in runs))
+    # together no more threads than cores, or the threads of a run would wait for those of another
+    threads = max(1, os.cpu_count() // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        failed = [run for run, done in zip(runs, pool.map(lambda run: experiment(*run), runs)) if not done]
+        failed = [run for run, done in zip(runs, pool.map(lambda run: experiment(*run, threads), runs)) if not done]
     if failed:
         raise InputError(f"these did not end well, their log.txt says why: {', '.join(f'{name}-s{s}' for name, s in failed)}")
 
@@ -122,7 +124,7 @@ def training(name: str, seed: int) -> list[str]:
     return ["fedu.py", *EXPERIMENTS[name][0].split(), "--seed", str(seed), "--out", str(folder(name, seed))]
 
 
-def experiment(name: str, seed: int) -> bool:
+def experiment(name: str, seed: int, threads: int) -> bool:
     """Train and evaluate one run, as far as that is not done; returns whether all of it ended well."""
     from report import read_evaluations  # here, since it loads torch
 
@@ -140,7 +142,7 @@ def experiment(name: str, seed: int) -> bool:
         print(shlex.join(["python", *step]), flush=True)
         with (results / "log.txt").open("a") as log:
             print("$", shlex.join(["python", *step]), file=log, flush=True)
-            env = os.environ | {"OMP_NUM_THREADS": "1"}  # one thread a run: two would wait for the other run's
+            env = os.environ | {"OMP_NUM_THREADS": str(threads)}
             done = subprocess.run([sys.executable, str(ROOT / step[0]), *step[1:]], stdout=log, stderr=log, env=env)
         if done.returncode:
             return False
