@@ -120,11 +120,11 @@ def record(run: Path, result: dict, accuracies: list[float]) -> str:
 def load_encoders(run: Path) -> list[Encoder]:
     """A run's encoders, on the CPU: that of the global model, or for `single` one for each client.
 
-    Raises InputError if the run is not finished, or its encoder.pt is damaged.
+    Raises InputError if encoder.pt is missing or damaged.
     """
     path = run / "encoder.pt"
     if not path.exists():
-        raise InputError(f"{run} has no encoder.pt: the run is not finished, and --resume {run} continues it")
+        raise InputError(f"{run} has no encoder.pt: the run was interrupted (--resume {run} continues it), or is kept without weights")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         encoders = []
