@@ -124,7 +124,7 @@ def load_encoders(run: Path) -> list[Encoder]:
     """
     path = run / "encoder.pt"
     if not path.exists():
-        raise InputError(f"{run} has no encoder.pt: the run was interrupted (--resume {run} continues it), or is kept without weights")
+        raise InputError(f"{run} has no encoder.pt: the run is not finished (--resume {run} continues it), or its weights were not kept")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         encoders = []

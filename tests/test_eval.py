@@ -254,7 +254,7 @@ def test_no_run_and_damaged_runs_are_one_sentence(finished, command, tmp_path):
     (run / "encoder.pt").write_bytes(whole[: len(whole) // 2])
     assert refused(command("eval.py", "run", cwd=tmp_path), "run/encoder.pt is not a readable encoder")
     (run / "encoder.pt").unlink()
-    assert refused(command("eval.py", "run", cwd=tmp_path), "run has no encoder.pt", "--resume run", "without weights")
+    assert refused(command("eval.py", "run", cwd=tmp_path), "no encoder.pt", "not finished", "--resume run", "weights were not kept")
     (run / "eval.jsonl").write_text('{"evaluation": "lin')
     assert refused(command("eval.py", "--table", "run", cwd=tmp_path), "eval.jsonl is not readable")
     (run / "metrics.jsonl").write_text('{"round": 0, "lo')
