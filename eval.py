@@ -13,8 +13,8 @@ A run of `single` has one encoder for each client: all are evaluated, and the me
 
 from __future__ import annotations
 
-from eval_options import EVALUATION_EPOCHS, parse_evaluation
-from runtime.cli import InputError, first_line, user_errors, write_atomic
+from options import EVALUATION_EPOCHS, parse_evaluation
+from runtime.cli import InputError, user_errors, write_atomic
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and mistakes are answered at once
     OPTIONS = parse_evaluation(description=__doc__.split("\n\n")[0])
@@ -34,14 +34,14 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 from tqdm import trange
 
 from data import Images, balanced_subset, keyed_generator, load_images
-from figures import plot, plot_against
-from models import Encoder, build_head, feature_dim
-from report import read_options, table
+from models import Encoder, build_head, extract_features, feature_dim, load_encoders
+from report.figures import plot, plot_against
+from report.tables import read_options, table
 from runtime.device import choose_device
 
 
 def main(options: argparse.Namespace) -> None:
-    """Do a task with the named runs. options: of `eval_options.parse_evaluation`."""
+    """Do a task with the named runs. options: of `options.parse_evaluation`."""
     all_by_default = options.task in ("table", "against")
     runs = runs_among(options.runs) if options.runs else find_runs()[: None if all_by_default else 1]
     if options.task == "table":
@@ -55,7 +55,7 @@ def main(options: argparse.Namespace) -> None:
         plot_against(options.against, runs, out)
         return print(f"{out} shows {', '.join(map(str, runs))}")
     if options.task in ("export", "weights") and len(runs) > 1:
-        raise InputError(f"--export got {len(runs)} runs, wants one for its file")
+        raise InputError(f"--export got {len(runs)} runs, needs one for its file")
     if options.task == "weights":
         return print(export_weights(load_encoders(runs[0]), options.export))
 
@@ -117,41 +117,8 @@ def record(run: Path, result: dict, accuracies: list[float]) -> str:
     return f"{run}: {result['evaluation']} on {result['dataset']}, {how}: {100 * result['accuracy']:.2f}%{several}"
 
 
-def load_encoders(run: Path) -> list[Encoder]:
-    """A run's encoders, on the CPU: that of the global model, or for `single` one for each client.
-
-    Raises InputError if encoder.pt is missing or damaged.
-    """
-    path = run / "encoder.pt"
-    if not path.exists():
-        raise InputError(f"{run} has no encoder.pt: the run is not finished (--resume {run} continues it), or its weights were not kept")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        encoders = []
-        for state in saved["encoders"]:
-            encoder = Encoder(saved["encoder"], saved["head"])
-            # BatchNorm's batch counters may be missing, which torch allows in a plain dict but not in a state_dict with its metadata
-            encoder.backbone.load_state_dict(dict(state["backbone"]))
-            encoder.projector.load_state_dict(dict(state["projector"]))
-            encoders.append(encoder)
-        return encoders
-    except Exception as error:  # a damaged archive makes torch raise errors of many types
-        raise InputError(f"{path} is not a readable encoder ({first_line(error)})") from None
-
-
 # -------------------------------------------------------------------------------------------------------- evaluations
 # Accuracies are fractions of the test images, top-1.
-
-
-@torch.inference_mode()
-def extract_features(module: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Features `[N, d]` of uint8 images `[N, 3, S, S]`, unaugmented, in eval mode; the module's mode is restored."""
-    training = module.training
-    module.eval()
-    batches = (batch.float().div_(255).contiguous(memory_format=torch.channels_last) for batch in images.split(batch_size))
-    features = torch.cat([module(batch) for batch in batches])
-    module.train(training)
-    return features
 
 
 @torch.inference_mode()
@@ -251,7 +218,7 @@ def export_weights(encoders: list[Encoder], path: Path) -> str:
     try:
         from safetensors.torch import save
     except ImportError:
-        raise InputError(f"--export {path} wants the package safetensors: `pip install -r requirements-optional.txt`") from None
+        raise InputError(f"--export {path} needs the package safetensors: `pip install -r requirements-optional.txt`") from None
     paths = [path] if len(encoders) == 1 else [path.with_stem(f"{path.stem}-{k}") for k in range(len(encoders))]
     for encoder, file_path in zip(encoders, paths):
         content = save({name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}, {"format": "pt"})

@@ -1,22 +1,21 @@
-"""The parties of a run, servers and clients: made from the seed, sampled for a round, stored in checkpoints."""
+"""The parties of a run, servers and clients: made from the seed, drawn for a round, stored in checkpoints."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import Images, keyed_generator, partition
-from models import OBJECTIVES, Objective, Segment, conv_segments
+from models import Encoder, Objective, Segment, conv_segments
 from options import METHODS, Options
 from runtime.bank import Row
-from runtime.cli import write_atomic
 from runtime.run import Checkpoint
 
 
@@ -35,8 +34,8 @@ class Client:
     def num_examples(self) -> int:
         return len(self.indices)
 
-    def fix_ema_scale(self, divergence: float, tau: float) -> None:
-        """`lambda_k = tau / d_k` by the first divergence that was measured; later ones change nothing."""
+    def set_ema_scale_once(self, divergence: float, tau: float) -> None:
+        """`lambda_k = tau / d_k`, set from the first measured divergence, and kept."""
         if self.ema_scale is None and divergence:
             self.ema_scale = tau / divergence
 
@@ -44,66 +43,96 @@ class Client:
 REMEMBERED = ("divergence", "ema_scale", "last_round")  # of a client, in a checkpoint
 
 
-@dataclass
+@dataclass(eq=False)
 class Server:
-    """The global model `[P]`, the clients that it averages, and the representations `[N, d]` that these shared in the last round."""
+    """The global model `[P]`, the clients whose uploads it averages, and what its rule keeps from round to round, by name.
+
+    What is in `state` under `shared`, `[N, d]`, the clients get with the model.
+    """
 
     model: Tensor
-    dictionary: Tensor
     clients: list[Client]
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def communicates(self) -> bool:
+        """False if the server has a single client: then nothing is sent."""
+        return len(self.clients) > 1
 
 
-class Update(NamedTuple):
-    """What a client received: whose predictor (global, local, mixed, - for none), the share of its own in it, what divergence decided."""
+class Start(NamedTuple):
+    """What a client starts a round with: the share of its own, 0 to 1, in each network; the rest is the server's.
 
-    predictor: str
-    own_share: float
-    divergence: float | None
+    divergence: the one that decided; None if the client took everything from the server.
+    """
+
+    encoder: float = 0.0
+    predictor: float = 0.0
+    target: float = 0.0
+    divergence: float | None = None
 
 
 @dataclass
 class Turn:
-    """A client's part in one round."""
+    """One client's participation in one round."""
 
     client: Client
     server: Server
     total: int  # n: the images of all clients that train for this server in the round
-    update: Update | None = None
-    received: Tensor | None = None
+    start: Start = Start()
+    received: Tensor | None = None  # the online network that it began with, `[P]`
     loss: float = math.nan
-    representations: Tensor | None = None  # that it shares besides its networks, `[N, d]`
+    shared: Tensor | None = None  # what it shares besides its networks, `[N, d]`
 
     @property
-    def weight(self) -> float:
+    def fraction(self) -> float:
         """n_k / n."""
         return self.client.num_examples / self.total
 
 
 @dataclass
 class Federation:
-    """The servers with their clients, the networks that all of these train in turn, and the images that they train on."""
+    """The servers with their clients, the workspace in which these train in turn, and the images that they train on."""
 
     servers: list[Server]
-    objective: Objective
+    networks: Objective  # the workspace: while a client trains, it holds that client's networks
     images: Tensor  # uint8 `[N, 3, S, S]`
     segments: Tensor  # what divergence is measured on, `[L, 2]`
     public: Tensor  # the images that no client has, as indices
-    step: Callable[[Tensor], None] | None = None  # of local training, from the first client on: it keeps its CUDA graph
+    step: Callable[[Tensor], None] | None = None  # of local training: built once and reused, since it owns the CUDA graph
 
     @property
     def clients(self) -> list[Client]:
         return [client for server in self.servers for client in server.clients]
 
-    def load(self, server: Server) -> nn.Module:
-        """Load a server's model into the networks; returns their backbone."""
-        self.objective.online.vector.copy_(server.model)
-        return self.objective.online.module.encoder.backbone
+    def load(self, server: Server) -> Encoder:
+        """Load a server's model into the workspace; returns its encoder."""
+        self.networks.online.vector.copy_(server.model)
+        return self.networks.online.module.encoder
 
     def describe(self) -> str:
         """How many clients there are, and how many images they have."""
         sizes = sorted(client.num_examples for client in self.clients)
         spread = f"{sizes[0]}" if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
         return f"{len(sizes)} client{'s' * (len(sizes) > 1)} of {spread}"
+
+    # ---- as a checkpoint
+
+    def checkpoint(self, rounds: int, seconds: float) -> Checkpoint:
+        """All that the next round depends on. rounds, seconds: that are done, and what they took."""
+        tensors = [{"model": server.model, **server.state} for server in self.servers]
+        remembered = {name: [getattr(client, name) for client in self.clients] for name in REMEMBERED}
+        rows = [client.row for client in self.clients]
+        return Checkpoint(tensors, rows, {"round": rounds, "seconds": seconds, "clients": remembered})
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Put a checkpoint's content back in place."""
+        for server, named in zip(self.servers, saved.tensors, strict=True):
+            server.model, server.state = named["model"], {name: tensor for name, tensor in named.items() if name != "model"}
+        for k, client in enumerate(self.clients):
+            client.row = saved.rows[k]
+            for name in REMEMBERED:
+                setattr(client, name, saved.values["clients"][name][k])
 
 
 # ------------------------------------------------------------------------------------------------- made from the seed
@@ -127,26 +156,36 @@ def build(options: Options, images: Images) -> Federation:
 
 def assemble(options: Options, groups: list[list[Client]], images: Tensor, labels: Tensor, public: Tensor | None = None) -> Federation:
     """A federation of a server for each group of clients. images: uint8 `[N, 3, S, S]` on the device to train on. labels: `[N]`."""
-    objective = build_objective(options, labels, images.device)
-    servers = [Server(objective.online.vector.clone(), objective.shared, group) for group in groups]
-    segments = divergence_segments(objective, options.divergence)
-    return Federation(servers, objective, images, segments, torch.empty(0) if public is None else public)
+    networks = build_networks(options, labels, images.device)
+    servers = [Server(networks.online.vector.clone(), group) for group in groups]
+    segments = divergence_segments(networks, options.divergence)
+    return Federation(servers, networks, images, segments, torch.empty(0) if public is None else public)
 
 
-def build_objective(options: Options, labels: Tensor, device: torch.device) -> Objective:
+def build_networks(options: Options, labels: Tensor, device: torch.device) -> Objective:
     """The method's objective with its networks, initialised by the seed."""
+    row = METHODS[options.method]
     torch.manual_seed(options.seed)
-    ablation = {name: False for name in ("predictor", "stop_gradient") if getattr(options, f"no_{name}")}
-    objective = OBJECTIVES[METHODS[options.method].objective](options.encoder, device, labels, **ablation)
+    how: dict[str, Any] = {name: options.settings[name] for name in row.settings}
+    how |= {name: False for name in ("predictor", "stop_gradient") if getattr(options, f"no_{name}")}
+    how |= {"labels": labels} if row.uses_labels else {}
+    head = (int(labels.max()) + 1,) if row.uses_labels else row.head
+    networks = find(row.objective)(Encoder(options.encoder, head), device, **how)
     if options.compile:
-        objective.compile()
-    return objective
+        networks.compile()
+    return networks
 
 
-def divergence_segments(objective: Objective, kind: str) -> Tensor:
+def find(name: str) -> Any:
+    """What a row names as FILE:NAME, of the folder methods/."""
+    file, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"methods.{file}"), attribute)
+
+
+def divergence_segments(networks: Objective, kind: str) -> Tensor:
     """What d_k is measured on, `[L, 2]`: each convolution for `layer-mean` (authors' code), the whole encoder for `squared` (paper)."""
-    weights = objective.weights["encoder"]
-    segments = conv_segments(objective.online) if kind == "layer-mean" else [Segment("encoder", weights.start, weights.stop)]
+    parameters = networks.param_slices["encoder"]
+    segments = conv_segments(networks.online) if kind == "layer-mean" else [Segment("encoder", parameters.start, parameters.stop)]
     return torch.tensor([[begin, end] for _, begin, end in segments])
 
 
@@ -154,15 +193,20 @@ def divergence_segments(objective: Objective, kind: str) -> Tensor:
 
 
 def draw_turns(servers: list[Server], options: Options, round_: int) -> tuple[list[Turn], set[int]]:
-    """The turns of a round and the clients that drop out. Turns with the most images come first, so that neighbours take about as long."""
+    """The turns of a round, and the ids of the clients that drop out.
+
+    A server's turns lie side by side, those with the most images first, so that clients trained side by side take about equally long.
+    """
     selected = sample_clients(sum(len(server.clients) for server in servers), options.clients_per_round, options.seed, round_)
     dropped = {k for k in selected if drops_out(k, options.dropout, options.seed, round_)}
-    turns = []
+    groups = []
     for server in servers:
         members = [client for client in server.clients if client.id in selected - dropped]
         total = sum(client.num_examples for client in members)
-        turns += [Turn(client, server, total) for client in members]
-    return sorted(turns, key=lambda turn: (-turn.client.num_examples, turn.client.id)), dropped
+        turns = [Turn(client, server, total) for client in members]
+        groups.append(sorted(turns, key=lambda turn: (-turn.client.num_examples, turn.client.id)))
+    groups.sort(key=lambda turns: -turns[0].client.num_examples if turns else 0)
+    return [turn for turns in groups for turn in turns], dropped
 
 
 def most_uploads(servers: list[Server], per_round: int | None) -> int:
@@ -180,37 +224,3 @@ def sample_clients(clients: int, per_round: int | None, seed: int, round_: int) 
 def drops_out(client: int, probability: float, seed: int, round_: int) -> bool:
     """Whether a selected client fails to report."""
     return torch.rand((), generator=keyed_generator(torch.device("cpu"), seed, "dropout", round_, client)).item() < probability
-
-
-# ---------------------------------------------------------------------------------------------- stored in checkpoints
-
-
-def checkpoint(federation: Federation, rounds: int, seconds: float) -> Checkpoint:
-    """All that the next round depends on."""
-    tensors = [tensor for server in federation.servers for tensor in (server.model, server.dictionary)]
-    remembered = {name: [getattr(client, name) for client in federation.clients] for name in REMEMBERED}
-    rows = [client.row for client in federation.clients]
-    return Checkpoint(tensors, rows, {"round": rounds, "seconds": seconds, "clients": remembered})
-
-
-def restore(federation: Federation, saved: Checkpoint | None) -> tuple[int, float]:
-    """Put a checkpoint's content back in place; returns the rounds that are done and the seconds that they took."""
-    if saved is None:
-        return 0, 0.0
-    for server, model, dictionary in zip(federation.servers, saved.tensors[::2], saved.tensors[1::2], strict=True):
-        server.model, server.dictionary = model, dictionary
-    for k, client in enumerate(federation.clients):
-        client.row = saved.rows[k]
-        for name in REMEMBERED:
-            setattr(client, name, saved.values["clients"][name][k])
-    return saved.values["round"], saved.values["seconds"]
-
-
-def save_encoders(out: Path, name: str, federation: Federation) -> None:
-    """encoder.pt: `{"encoder": name, "head": projector's widths, "encoders": [{"backbone", "projector"}, ...]}`, one for each server."""
-    encoder, encoders = federation.objective.online.module.encoder, []
-    for server in federation.servers:
-        federation.load(server)
-        encoders.append({part: {k: v.clone() for k, v in module.state_dict().items()} for part, module in encoder.named_children()})
-    content = {"encoder": name, "head": list(encoder.head), "encoders": encoders}
-    write_atomic(out / "encoder.pt", lambda file: torch.save(content, file))

@@ -13,43 +13,47 @@ its last divergence was below mu (DAPU). One process, or several under torchrun,
 | received `[P]` | the online network that a client begins its round with                                                   |
 | divergence     | d_k: how far the online encoder moved from the received one in local training                            |
 | mu             | the threshold of the divergence-aware predictor update (DAPU)                                            |
+| networks       | the workspace in which the clients of this process train in turn                                         |
 """
 
 from __future__ import annotations
 
-from options import METHODS, Command, Exchange, Options, Training, parse
+from options import HOST_OPTIONS, METHODS, OPTIONS, Command, Exchange, Options, flag, in_words, parse
 
 if __name__ == "__main__":
     COMMAND = parse(description=__doc__.split("\n\n")[0])  # before torch is imported: --help and mistakes are answered at once
 
-import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import ops
-from data import load_images, seed_of, two_views
-from eval import extract_features
-from federation import Client, Federation, Server, Turn, Update, build, draw_turns, most_uploads
-from models import Objective, SimCLR
-from report import tensorboard_log
+from data import Images, load_images
+from eval import knn
+from federation import Client, Federation, Server, Start, Turn, build, draw_turns, find, most_uploads
+from models import Encoder, Objective, load_encoders, save_encoders
+from report.figures import plot
+from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
+from report.tables import mean
 from runtime import ranks
 from runtime.bank import Bank
 from runtime.cli import RANK, InputError, user_errors
-from runtime.device import GRAPHS_ON, StepGraph, choose_device, keep_memory, release_memory
-from runtime.run import Progress, holds_run, open_run, reopen_run, resumable, run_folder
-from simulation import Announce, Run, describe_round, load_kernels, run_rounds, stored_options
+from runtime.device import choose_device, describe_device, keep_memory
+from runtime.recorder import Recorder
+from runtime.run import holds_run, open_run, read_config, reopen_run, resumable, run_folder
+from runtime.uploads import Uploads
+from training import cosine, num_steps, prepare, train_client
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-UPLOAD_MEMORY = 2 << 30  # bytes for a round's uploads; larger rounds are aggregated in tiles
+Announce = Callable[[float], None] | None  # called once, after the first steps, with the estimated seconds of a round
 
 
 # ------------------------------------------------------------------------------------------------------------ a round
@@ -58,300 +62,147 @@ UPLOAD_MEMORY = 2 << 30  # bytes for a round's uploads; larger rounds are aggreg
 def run_round(
     options: Options, federation: Federation, bank: Bank, uploads: Uploads, round_: int, announce: Announce = None
 ) -> dict:  # fmt: skip
-    """The paper's figure 2: download, train and upload for each client, then aggregate. Returns the round's metrics.
+    """One round, the paper's figure 2: every client trains and uploads, and its server averages. Returns the round's metrics.
 
-    Changes servers and clients. announce: takes an estimate of the round's seconds after its first steps. Raises InputError if no upload
-    is finite, or if one is not and `on_nonfinite` is `error`.
+    Stage 4, the model update, opens a client's next round: what a server averages here, its clients take when they start again. Changes
+    servers and clients. Raises InputError if no upload is finite, or if any is not while `on_nonfinite` is `error`.
     """
-    clock, objective = time.perf_counter(), federation.objective
+    clock, networks = time.perf_counter(), federation.networks
     turns, dropped = draw_turns(federation.servers, options, round_)
-    last_turn = {id(turn.server): turn for turn in turns}
-    sent = num_exchanged(objective, options) * objective.online.vector.itemsize
-    download_bytes = sum(sent + turn.server.dictionary.nbytes for turn in turns if exchanges(turn))
+    download_bytes = sum(num_bytes_sent(turn.server, networks, options, turn.server.state.get("shared")) for turn in turns)
     reported: list[Turn] = []
-
-    def download(turn: Turn) -> tuple[int, int, bool]:
-        client, joins = turn.client, turn.client.last_round is None
-        kept = bank.read(client.row) if client.row else {}
-        turn.update = model_update(client, kept, turn.server.model, objective, options, federation.segments, round_)
-        turn.received = objective.online.vector.clone() if starts_from_own_encoder(options) else turn.server.model
-        objective.shared = turn.server.dictionary
-        return round_, client.id, joins
-
-    steps = sum(num_steps(turn.client, options) for turn in turns)
-    with Progress(f"round {round_}", steps // min(ranks.COUNT, len(turns) or 1), announce) as progress:
-        train = partial(train_client, options, federation, progress)
-        for turn, loss, share in ranks.train_all(turns, download, train, objective):
-            client, upload = turn.client, model_upload(objective, options.aggregate, out=uploads.next_row(turn.server))
-            if math.isfinite(loss) and upload.isfinite().all():
-                turn.loss, turn.representations = loss, share[: METHODS[options.method].dictionary // len(turns)]
-                uploads.add(turn)
-                if kept := kept_parts(objective, options):
-                    client.row = bank.write(kept)
-                client.last_round = round_
-                reported.append(turn)
-            if turn is last_turn[id(turn.server)]:
-                uploads.finish(turn.server)
+    with Progress(f"round {round_}", steps_per_rank(turns, options), announce) as progress:
+        start = partial(start_turn, options, federation, bank, round_, len(turns))  # stage 4
+        train = partial(train_client, options, federation, progress)  # stage 1
+        for server, results in groupby(ranks.train_all(turns, start, train, networks), key=lambda result: result[0].server):
+            accepted = []
+            for turn, loss, shared in results:  # the workspace holds what this client has trained
+                upload = model_upload(networks, options.aggregate, out=uploads.next_row())  # stage 2
+                if not (math.isfinite(loss) and upload.isfinite().all()):
+                    continue  # the client keeps what it had, and the next upload takes this row
+                uploads.add(turn.fraction, turn.received, None if options.aggregate == "online" else networks.online.vector)
+                turn.loss, turn.shared, turn.received = loss, shared, None  # which frees what it received
+                if kept := kept_parts(networks, options):
+                    turn.client.row = bank.write(kept)
+                turn.client.last_round = round_
+                accepted.append(turn)
+            if accepted:
+                aggregate(server, accepted, uploads, networks, options)  # stage 3
+                reported += accepted
     reported.sort(key=lambda turn: turn.client.id)
     nonfinite = sorted({turn.client.id for turn in turns} - {turn.client.id for turn in reported})
-    if nonfinite and (options.on_nonfinite == "error" or not reported):
-        who = f"the upload of client {nonfinite[0]} is not" if reported else "no upload is"
-        raise InputError(f"round {round_}: {who} finite; lower --lr, or check the images")
-    for k in nonfinite:
-        print(f"round {round_}: the upload of client {k} is not finite and was left out", file=sys.stderr)
-    row = describe_round(round_, cosine(options.lr, round_, options.rounds), reported, dropped, nonfinite)
-    upload_bytes = sum(sent + turn.representations.nbytes for turn in reported if exchanges(turn))
-    row |= {"upload_bytes": upload_bytes, "download_bytes": download_bytes}
-    return row | {"seconds": round(time.perf_counter() - clock, 2)}
+    refuse_nonfinite(round_, nonfinite, len(reported), options.on_nonfinite)
+    row = describe_round(options, round_, reported, dropped, nonfinite)
+    row |= {"upload_bytes": sum(num_bytes_sent(turn.server, networks, options, turn.shared) for turn in reported)}
+    return row | {"download_bytes": download_bytes, "seconds": round(time.perf_counter() - clock, 2)}
 
 
-def exchanges(turn: Turn) -> bool:
-    """Whether models travel in this turn: a server with one client has none to exchange."""
-    return len(turn.server.clients) > 1
+# --------------------------------------------------------------- the four stages (paper, figure 2), the first in training.py
 
 
-def num_exchanged(objective: Objective, exchange: Exchange) -> int:
-    """How many numbers of a model travel: with `predictor=local` the predictor's, which come last, do not."""
-    return len(objective.online.vector) if exchange.predictor != "local" else len(objective.parts["encoder"])
+def model_upload(networks: Objective, aggregate: str, out: Tensor | None = None) -> Tensor:
+    """Stage 2: what a client uploads, `[P]`: the encoder that the server averages, online or target, and the predictor."""
+    encoder = networks.parts["encoder" if aggregate == "online" else "target"]
+    return torch.cat([encoder, networks.parts["predictor"]], out=out)
 
 
-def starts_from_own_encoder(exchange: Exchange) -> bool:
+def aggregate(server: Server, accepted: list[Turn], uploads: Uploads, networks: Objective, options: Options) -> None:
+    """Stage 3: the server's rule makes its next model of the accepted uploads, and each client's divergence is measured."""
+    rule = METHODS[options.method].rule
+    shared = [turn.shared for turn in sorted(accepted, key=lambda turn: turn.client.id)]
+    model = (find(rule) if rule else fedavg)(server, uploads, networks, shared)
+    for turn, norms in zip(accepted, uploads.close(), strict=True):
+        record_divergence(turn.client, norms, options)
+    server.model.copy_(model)
+
+
+def fedavg(server: Server, uploads: Uploads, networks: Objective, shared: list[Tensor]) -> Tensor:
+    """`phi = sum_k (n_k / n) theta_k`, `[P]`, of encoder, predictor and BatchNorm's statistics alike.
+
+    A server's rule may use all of its arguments. shared: what each client shares besides its networks, in the order of their ids.
+    """
+    return uploads.sum()
+
+
+def start_turn(options: Options, federation: Federation, bank: Bank, round_: int, num_clients: int, turn: Turn) -> tuple[int, ...]:
+    """Stage 4, model update: fill the workspace with what a client starts its round with. Returns the job for `train_client`."""
+    client, server, networks = turn.client, turn.server, federation.networks
+    if takes_all(client, options, round_):
+        kept: dict[str, Tensor] = {}
+    else:
+        kept = bank.read(client.row) if client.row else {}
+        d = client.divergence
+        if options.divergence_from == "global":
+            own = kept["encoder"]
+            d = divergence(ops.layer_norms(own, server.model[: len(own)], federation.segments), options.divergence)
+            client.set_ema_scale_once(d, options.tau)
+        turn.start = start_of(d, client.ema_scale, options)
+    load(networks, server.model, kept, turn.start, options)
+    networks.shared = server.state.get("shared", networks.shared[:0])
+    turn.received = networks.online.vector.clone() if keeps_own_encoder(options) else server.model
+    return round_, client.id, client.last_round is None, num_clients
+
+
+def takes_all(client: Client, exchange: Exchange, round_: int) -> bool:
+    """Whether a client takes everything from the server: in its first round, and under FedEMA also after a round that it missed."""
+    return client.last_round is None or (exchange.update == "ema" and client.last_round != round_ - 1)
+
+
+def dapu(divergence: float, mu: float) -> float:
+    """FedU's divergence-aware predictor update: the share of its own predictor that a client keeps.
+
+    All of it if its online encoder moved by mu or more in its last training, else nothing: then it takes the averaged predictor.
+    """
+    return float(divergence >= mu)
+
+
+def start_of(divergence: float, ema_scale: float | None, exchange: Exchange) -> Start:
+    """What a client that took part before starts with, by the columns `update` and `predictor` of its method.
+
+    FedU: the server's online encoder, its own target, and the predictor by DAPU. FedEMA mixes `mu_k = min(1, lambda_k d_k)` of its own
+    online encoder and predictor in. divergence: d_k. ema_scale: lambda_k, or None if it was never measured.
+    """
+    mixed = min(1.0, ema_scale * divergence) if ema_scale else 0.0
+    encoder = {"online": 0.0, "both": 0.0, "target": 1.0, "ema": mixed}[exchange.update]
+    predictor = {"global": 0.0, "local": 1.0, "dapu": dapu(divergence, exchange.mu), "ema": mixed}[exchange.predictor]
+    return Start(encoder, predictor, target=float(exchange.update in ("online", "ema")), divergence=divergence)
+
+
+def load(networks: Objective, model: Tensor, kept: dict[str, Tensor], start: Start, exchange: Exchange) -> None:
+    """Fill the networks with what a client starts with. model: the server's, `[P]`. kept: the client's stored parts, see `kept_parts`.
+
+    A part that an objective adds, such as the target, is the client's own if it is in `kept`, and else as in its first round. A mixture
+    is one of parameters: BatchNorm's statistics stay the server's.
+    """
+    parts = networks.parts
+    networks.online.vector.copy_(model)
+    for name, initial in networks.initial.items():
+        parts[name].copy_(kept.get(name, initial))
+    for name, share, rule in (("encoder", start.encoder, exchange.update), ("predictor", start.predictor, exchange.predictor)):
+        if share:
+            where = networks.param_slices[name] if rule == "ema" else slice(None)
+            ops.ema_(parts[name][where], kept[name][where], 1 - share)
+
+
+def keeps_own_encoder(exchange: Exchange) -> bool:
     """Whether each client starts a round from an online network of its own, and not from the server's model."""
     return exchange.update in ("target", "ema")
 
 
-# ------------------------------------------------------------------------ the four stages of a round (paper, figure 2)
-
-
-class Step:
-    """A step of local training: two views of a batch, the gradient of their loss, and the update of the networks.
-
-    images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` draws its two views from `generator`. `lr` and `loss`, the
-    sum of the losses so far, are scalars on the device. What a step reads and changes stays where it is from client to client, so that
-    on a GPU one graph serves them all.
-    """
-
-    def __init__(
-        self, objective: Objective, images: Tensor, precision: str = "fp32", views: Callable[..., tuple[Tensor, Tensor]] = two_views
-    ):  # fmt: skip
-        self.objective, self.images, self.precision, self.views = objective, images, precision, views
-        device = images.device
-        self.generator = None if device.type == "meta" else torch.Generator(device)  # the meta device has none, and draws nothing
-        self.lr, self.loss = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), device=device)
-        self.ema_decay = 0.99
-        self.graph: StepGraph | None = None
-        self.captured: tuple = ()  # what the graph was captured with
-
-    def __call__(self, batch: Tensor) -> None:
-        view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in self.views(self.images[batch], self.generator))
-        with self.in_bf16():  # around all terms, so that a weight is cast once for them
-            for term in self.objective.terms(view1, view2, batch):
-                loss = term()
-                with self.in_bf16(False):
-                    loss.backward()
-                self.loss.add_(loss.detach())
-        self.objective.update(self.lr, MOMENTUM, WEIGHT_DECAY, self.ema_decay)
-
-    def in_bf16(self, enabled: bool = True) -> AbstractContextManager:
-        """A block that computes in bf16 if that is the precision; not enabled, an exception inside such a block."""
-        bf16 = self.precision == "bf16"
-        return torch.autocast(self.images.device.type, torch.bfloat16, enabled) if bf16 else nullcontext()
-
-    def launcher(self) -> AbstractContextManager[Callable[[Tensor], None]]:
-        """What takes the batches: on a GPU a graph of the step, which is captured again only when what it holds has changed."""
-        if self.images.device.type != GRAPHS_ON:
-            return nullcontext(self)
-        holds = (self.ema_decay, self.objective.shared.data_ptr(), self.objective.shared.shape)
-        if self.captured != holds:
-            self.graph, self.captured = StepGraph(self, self.generator), holds
-        return self.graph
-
-
-def local_training(step: Step, batches: Iterable[Tensor], lr: float, ema_decay: float = 0.99, progress: Progress | None = None) -> Tensor:
-    """Stage 1: train the objective's networks on a client's batches; returns the mean loss, `[]`, still on the device.
-
-    SGD with momentum 0.9, which starts from zero every round, and weight decay 5e-4 on everything. No step makes the host wait for the
-    device.
-    """
-    step.objective.check_views()
-    step.lr.fill_(lr)
-    step.loss.zero_()
-    step.ema_decay, steps = ema_decay, 0
-    for weight in step.objective.trained:  # backward() adds to this: momentum and gradient are one vector
-        torch.mul(weight.detach(), WEIGHT_DECAY, out=weight.grad)
-    with step.launcher() as run_step:
-        for batch in batches:
-            run_step(batch)
-            steps += 1
-            if progress is not None:
-                progress.update()
-    return step.loss / steps
-
-
-def local_batches(indices: Tensor, epochs: int, batch_size: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """The batches of `epochs` shuffled passes over a client's images, as indices `[B]`; the last partial one of a pass is dropped."""
-    for _ in range(epochs):
-        order = indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
-        yield from order[: len(order) // batch_size * batch_size].split(batch_size)
-
-
-def train_client(
-    options: Options, federation: Federation, progress: Progress | None, round_: int, client_id: int, joins: bool
-) -> tuple[float, Tensor]:  # fmt: skip
-    """Train the client whose networks the objective holds; returns its loss and the representations that it shares.
-
-    joins: whether this is the client's first round. Random numbers are keyed by (seed, round, client): the result is the same on any rank.
-    """
-    objective = federation.objective
-    if federation.step is None:
-        federation.step = Step(objective, federation.images, options.precision, partial(two_views, jitter=objective.jitter))
-    step, indices = federation.step, next(client.indices for client in federation.clients if client.id == client_id)
-    step.generator.manual_seed(seed_of(options.seed, "training", round_, client_id))
-    batches = local_batches(indices, options.local_epochs, options.batch_size, step.generator)
-    ema_decay = 0.0 if options.first_target == "shared" and joins else options.ema_decay
-    loss = local_training(step, batches, cosine(options.lr, round_, options.rounds), ema_decay, progress).item()
-    share = objective.newest_representations(METHODS[options.method].dictionary)
-    release_memory()
-    return loss, share
-
-
-def num_steps(client: Client, training: Training) -> int:
-    """Of a client's local training in one round."""
-    return client.num_examples // training.batch_size * training.local_epochs
-
-
-def cosine(lr0: float, round_: int, rounds: int) -> float:
-    """`lr0 (1 + cos(pi r / R)) / 2`: cosine over rounds, constant inside a round."""
-    return lr0 * (1 + math.cos(math.pi * round_ / rounds)) / 2
-
-
-def model_upload(objective: Objective, aggregate: str, out: Tensor | None = None) -> Tensor:
-    """Stage 2: what a client uploads, `[P]`: the encoder that the server averages, online or target, and the predictor."""
-    encoder = objective.parts["encoder" if aggregate == "online" else "target"]
-    return torch.cat([encoder, objective.parts["predictor"]], out=out)
-
-
-def kept_parts(objective: Objective, exchange: Exchange) -> dict[str, Tensor]:
-    """The parts that a client keeps from round to round: those that `model_update` does not replace by the server's, or mixes in."""
-    kept = {name: True for name in objective.own}
+def kept_parts(networks: Objective, exchange: Exchange) -> dict[str, Tensor]:
+    """The parts that a client keeps from round to round: those that its next model update uses, wholly or in part."""
+    kept = {name: True for name in networks.initial}
     kept["target"] = "target" in kept and exchange.update in ("online", "ema")
-    kept["encoder"] = starts_from_own_encoder(exchange) or exchange.divergence_from == "global"
+    kept["encoder"] = keeps_own_encoder(exchange) or exchange.divergence_from == "global"
     kept["predictor"] = exchange.predictor != "global"
-    return {name: objective.parts[name] for name, needed in kept.items() if needed}
+    return {name: networks.parts[name] for name, needed in kept.items() if needed}
 
 
-class Uploads:
-    """Stage 3: the uploads of a round as rows of one matrix `[rows, P]`. The server's mean and every drift come from one pass over it.
-
-    The mean is `phi = sum_k (n_k / n) theta_k`, of encoder, predictor and BatchNorm's statistics alike. Where `memory`, in bytes, has
-    room for fewer rows than there are uploads, these are aggregated in tiles: the sum so far is then one more row, of weight 1. The
-    results are the same bits.
-    """
-
-    def __init__(self, federation: Federation, options: Options, memory: int = UPLOAD_MEMORY):
-        self.objective, self.exchange, self.segments = federation.objective, options, federation.segments
-        like, matrices = self.objective.online.vector, 1 + starts_from_own_encoder(options)
-        most = most_uploads(federation.servers, options.clients_per_round)
-        rows = min(most, max(2, memory // (matrices * like.nbytes)))
-        self.matrix = like.new_empty(rows, len(like))
-        self.received = torch.empty_like(self.matrix) if starts_from_own_encoder(options) else None
-        self.mean = torch.empty_like(like)
-        self.summed: list[Turn] = []  # whose uploads are in the sum so far
-        self.waiting: list[Turn] = []  # whose uploads are in the matrix
-
-    @property
-    def filled(self) -> int:
-        return bool(self.summed) + len(self.waiting)
-
-    def next_row(self, server: Server) -> Tensor:
-        """The row for the next upload to this server; when all are taken, their uploads are aggregated first."""
-        if self.filled == len(self.matrix):
-            self.aggregate(server)
-            self.matrix[0] = self.mean
-        return self.matrix[self.filled]
-
-    def add(self, turn: Turn) -> None:
-        """Accept the upload in the next row. turn: whose trained networks the objective holds."""
-        if self.exchange.aggregate == "target":  # the divergence is the online encoder's, whichever is uploaded
-            self.measure(turn, ops.layer_norms(self.objective.online.vector, turn.received, self.segments))
-        if self.received is not None:
-            self.received[self.filled] = turn.received
-        turn.received = None  # its memory may go
-        self.waiting.append(turn)
-
-    def aggregate(self, server: Server) -> None:
-        """Take the waiting uploads into the mean, and measure each one's drift from what its client received."""
-        sums = self.filled - len(self.waiting)
-        weights = torch.tensor([1.0] * sums + [turn.weight for turn in self.waiting]).to(self.matrix)
-        received = server.model if self.received is None else self.received[: self.filled]
-        _, drift, _ = ops.aggregate(self.matrix[: self.filled], weights, received, self.segments, out=self.mean)
-        if self.exchange.aggregate == "online":
-            for turn, norms in zip(self.waiting, drift[sums:], strict=True):
-                self.measure(turn, norms)
-        self.summed += self.waiting
-        self.waiting = []
-
-    def finish(self, server: Server) -> None:
-        """Make the mean of the uploads the server's model, after its last turn, if anybody reported."""
-        if self.waiting:
-            self.aggregate(server)
-        if not self.summed:
-            return
-        reported = sum(turn.client.num_examples for turn in self.summed)
-        expected = self.summed[0].total
-        if reported < expected:  # some uploads were not finite
-            self.mean.mul_(expected / reported)
-        server.model, self.mean = self.mean, server.model
-        server.dictionary = torch.cat([turn.representations for turn in sorted(self.summed, key=lambda turn: turn.client.id)])
-        self.summed = []
-
-    def measure(self, turn: Turn, norms: Tensor) -> None:
-        turn.client.divergence = divergence(norms, self.exchange.divergence)
-        if self.exchange.divergence_from == "received":
-            turn.client.fix_ema_scale(turn.client.divergence, self.exchange.tau)
-
-
-def model_update(
-    client: Client, kept: dict[str, Tensor], model: Tensor, objective: Objective, exchange: Exchange, segments: Tensor, round_: int
-) -> Update:  # fmt: skip
-    """Stage 4: load what the client trains from into the objective's networks. kept: what it has of `kept_parts`. model: the server's.
-
-    FedU: the online encoder is the server's, the target the client's own, and by DAPU the predictor is the server's if the client's
-    divergence is below mu, else its own. FedEMA mixes its own online encoder and predictor in, by `own_share`. The options `update` and
-    `predictor` select the other rules. A client that takes part for the first time has everything from the server; so has one of
-    FedEMA's that was not in the last round.
-    """
-    parts = objective.parts
-    starts_anew = client.last_round is None or (exchange.update == "ema" and client.last_round != round_ - 1)
-    objective.online.vector.copy_(model)
-    for name, start in objective.own.items():
-        parts[name].copy_(start if starts_anew else kept.get(name, start))
-    from_server = "global" if len(parts["predictor"]) else "-"
-    if starts_anew:
-        return Update(from_server, 0.0, None)
-    d = client.divergence
-    if exchange.divergence_from == "global":
-        d = divergence(ops.layer_norms(kept["encoder"], parts["encoder"], segments), exchange.divergence)
-        client.fix_ema_scale(d, exchange.tau)
-    mixed = min(1.0, client.ema_scale * d) if client.ema_scale else 0.0
-    if exchange.update in ("target", "both"):
-        parts["target"].copy_(parts["encoder"])
-    if exchange.update == "target":
-        parts["encoder"].copy_(kept["encoder"])
-    if exchange.update == "ema":
-        mix(objective, "encoder", kept["encoder"], mixed)
-    own_share = {"global": 0.0, "local": 1.0, "dapu": float(d >= exchange.mu), "ema": mixed}[exchange.predictor]
-    if exchange.predictor == "ema":
-        mix(objective, "predictor", kept["predictor"], mixed)
-    elif own_share:
-        parts["predictor"].copy_(kept["predictor"])
-    return Update({0.0: from_server, 1.0: "local"}.get(own_share, "mixed"), own_share, d)
-
-
-def mix(objective: Objective, name: str, own: Tensor, own_share: float) -> None:
-    """`received <- own_share own + (1 - own_share) received`, over parameters: BatchNorm's statistics stay those received."""
-    weights = objective.weights[name]
-    ops.ema_(objective.parts[name][weights], own[weights], 1 - own_share)
+def record_divergence(client: Client, norms: Tensor, exchange: Exchange) -> None:
+    """Note how far a client's encoder moved in its local training. norms: on each segment, `[L]`."""
+    client.divergence = divergence(norms, exchange.divergence)
+    if exchange.divergence_from == "received":
+        client.set_ema_scale_once(client.divergence, exchange.tau)
 
 
 def divergence(norms: Tensor, kind: str) -> float:
@@ -359,7 +210,77 @@ def divergence(norms: Tensor, kind: str) -> float:
     return (norms.mean() if kind == "layer-mean" else norms.square().sum()).item()
 
 
+# -------------------------------------------------------------------------------------------------- what a round reports
+
+
+def num_floats_sent(networks: Objective, exchange: Exchange) -> int:
+    """Floats sent each way per client: all of `[P]`, or without the predictor, its last part, if `predictor` is local."""
+    return len(networks.online.vector) if exchange.predictor != "local" else len(networks.parts["encoder"])
+
+
+def num_bytes_sent(server: Server, networks: Objective, exchange: Exchange, shared: Tensor | None) -> int:
+    """Bytes sent one way for a client of this server: the networks, and what is shared besides them."""
+    size = num_floats_sent(networks, exchange) * server.model.itemsize + (0 if shared is None else shared.nbytes)
+    return size if server.communicates else 0
+
+
+def steps_per_rank(turns: list[Turn], options: Options) -> int:
+    """The steps of a round, of which ranks make equal shares."""
+    steps = sum(num_steps(turn.client.num_examples, options.batch_size, options.local_epochs) for turn in turns)
+    return steps // min(ranks.COUNT, len(turns) or 1)
+
+
+def refuse_nonfinite(round_: int, nonfinite: list[int], num_reported: int, on_nonfinite: str) -> None:
+    """Name the clients whose uploads are not finite on stderr. Raises InputError if that ends the run."""
+    if nonfinite and (on_nonfinite == "error" or not num_reported):
+        who = f"the upload of client {nonfinite[0]} is not" if num_reported else "no upload is"
+        raise InputError(f"round {round_}: {who} finite; lower --lr, or check the images")
+    for k in nonfinite:
+        print(f"round {round_}: the upload of client {k} is not finite and was left out", file=sys.stderr)
+
+
+def describe_round(options: Options, round_: int, reported: list[Turn], dropped: Iterable[int], nonfinite: Iterable[int]) -> dict:
+    """A round as its line in metrics.jsonl. Traffic, kNN and seconds are for the caller to fill in.
+
+    reported: the turns whose uploads were accepted, in the order of their clients' ids.
+    """
+    names = {0.0: "global", 1.0: "local"} if METHODS[options.method].has_predictor and not options.no_predictor else {0.0: "-"}
+    return {
+        "round": round_,
+        "lr": cosine(options.lr, round_, options.rounds),
+        "loss": [turn.loss for turn in reported],
+        "divergence": [turn.client.divergence for turn in reported],
+        "decided_on": [turn.start.divergence for turn in reported],
+        "predictor": [names.get(turn.start.predictor, "mixed") for turn in reported],
+        "own_share": [turn.start.predictor for turn in reported],
+        "num_examples": [turn.client.num_examples for turn in reported],
+        "clients": [turn.client.id for turn in reported],
+        "dropped": sorted(dropped),
+        "nonfinite": sorted(nonfinite),
+        "upload_bytes": 0,
+        "download_bytes": 0,
+        "knn": None,
+        "seconds": 0.0,
+    }
+
+
 # ------------------------------------------------------------------------------------------------------ the whole run
+
+
+class Run(NamedTuple):
+    """A finished run: its folder, and its rounds as in metrics.jsonl."""
+
+    folder: Path
+    metrics: list[dict]
+
+    @property
+    def encoders(self) -> list[Encoder]:
+        """One encoder for each server: of `single` one for each client, else one in all."""
+        return load_encoders(self.folder)
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.encoders[0]
 
 
 def train(options: Options, out: Path | None = None, overwrite: bool = False) -> Run:
@@ -378,40 +299,101 @@ def resume(out: Path, **given: object) -> Run:
     return simulate(stored_options(out, given), out, resumed=True)
 
 
+def stored_options(out: Path, given: dict[str, object]) -> Options:
+    """The options of the run in a folder. given: those that may differ from them, such as `device`; others raise InputError."""
+    stored = read_config(out)["options"]
+    if unknown := sorted(stored.keys() - OPTIONS.keys()):
+        raise InputError(f"{out} was begun by a version that had the option {flag(unknown[0])}: train it again with --overwrite")
+    begun = Options(**stored)
+    given = given | ({"settings": begun.settings | given["settings"]} if "settings" in given else {})
+    resumed = replace(begun, **given)
+    changed = [name for name in given if getattr(resumed, name) != getattr(begun, name) and name not in HOST_OPTIONS]
+    if changed:
+        names = ", ".join(f"{flag(k)} {in_words(getattr(resumed, k))} (it was {in_words(getattr(begun, k))})" for k in changed)
+        raise InputError(f"--resume {out} got other options than the run has: {names}")
+    return resumed
+
+
 def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False) -> Run:
     """Load images and networks, then make the rounds. Wrong input is refused before the run folder is made."""
     load_kernels()
     keep_memory()
-    log = tensorboard_log(out / "tensorboard") if options.log == "tensorboard" else lambda row: None
+    log = tensorboard_log(out / "tensorboard") if options.log == "tensorboard" else None
     device = choose_device(options.device)
     with ranks.process_group(device):
         images = load_images(options.dataset, Path(options.data_root), options.image_size).to(device)
         federation = build(options, images)
-        if len(federation.public):
-            align_with_base(federation, options)
+        prepare(federation, options)
         if RANK:
-            ranks.serve(partial(train_client, options, federation, None), federation.objective)
+            ranks.serve(partial(train_client, options, federation, None), federation.networks)
             return Run(out, [])
         with run_folder(out), resumable(out):
             config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite)
-            bank = Bank(kept_parts(federation.objective, options), out / "bank.bin")
-            make_round = partial(run_round, options, federation, bank, Uploads(federation, options))
-            return run_rounds(options, out, config, federation, images, bank, make_round, resumed, log)
+            bank = Bank(kept_parts(federation.networks, options), out / "bank.bin")
+            uploads = uploads_of(federation, options)
+            record = Recorder(out, config, num_rounds(options), federation, bank, device, partial(show_round, log))
+            introduce(options, images, federation, record, resumed)
+            for round_ in record.rounds_left():
+                announce = partial(announce_time, record.rounds - round_) if round_ == record.first and device.type == "cpu" else None
+                row = run_round(options, federation, bank, uploads, round_, announce)
+                record.write(row | {"knn": measured_knn(options, round_, federation, images)})
+            return finish(options, federation, record)
 
 
-def align_with_base(federation: Federation, options: Options) -> None:
-    """FedCA: train the base model by SimCLR on the public images, for as many epochs as a client trains in the run."""
-    objective, public = federation.objective, federation.images[federation.public]
-    device, epochs = public.device, options.rounds * options.local_epochs
-    base = SimCLR(copy.deepcopy(objective.online.module.encoder), device)
-    step, everything = Step(base, public, options.precision), torch.arange(len(public), device=device)
-    step.generator.manual_seed(seed_of(options.seed, "public"))
-    local_training(step, local_batches(everything, epochs, options.batch_size, step.generator), options.lr)
-    objective.align(public, extract_features(base.online.module, public).clone())
+def load_kernels() -> None:
+    """Build the fused kernels first, so that a build error leaves no run folder."""
+    try:
+        ops.load()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise InputError(str(error)) from None
+
+
+def num_rounds(options: Options) -> int:
+    return options.rounds if METHODS[options.method].trains else 0
+
+
+def uploads_of(federation: Federation, options: Options) -> Uploads:
+    """What takes the uploads of a round."""
+    most = most_uploads(federation.servers, options.clients_per_round)
+    return Uploads(federation.networks.online.vector, most, federation.segments, keeps_own_encoder(options))
+
+
+def introduce(options: Options, images: Images, federation: Federation, record: Recorder, resumed: bool) -> None:
+    """Print what is trained, and the header of the rounds' lines."""
+    if resumed:
+        print(f"{record.out}: continuing after {record.first} of {record.rounds} rounds")
+    device = describe_device(images.x_train.device)
+    print(f"{options.method} on {options.dataset}: {len(images.x_train)} images, {federation.describe()}, {device}")
+    print(TABLE_HEADER, flush=True)
+
+
+def show_round(log: Callable[[dict], None] | None, row: dict, seconds_left: float) -> None:
+    """Print a round's line. log: also takes the round, as in metrics.jsonl."""
+    if log:
+        log(row)
+    print(round_line(row, seconds_left), flush=True)
+
+
+def measured_knn(options: Options, round_: int, federation: Federation, images: Images) -> float | None:
+    """The kNN accuracy of the servers' backbones, 0 to 1, or None in a round without a measurement."""
+    due = options.knn_every and ((round_ + 1) % options.knn_every == 0 or round_ + 1 == options.rounds)
+    return mean([knn(federation.load(server).backbone, images) for server in federation.servers]) if due else None
+
+
+def finish(options: Options, federation: Federation, record: Recorder) -> Run:
+    """Write the encoders and the figure, and say what comes next."""
+    out, metrics = record.out, record.metrics
+    save_encoders(out, options.encoder, map(federation.load, federation.servers))
+    record.finish()
+    if any(row["clients"] for row in metrics):
+        plot([out], out / "divergence.png")
+        print(dapu_notice(metrics, options.predictor, options.mu), end="")
+    print(f"\n{out} holds the run. Next:\n  python eval.py {out}" + f"\n  python eval.py --plot {out}" * bool(metrics))
+    return Run(out, metrics)
 
 
 def main(command: Command) -> Run:
-    """The command line's work."""
+    """Run the parsed command."""
     if command.resume:
         return resume(command.resume, **command.given)
     return train(Options(**command.given), command.out, command.overwrite)

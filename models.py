@@ -1,4 +1,4 @@
-"""Networks as flat vectors, and the objective that a client trains.
+"""Networks as flat vectors, the base of all objectives, and encoder.pt. The objectives themselves are in methods/, a file each.
 
 | word            | paper (FedU, section 3)                                                              |
 |-----------------|--------------------------------------------------------------------------------------|
@@ -12,16 +12,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 import ops
+from runtime.cli import InputError, first_line, write_atomic
 
 # hidden and output width of projector and predictor
 HEADS = {"resnet18": (4096, 2048), "resnet50": (4096, 2048), "resnet18-narrow": (512, 256), "small": (512, 256), "tiny": (512, 256)}
@@ -114,17 +114,17 @@ class Flat:
     """A module whose parameters and BatchNorm statistics are views into one contiguous float32 vector: writing to either changes both.
 
     `vector` is `[buffers | parameters | buffers of top]`, where `top` is the last piece of the module: with an encoder and a predictor
-    on top of it, each of them is one slice. `weights` is the slice of the parameters, and `segments` names each one's place. BatchNorm's
-    batch counters are left out: its momentum is fixed, so nothing reads them. A convolution's weights lie channels-last, the order in
-    which a channels-last convolution reads them and gives their gradient.
+    on top of it, each of them is one slice. `param_slice` is the slice of the parameters, and `segments` names the place of each.
+    BatchNorm's batch counters are left out: its momentum is fixed, so nothing reads them. A convolution's weights lie channels-last, the
+    order in which a channels-last convolution reads them and gives their gradient.
 
-    With `trainable`, `weight` is `vector[weights]` as a single Parameter whose gradient the modules' own gradients are views of, so an
-    optimizer sees one tensor. Moving the module or assigning a parameter's `.data` would break the views; `check_views` asserts that
-    nothing did.
+    If the module is trained, `trainable` is `vector[param_slice]` as a single Parameter. The gradients of the module's parameters are
+    views of its gradient, so an optimizer sees one tensor. Moving the module or assigning a parameter's `.data` would break the views;
+    `check_views` asserts that nothing did.
     """
 
-    def __init__(self, module: nn.Module, top: nn.Module | None = None, trainable: bool = True):
-        self.module = module.requires_grad_(trainable)
+    def __init__(self, module: nn.Module, top: nn.Module | None = None, trained: bool = True):
+        self.module = module.requires_grad_(trained)
         for m in module.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.num_batches_tracked = None
@@ -137,19 +137,19 @@ class Flat:
         ends = [sum(b.numel() for b in first)]
         for p in parameters.values():
             ends.append(ends[-1] + p.numel())
-        self.parameters, self.weights = parameters, slice(ends[0], ends[-1])
+        self.parameters, self.param_slice = parameters, slice(ends[0], ends[-1])
         self.segments = [Segment(name, *span) for name, span in zip(parameters, pairwise(ends))]
-        if trainable:
-            self.weight = nn.Parameter(self.vector[self.weights])
-            self.weight.grad = torch.zeros_like(self.weight)
-            for p, gradient in zip(parameters.values(), self.weight.grad.split([p.numel() for p in parameters.values()])):
+        if trained:
+            self.trainable = nn.Parameter(self.vector[self.param_slice])
+            self.trainable.grad = torch.zeros_like(self.trainable)
+            for p, gradient in zip(parameters.values(), self.trainable.grad.split([p.numel() for p in parameters.values()])):
                 p.grad = shaped_like(p, gradient)
 
     def check_views(self) -> None:
         for (name, begin, _), p in zip(self.segments, self.parameters.values()):
             assert p.data_ptr() == self.vector[begin:].data_ptr(), f"{name} is no longer a view into the network's vector"
             if p.grad is not None:
-                gradient = self.weight.grad[begin - self.weights.start :]
+                gradient = self.trainable.grad[begin - self.param_slice.start :]
                 assert p.grad.data_ptr() == gradient.data_ptr(), f"the gradient of {name} is no longer a view"
 
 
@@ -193,43 +193,44 @@ class Objective:
     """What a client minimises on two views of its images, and the networks that it needs for that.
 
     `parts` are the pieces that a client and the server exchange or keep, as views. `encoder` and `predictor` make up the online network;
-    the predictor is empty where the objective has none. `own` has an entry for each part that an objective adds: its content in a
-    client's first round. `trained` are the tensors that the optimizer sees. `jitter` is the strength of the colour jitter that its views
-    are drawn with.
-    """
+    the predictor is empty where the objective has none. `initial` has an entry for each part that an objective adds, such as a target or
+    a queue: its content in a client's first round. `param_slices` says where in each part its parameters lie. `trainable` are the tensors
+    that the optimizer sees, `ema_target` the target encoder's parameters, which follow `xi <- m xi + (1 - m) theta` after each step.
+    `shared` `[N, d]` is what the clients shared through the server in the last round.
 
-    jitter = 1.0
+    A method of its own overrides `terms`, and of the rest what it needs. Its constructor takes an encoder, a device, and by keyword the
+    settings of its row in `options.METHODS`; `predictor` and `stop_gradient` if the row has a predictor, and `labels` if it uses them.
+    """
 
     def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = False):
         module = Online(encoder, predictor).to(device)
         self.online = Flat(module, module.predictor)
         end = sum(t.numel() for t in encoder.state_dict().values())
         self.parts = {"encoder": self.online.vector[:end], "predictor": self.online.vector[end:]}
-        weights = self.online.weights
-        # where in each part its parameters lie: BatchNorm's statistics come before the encoder's, and after the predictor's
-        self.weights = {"encoder": slice(weights.start, end), "predictor": slice(0, weights.stop - end)}
-        self.own: dict[str, Tensor] = {}
-        self.trained = [self.online.weight]
-        self.following: Tensor | None = None  # a target encoder's weights: `xi <- m xi + (1 - m) theta` after each step of SGD
-        self.shared = torch.empty(0, 0, device=device)  # what clients shared through the server in the last round
+        parameters = self.online.param_slice
+        # BatchNorm's statistics come before the encoder's parameters, and after the predictor's
+        self.param_slices = {"encoder": slice(parameters.start, end), "predictor": slice(0, parameters.stop - end)}
+        self.initial: dict[str, Tensor] = {}
+        self.trainable = [self.online.trainable]
+        self.ema_target: Tensor | None = None
+        self.shared = torch.empty(0, 0, device=device)
 
-    def networks(self) -> list[Tensor]:
-        """All that training changes, as views."""
-        return [self.online.vector, *(self.parts[name] for name in self.own)]
+    # ---- what a method may override
 
-    def compile(self) -> None:
-        """Let torch.compile fuse what lies between the networks' convolutions and products, once each network is first used."""
-        for network in self.online.module.children():
-            network.compile()
+    def prepare(self, public: Tensor, train: Callable[[Objective, Tensor], None]) -> None:
+        """Called once, before the first round. public: the images that no client has, uint8 `[N, 3, S, S]`.
 
-    def check_views(self) -> None:
-        """Assert that the networks still are views into their vectors."""
-        self.online.check_views()
+        train: trains another objective on such images, for as many epochs as a client trains in the whole run.
+        """
 
-    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
+    def begin(self, client_id: int, num_clients: int) -> None:
+        """Called when a client's turn begins and the networks hold what it starts from. num_clients: of the round."""
+
+    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor, generator: torch.Generator | None) -> list[Callable[[], Tensor]]:
         """The loss as terms, each to be computed and differentiated before the next, so that only one term's activations are in memory.
 
-        view1, view2: `[B, 3, S, S]`, of the images whose indices are `batch`, `[B]`.
+        view1, view2: `[B, 3, S, S]`, of the images whose indices are `batch`, `[B]`. generator: the client's, for random numbers of the
+        loss; None on the meta device.
         """
         raise NotImplementedError
 
@@ -240,13 +241,28 @@ class Objective:
         lr: float64 `[]`, on the networks' device. See `ops.sgd_ema_`.
         """
         ops.sgd_ema_(
-            self.online.weight, self.online.weight.grad, self.following, lr,
+            self.online.trainable, self.online.trainable.grad, self.ema_target, lr,
             momentum=momentum, weight_decay=weight_decay, ema_decay=ema_decay,
         )  # fmt: skip
 
-    def newest_representations(self, rows: int) -> Tensor:
-        """After local training: what a client shares besides its networks, at most `rows` rows; nothing in most objectives."""
+    def take_shared(self) -> Tensor:
+        """Return and clear what the client shares besides its networks, `[N, d]`; empty for most objectives."""
         return self.shared[:0]
+
+    # ---- what training and the ranks need of it
+
+    def tensors(self) -> list[Tensor]:
+        """Views of every tensor that training changes: what travels to a rank and back."""
+        return [self.online.vector, *(self.parts[name] for name in self.initial)]
+
+    def compile(self) -> None:
+        """Let torch.compile fuse what lies between the networks' convolutions and products, once each network is first used."""
+        for network in self.online.module.children():
+            network.compile()
+
+    def check_views(self) -> None:
+        """Assert that the networks still are views into their vectors."""
+        self.online.check_views()
 
 
 class WithTarget(Objective):
@@ -256,14 +272,14 @@ class WithTarget(Objective):
         target = copy.deepcopy(encoder).to(device)
         super().__init__(encoder, device, predictor)
         self.stop_gradient = stop_gradient
-        self.target = Flat(target, trainable=not stop_gradient)
+        self.target = Flat(target, trained=not stop_gradient)
         self.parts["target"] = self.target.vector
-        self.weights["target"] = self.target.weights
-        self.own["target"] = self.parts["encoder"]  # a copy of what the client received
+        self.param_slices["target"] = self.target.param_slice
+        self.initial["target"] = self.parts["encoder"]  # a copy of what the client received
         if stop_gradient:
-            self.following = self.target.vector[self.target.weights]
+            self.ema_target = self.target.vector[self.target.param_slice]
         else:
-            self.trained.append(self.target.weight)
+            self.trainable.append(self.target.trainable)
 
     def compile(self) -> None:
         super().compile()
@@ -282,156 +298,56 @@ class WithTarget(Objective):
     def update(self, lr: Tensor, momentum: float, weight_decay: float, ema_decay: float) -> None:
         super().update(lr, momentum, weight_decay, ema_decay)
         if not self.stop_gradient:  # the target has a step of its own, and only then follows
-            weight, gradient = self.target.weight, self.target.weight.grad
-            ops.sgd_ema_(weight, gradient, None, lr, momentum=1, weight_decay=0, ema_decay=0)
-            ops.ema_(weight, self.parts["encoder"][self.weights["encoder"]], ema_decay)
-            gradient.mul_(momentum).add_(weight, alpha=weight_decay)
+            parameters, gradient = self.target.trainable, self.target.trainable.grad
+            ops.sgd_ema_(parameters, gradient, None, lr, momentum=1, weight_decay=0, ema_decay=0)
+            ops.ema_(parameters, self.parts["encoder"][self.param_slices["encoder"]], ema_decay)
+            gradient.mul_(momentum).add_(parameters, alpha=weight_decay)
 
 
-class BYOL(WithTarget):
-    """Bootstrap your own latent (Grill et al. 2020): the online network predicts the target network's projection of the other view.
+# ------------------------------------------------------------------------------- encoders of finished runs, and features
 
-    The loss, in [0, 8], has two directions: `mean(2 - 2 cos(p(f_theta(x1)), f_xi(x2)))` and the same with the views exchanged. Each view
-    has forward passes of its own, so that BatchNorm's statistics are per view.
+
+def save_encoders(run: Path, name: str, encoders: Iterable[Encoder]) -> None:
+    """Write encoder.pt: `{"encoder": name, "head": projector's widths, "encoders": [{"backbone", "projector"}, ...]}`, one a server.
+
+    An encoder is copied before the next is asked for, so that all may be one module with other weights.
     """
-
-    def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = True, stop_gradient: bool = True):
-        super().__init__(encoder, device, predictor, stop_gradient)
-
-    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
-        return [partial(self.direction, view1, view2), partial(self.direction, view2, view1)]
-
-    def direction(self, view: Tensor, other: Tensor) -> Tensor:
-        projection = self.project(other)
-        return 2 - 2 * cosine_similarity(self.online.module(view), projection).mean()
+    content: dict = {"encoder": name, "encoders": []}
+    for encoder in encoders:
+        content["head"] = list(encoder.head)
+        parts = {part: {k: v.clone() for k, v in module.state_dict().items()} for part, module in encoder.named_children()}
+        content["encoders"].append(parts)
+    write_atomic(run / "encoder.pt", lambda file: torch.save(content, file))
 
 
-class SimSiam(Objective):
-    """SimSiam (Chen and He 2021): the online network predicts its own projection of the other view; the loss is in [-1, 1]."""
+def load_encoders(run: Path) -> list[Encoder]:
+    """A run's encoders, on the CPU: that of the global model, or for `single` one for each client.
 
-    def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = True, stop_gradient: bool = True):
-        super().__init__(encoder, device, predictor)
-        self.stop_gradient = stop_gradient
-
-    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
-        return [partial(self.loss, view1, view2)]
-
-    def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
-        encoder, predictor = self.online.module.encoder, self.online.module.predictor
-        z1, z2 = encoder(view1), encoder(view2)
-        p1, p2 = predictor(z1), predictor(z2)
-        if self.stop_gradient:
-            z1, z2 = z1.detach(), z2.detach()
-        return -(cosine_similarity(p1, z2) + cosine_similarity(p2, z1)).mean() / 2
-
-
-class SimCLR(Objective):
-    """NT-Xent (Chen et al. 2020): each view finds the other of its image among the batch's `2B - 1`; one forward pass for both views."""
-
-    def __init__(self, encoder: Encoder, device: torch.device, temperature: float = 0.07):
-        super().__init__(encoder, device)
-        self.temperature = temperature
-
-    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
-        return [partial(self.loss, view1, view2)]
-
-    def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
-        return self.contrast(normalize(self.online.module(torch.cat([view1, view2]))))
-
-    def contrast(self, z: Tensor, negatives: Tensor | None = None) -> Tensor:
-        """NT-Xent of unit vectors `[2B, d]`, the first view's and then the second's, with more negatives `[N, d]` for each."""
-        n = len(z)
-        logits = (z @ z.T / self.temperature).masked_fill(torch.eye(n, dtype=torch.bool, device=z.device), float("-inf"))
-        if negatives is not None:
-            logits = torch.cat([logits, z @ negatives.T / self.temperature], 1)
-        return cross_entropy(logits, torch.arange(n, device=z.device).roll(n // 2))
-
-
-class FedCA(SimCLR):
-    """FedCA (Zhang et al. 2020, arXiv 2010.08982), made from its abstract, since there is no public code.
-
-    From the abstract: a dictionary of all clients' representations, shared through the server, keeps their spaces consistent, and an
-    alignment module draws each client to a base model trained on public data. Our choices: the dictionary holds the newest unit-length
-    projections of each client, which are further negatives of NT-Xent in the next round; alignment is `mean(1 - cos(f(x), base(x)))` on
-    public images, unaugmented and as many as the batch has, with weight 1; the base model is SimCLR's on these images.
+    Raises InputError if encoder.pt is missing or damaged.
     """
-
-    def __init__(self, encoder: Encoder, device: torch.device):
-        super().__init__(encoder, device)
-        self.newest = torch.zeros(4096, encoder.head[-1], device=device)  # rows of zeros are not filled yet
-        self.public = self.base = torch.empty(0, device=device)
-
-    def align(self, public: Tensor, base: Tensor) -> None:
-        """public: uint8 `[N, 3, S, S]`; base: the base model's projections of them, `[N, d]`."""
-        self.public, self.base = public, base
-
-    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
-        return [*super().terms(view1, view2, batch), partial(self.alignment, batch % len(self.public))]
-
-    def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
-        z = normalize(self.online.module(torch.cat([view1, view2])))
-        self.newest.copy_(torch.cat([z.detach(), self.newest])[: len(self.newest)])
-        return self.contrast(z, self.shared if len(self.shared) else None)
-
-    def alignment(self, chosen: Tensor) -> Tensor:
-        images = self.public[chosen].float().div_(255).contiguous(memory_format=torch.channels_last)
-        return (1 - cosine_similarity(self.online.module(images), self.base[chosen])).mean()
-
-    def newest_representations(self, rows: int) -> Tensor:
-        newest = self.newest[self.newest.any(1)][:rows]
-        self.newest.zero_()
-        return newest
+    path = run / "encoder.pt"
+    if not path.exists():
+        raise InputError(f"{run} has no encoder.pt: the run is not finished (--resume {run} continues it), or its weights were not kept")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        encoders = []
+        for state in saved["encoders"]:
+            encoder = Encoder(saved["encoder"], saved["head"])
+            # BatchNorm's batch counters may be missing, which torch allows in a plain dict but not in a state_dict with its metadata
+            encoder.backbone.load_state_dict(dict(state["backbone"]))
+            encoder.projector.load_state_dict(dict(state["projector"]))
+            encoders.append(encoder)
+        return encoders
+    except Exception as error:  # a damaged archive makes torch raise errors of many types
+        raise InputError(f"{path} is not a readable encoder ({first_line(error)})") from None
 
 
-class MoCo(WithTarget):
-    """Momentum contrast (He et al. 2020), both directions: a query finds its key, of the other view, among a queue of former keys.
-
-    The key encoder is the target encoder, and stays with the client as the queue does. A queue holds 4,096 unit vectors.
-    """
-
-    def __init__(self, encoder: Encoder, device: torch.device, temperature: float, jitter: float = 1.0, queue: int = 4096):
-        super().__init__(encoder, device)
-        self.temperature, self.jitter, self.keys = temperature, jitter, []
-        start = normalize(torch.randn(queue, encoder.head[-1])).to(device)
-        self.own["queue"] = start.flatten()
-        self.parts["queue"] = self.own["queue"].clone()
-        self.queue = self.parts["queue"].view(start.shape)
-
-    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
-        return [partial(self.direction, view1, view2), partial(self.direction, view2, view1)]
-
-    def direction(self, view: Tensor, other: Tensor) -> Tensor:
-        query, key = normalize(self.online.module(view)), normalize(self.project(other))
-        self.keys.append(key)
-        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.T], 1) / self.temperature
-        return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
-
-    @torch.no_grad()
-    def update(self, lr: Tensor, momentum: float, weight_decay: float, ema_decay: float) -> None:
-        """A step as above; then the batch's keys replace the queue's oldest."""
-        super().update(lr, momentum, weight_decay, ema_decay)
-        self.queue.copy_(torch.cat([*self.keys, self.queue])[: len(self.queue)])
-        self.keys.clear()
-
-
-class Supervised(Objective):
-    """Cross-entropy of the first view with its label; the projector is the classifier. An upper bound; it alone reads labels."""
-
-    def __init__(self, encoder: Encoder, device: torch.device, labels: Tensor):
-        super().__init__(encoder, device)
-        self.labels = labels
-
-    def terms(self, view1: Tensor, view2: Tensor, batch: Tensor) -> list[Callable[[], Tensor]]:
-        return [lambda: cross_entropy(self.online.module(view1), self.labels[batch])]
-
-
-# each is built from the encoder's name, the device, and the images' labels, which only `supervised` reads
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "byol": lambda name, device, labels, **ablation: BYOL(Encoder(name), device, **ablation),
-    "simsiam": lambda name, device, labels, **ablation: SimSiam(Encoder(name), device, **ablation),
-    "simclr": lambda name, device, labels: SimCLR(Encoder(name), device),
-    "fedca": lambda name, device, labels: FedCA(Encoder(name), device),
-    "moco-v1": lambda name, device, labels: MoCo(Encoder(name, (128,)), device, temperature=0.07, jitter=0.5),
-    "moco-v2": lambda name, device, labels: MoCo(Encoder(name, (0, 128)), device, temperature=0.2),
-    "supervised": lambda name, device, labels: Supervised(Encoder(name, (int(labels.max()) + 1,)), device, labels),
-}
+@torch.inference_mode()
+def extract_features(module: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Features `[N, d]` of uint8 images `[N, 3, S, S]`, unaugmented, in eval mode; the module's mode is restored."""
+    training = module.training
+    module.eval()
+    batches = (batch.float().div_(255).contiguous(memory_format=torch.channels_last) for batch in images.split(batch_size))
+    features = torch.cat([module(batch) for batch in batches])
+    module.train(training)
+    return features

@@ -1,4 +1,4 @@
-"""The options of a run: their types and defaults, the table of methods, recipes, and the command line that is made from them.
+"""The options of a run: their types and defaults, the table of methods, recipes, and the command lines of fedu.py and eval.py.
 
 Only the standard library is imported here, so that `--help` and a mistyped option are answered before torch is loaded.
 """
@@ -6,7 +6,7 @@ Only the standard library is imported here, so that `--help` and a mistyped opti
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,36 +16,67 @@ from runtime.cli import InputError, Parser, number
 # ------------------------------------------------------------------------------------------------ methods and recipes
 
 
+class Setting(NamedTuple):
+    """A number of an objective that `--set NAME=VALUE` changes. type: checks and converts a value, given as text."""
+
+    default: float
+    help: str
+    type: Callable[[str], float]
+
+
 class Method(NamedTuple):
     """A method is a row: what a client minimises, who averages with whom, and what a client takes when the average arrives.
 
     `aggregate`, `update` and `predictor` are options too: giving one of them makes an ablation.
     """
 
-    objective: str = "byol"  # a key of models.OBJECTIVES
+    objective: str = "byol:BYOL"  # its class, as FILE:CLASS of the folder methods/
     servers: str = "one"  # one: all clients share a server; each: every client has its own; pooled: one client holds all images
     aggregate: str = "online"
     update: str = "online"
     predictor: str = "global"
+    has_predictor: bool = True  # whether a predictor stands on the online encoder, which ablations can leave out
+    has_target: bool = True  # whether there is a target encoder, a moving average of the online one
+    uses_labels: bool = False
+    head: tuple[int, ...] = ()  # widths of the projector, 0 for that of the features; by default the encoder's own
+    settings: Mapping[str, Setting] = {}  # of the objective, in addition to `jitter`
+    jitter: float = 1.0  # default of the setting of this name
+    rule: str = ""  # what the server makes of a round's uploads, as FILE:FUNCTION of methods/; by default FedAvg's mean
+    public: float = 0.0  # fraction of the training images that are public: no client has them, and the objective may prepare itself on them
     trains: bool = True
-    public: float = 0.0  # FedCA: fraction of the training images that are public; its base model is trained on them, and no client has them
-    dictionary: int = 0  # FedCA: how many representations the clients share through the server
 
+
+COUNT, PROBABILITY, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 0, open_low=True)
+JITTER = "strength of the colour jitter: 1 is ColorJitter(0.8, 0.8, 0.8, 0.2)"
+
+
+def temperature(default: float) -> Setting:
+    return Setting(default, "cosine similarities are divided by it", POSITIVE)
+
+
+QUEUE = Setting(4096, "keys that a client keeps as negatives", COUNT)
+DICTIONARY = Setting(4096, "projections that the clients of a round share as negatives of the next", COUNT)
+WITHOUT_PREDICTOR = {"has_predictor": False, "has_target": False}
 
 METHODS = {
     "fedu": Method(predictor="dapu"),
     "fedbyol": Method(),
     "fedema": Method(update="ema", predictor="ema"),
-    "fedsimsiam": Method("simsiam"),
-    "fedsimclr": Method("simclr"),
-    "fedmoco-v1": Method("moco-v1"),
-    "fedmoco-v2": Method("moco-v2"),
-    "fedca": Method("fedca", public=0.02, dictionary=4096),
-    "fedavg-supervised": Method("supervised"),
+    "fedsimsiam": Method("simsiam:SimSiam", has_target=False),
+    "fedsimclr": Method("simclr:SimCLR", **WITHOUT_PREDICTOR, settings={"temperature": temperature(0.07)}),
+    "fedmoco-v1": Method(
+        "moco:MoCo", has_predictor=False, head=(128,), settings={"temperature": temperature(0.07), "queue": QUEUE}, jitter=0.5
+    ),
+    "fedmoco-v2": Method("moco:MoCo", has_predictor=False, head=(0, 128), settings={"temperature": temperature(0.2), "queue": QUEUE}),
+    "fedca": Method(
+        "fedca:FedCA", **WITHOUT_PREDICTOR, settings={"temperature": temperature(0.07), "dictionary": DICTIONARY},
+        rule="fedca:share_dictionary", public=0.02,
+    ),
+    "fedavg-supervised": Method("supervised:Supervised", **WITHOUT_PREDICTOR, uses_labels=True),
     "single": Method(servers="each"),
     "central": Method(servers="pooled"),
     "untrained": Method(trains=False),
-}
+}  # fmt: skip
 ABLATED = ("aggregate", "update", "predictor")  # the columns of a method's row that are options too
 
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
@@ -57,16 +88,15 @@ CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
 def option(
-    default: object, help: str, choices: Sequence[str] = (), type: Callable[[str], Any] = str, shown: str = "", host: bool = False
+    default: object, help: str, choices: Collection[str] = (), type: Callable[[str], Any] = str, shown: str = "", host: bool = False
 ) -> Any:
-    """A field of Options. type: checks and converts a value, given as text. shown: the default in words, if it depends on other options.
+    """A field of Options. choices: looked up when a value is checked. type: checks and converts a value, given as text.
+
+    shown: the default in words, if it depends on other options.
 
     host: whether the option says where a run computes and not what, so that it may change when the run is resumed.
     """
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "type": type, "shown": shown, "host": host})
-
-
-COUNT, PROBABILITY, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 0, open_low=True)
+    return field(default=default, metadata={"help": help, "choices": choices, "type": type, "shown": shown, "host": host})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +115,7 @@ class Data:
 class Exchange:
     """The method: what passes between clients and server, and what a client takes from it."""
 
-    method: str = option("fedu", "a row of the table of methods; it sets the next three", tuple(METHODS))
+    method: str = option("fedu", "a row of the table of methods; it sets the next three", METHODS)
     aggregate: str = option(None, "the encoder that clients upload", ("online", "target"), shown="by method")
     update: str = option(
         None, "the encoder of a client that the average replaces; ema: the average is mixed into the online encoder",
@@ -98,11 +128,18 @@ class Exchange:
     )  # fmt: skip
     mu: float = option(None, "DAPU's threshold; inf: always the average, 0: in a first round only", type=number(float, 0), shown="0.4")
     tau: float = option(0.7, "FedEMA: weight of a client's own model at its first measured divergence", type=PROBABILITY)
-    divergence: str = option("layer-mean", "the authors' code's, or the paper's, which needs its own --mu", ("layer-mean", "squared"))
-    divergence_from: str = option("received", "a client's distance from the encoder it received, or from the next", ("received", "global"))
+    divergence: str = option(
+        "layer-mean", "layer-mean: mean over convolutions of the L2 norm of the change (authors' code); "
+        "squared: squared L2 norm of the whole encoder's change (paper; needs its own --mu)", ("layer-mean", "squared"),
+    )  # fmt: skip
+    divergence_from: str = option(
+        "received", "received: how far training moved the encoder; global: distance of the client's encoder from the next average",
+        ("received", "global"),
+    )  # fmt: skip
     first_target: str = option("copy", "shared: no EMA in a client's first round, as in the authors' code", ("copy", "shared"))
     no_predictor: bool = option(False, "BYOL and SimSiam without a predictor")
     no_stop_gradient: bool = option(False, "BYOL and SimSiam with gradients through the target's projections")
+    settings: dict[str, float] = option(None, "numbers of the method's objective, by name", shown="by method")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +190,10 @@ class Options(Host, Training, Clients, Exchange, Data):
         for f in fields(self):
             if getattr(self, f.name) is not f.default:
                 object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name)))
+        object.__setattr__(self, "settings", resolved_settings(self.method, self.settings or {}))
         if self.divergence == "squared" and self.mu is None and (self.predictor or METHODS[self.method].predictor) == "dapu":
-            raise InputError("--divergence squared wants a --mu of its own, since 0.4 belongs to layer-mean")
-        default = self.own_defaults()
+            raise InputError("--divergence squared needs a --mu of its own, since 0.4 belongs to layer-mean")
+        default = self.resolved_defaults()
         for name, value in default.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -163,28 +201,27 @@ class Options(Host, Training, Clients, Exchange, Data):
         if (self.clients_per_round or 1) > self.clients:
             raise InputError(f"--clients-per-round got {self.clients_per_round}, there are {self.clients} clients")
 
-    def own_defaults(self) -> dict[str, object]:
+    def resolved_defaults(self) -> dict[str, object]:
         """The default of each option, for this method and data set."""
         row = METHODS[self.method]
         default = {f.name: f.default for f in fields(self)} | {name: getattr(row, name) for name in ABLATED} | {"mu": 0.4}
-        default |= RECIPES.get(self.dataset, PAPER)
+        default |= RECIPES.get(self.dataset, PAPER) | {"settings": resolved_settings(self.method, {})}
         return default | ({"predictor": "global"} if self.no_predictor else {})
 
     def refuse_ineffective(self, given: Iterable[str]) -> None:
         """Raises InputError if an option among `given` changes nothing because of the other options."""
         row = METHODS[self.method]
-        has_predictor, has_target = row.objective in ("byol", "simsiam"), row.objective in ("byol", "moco-v1", "moco-v2")
         ineffective = {
-            "predictor": not has_predictor or self.no_predictor or row.servers != "one",
-            "no_predictor": not has_predictor,
-            "no_stop_gradient": not has_predictor,
-            "aggregate": self.aggregate == "target" and not has_target,
-            "update": self.update in ("target", "both") and not has_target,
+            "predictor": not row.has_predictor or self.no_predictor or row.servers != "one",
+            "no_predictor": not row.has_predictor,
+            "no_stop_gradient": not row.has_predictor,
+            "aggregate": self.aggregate == "target" and not row.has_target,
+            "update": self.update in ("target", "both") and not row.has_target,
             "mu": self.predictor != "dapu",
             "tau": "ema" not in (self.update, self.predictor),
             "divergence_from": not {"dapu", "ema"} & {self.update, self.predictor},
-            "ema_decay": not has_target,
-            "first_target": not has_target,
+            "ema_decay": not row.has_target,
+            "first_target": not row.has_target,
             "classes_per_client": self.partition != "classes",
             "alpha": self.partition != "dirichlet",
             "clients_per_round": row.servers == "pooled",
@@ -202,21 +239,49 @@ HOST_OPTIONS = tuple(name for name, f in OPTIONS.items() if f.metadata["host"])
 
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    """The flag of an option on the command line."""
+    return "--set" if name == "settings" else "--" + name.replace("_", "-")
+
+
+def in_words(value: object) -> str:
+    """An option's value as it is typed."""
+    return " ".join(f"{k}={v:g}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def checked(name: str, value: object) -> object:
     """An option's value after its conversion; raises InputError if it is none of the choices, or out of range."""
     f = OPTIONS[name]
+    if name == "settings":  # checked by resolved_settings, which knows the method
+        return value
     choices = (True, False) if isinstance(f.default, bool) else f.metadata["choices"]
     if choices and value not in choices:
-        raise InputError(f"{flag(name)} got {value!r}, wants one of {', '.join(map(str, choices))}")
+        raise InputError(f"{flag(name)} got {value!r}, needs one of {', '.join(map(str, choices))}")
     if choices:
         return value
     try:
         return f.metadata["type"](str(value))
     except argparse.ArgumentTypeError as error:
         raise InputError(f"{flag(name)} {error}") from None
+
+
+def settings_of(method: str) -> dict[str, Setting]:
+    """The settings that a method has."""
+    row = METHODS[method]
+    return {"jitter": Setting(row.jitter, JITTER, number(float, 0, 1.25)), **row.settings}  # beyond 1.25, factors would be negative
+
+
+def resolved_settings(method: str, given: Mapping[str, object]) -> dict[str, float]:
+    """A method's settings, given ones in place of the defaults. Raises InputError for an unknown name and for a value out of range."""
+    known = settings_of(method)
+    if unknown := given.keys() - known.keys():
+        raise InputError(f"--set got {min(unknown)!r}; --method {method} has the settings {', '.join(known)}")
+    values = {}
+    for name, setting in known.items():
+        try:
+            values[name] = setting.type(str(given[name])) if name in given else setting.default
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"--set {name} {error}") from None
+    return values
 
 
 def defaults(method: str) -> dict[str, object]:
@@ -257,7 +322,9 @@ def training_parser(description: str | None = None) -> Parser:
     for title, group in GROUPS.items():
         section = parser.add_argument_group(title, group.__doc__)
         for f in fields(group):
-            if isinstance(f.default, bool):
+            if f.name == "settings":
+                section.add_argument("--set", action=SetAction, dest="settings", metavar="NAME=VALUE", help=settings_help())
+            elif isinstance(f.default, bool):
                 section.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
             else:
                 values = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"type": f.metadata["type"]}
@@ -266,3 +333,109 @@ def training_parser(description: str | None = None) -> Parser:
     section.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
     section.add_argument("--overwrite", action="store_true", help="replace the run in an existing folder")
     return parser
+
+
+class SetAction(argparse.Action):
+    """Collects every `--set NAME=VALUE` in one dict; of a name that is given twice, the last value counts."""
+
+    def __call__(self, parser, namespace, text, option_string=None) -> None:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            parser.error(f"--set got {text!r}, needs NAME=VALUE, as temperature=0.1")
+        namespace.settings = getattr(namespace, "settings", {}) | {name: value}
+
+
+def settings_help() -> str:
+    """What `--set` can change: each setting with the methods that have it and its defaults there."""
+    settings: dict[str, dict[str, Setting]] = {}
+    for method in METHODS:
+        for name, setting in settings_of(method).items():
+            settings.setdefault(name, {})[method] = setting
+    texts = []
+    for name, rows in settings.items():
+        defaults = [setting.default for setting in rows.values()]
+        common = max(defaults, key=defaults.count)
+        others = [f"{method} {setting.default:g}" for method, setting in rows.items() if setting.default != common]
+        methods = "all methods" if len(rows) == len(METHODS) else ", ".join(rows)
+        texts.append(f"{name} ({methods}: {', '.join([f'{common:g}', *others])}): {next(iter(rows.values())).help}")
+    return "change a number of the method's objective; may be repeated. " + "; ".join(texts) + "  [by method]"
+
+
+# ------------------------------------------------------------------------------------------ the command line of eval.py
+
+EVALUATION_EPOCHS = {"linear": 200, "semi": 100}
+# the tasks of eval.py, of which a command line has one
+TASKS = {
+    "linear": "--linear",
+    "knn": "--knn",
+    "semi": "--semi",
+    "export": "--export FILE.npz",
+    "weights": "--export FILE.safetensors",
+    "table": "--table",
+    "plot": "--plot",
+    "against": "--against",
+}
+EVALUATIONS = ("linear", "knn", "semi")
+# each further option of eval.py: its default, and the tasks in which it changes something
+TASK_OPTIONS = {
+    "features": ("backbone", ("linear", "knn", "export")),
+    "head": ("linear", ("semi",)),
+    "epochs": (None, ("linear", "semi")),
+    "transfer": (None, (*EVALUATIONS, "export")),
+    "seed": (0, ("linear", "semi")),
+    "data_root": (None, (*EVALUATIONS, "export")),
+    "device": ("auto", (*EVALUATIONS, "export")),
+    "out": (None, ("plot", "against")),
+}
+
+
+def evaluation_parser(description: str | None = None) -> Parser:
+    """The parser of eval.py, whose namespace holds only what was given."""
+    parser = Parser(description)
+    runs = parser.add_argument_group("runs")
+    runs.add_argument("runs", nargs="*", type=Path, metavar="RUN", default=[],
+        help="run folders, or folders of them  [the newest run under runs/; for --table and --against all of them]")  # fmt: skip
+    group = parser.add_argument_group("tasks", "What to do with the runs: one of these.")
+    task = group.add_mutually_exclusive_group()
+    task.add_argument("--linear", action="store_true",
+        help="train one linear layer on the frozen encoder's standardised features: Adam 3e-3, batches of 512 (the default)")  # fmt: skip
+    task.add_argument("--knn", action="store_true", help="vote of the 200 nearest training images, weighted by exp(cosine / 0.1)")
+    task.add_argument("--semi", type=number(float, 0, 1, open_low=True), metavar="F",
+        help="fine-tune backbone and a new head on a class-balanced fraction F of the labels: Adam 1e-3, batches of 128")  # fmt: skip
+    task.add_argument("--table", action="store_true", help="print the runs' evaluations as Markdown, a row for each setting")
+    task.add_argument("--plot", action="store_true", help="draw divergence, predictors, loss and kNN accuracy of every round")
+    task.add_argument("--against", metavar="OPTION",
+        help="draw linear accuracy against an option of fedu.py, as `mu`; `round`: kNN accuracy by round; `ablation`: bars")  # fmt: skip
+    task.add_argument("--export", type=Path, metavar="FILE",
+        help=".npz: representations and labels of all images, as train, test, y_train and y_test; .safetensors: the backbone's weights, "
+        "for `single` of each client k in a file NAME-k.safetensors")  # fmt: skip
+    how = parser.add_argument_group("settings", "How the task is done; an option that changes nothing in it is refused.")
+    how.add_argument("--features", choices=("backbone", "projector", "pixels"),
+        help="what represents an image; pixels: no encoder  [backbone]")  # fmt: skip
+    how.add_argument("--head", choices=("linear", "mlp"), help="for --semi; mlp: Linear-BN-ReLU-Linear of hidden width 4096  [linear]")
+    how.add_argument("--epochs", type=number(int, 1), help="of --linear and --semi  [200 and 100]")
+    how.add_argument("--transfer", metavar="DATASET", help="evaluate on another data set than the run was trained on")
+    how.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="of the head, the batches and the labelled subset  [0]")
+    how.add_argument("--data-root", help="folder with CIFAR  [the run's]")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute  [auto]")
+    how.add_argument("--out", type=Path, help="the figure's file  [RUN/divergence.png; of several runs comparison.png; OPTION.png]")
+    return parser
+
+
+def parse_evaluation(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """Read the command line of eval.py: its `task`, a key of TASKS, and a value of each option.
+
+    A mistake ends the process with one sentence and exit status 2.
+    """
+    parser = evaluation_parser(description)
+    given = vars(parser.parse_args(argv))
+    task = next((name for name in TASKS if name in given), "linear")
+    if task == "export" and given["export"].suffix == ".safetensors":
+        task = "weights"
+    elif task == "export" and given["export"].suffix != ".npz":
+        parser.error(f"--export got {given['export']}, needs a name that ends in .npz or .safetensors")
+    for name, (_, tasks) in TASK_OPTIONS.items():
+        if name in given and task not in tasks:
+            parser.error(f"{flag(name)} goes with {' or '.join(TASKS[t] for t in tasks)}, not with {TASKS[task]}")
+    default = {name: value for name, (value, _) in TASK_OPTIONS.items()} | {"epochs": EVALUATION_EPOCHS.get(task)}
+    return argparse.Namespace(task=task, **default | given)

@@ -1,11 +1,11 @@
 """Times a round of 1,000 clients, 10 a round, against Flower's simulation and Apple's pfl: `python -m bench.peers`.
 
-All train the tiny encoder by BYOL with the same function, `fedu.train_client`: 50 images a client, 5 epochs, B = 32. Ours is all of FedU's
-round, with what clients keep, divergences and a checkpoint; the others average by their own federated averaging, and keep nothing for
-clients: the target begins as the online encoder. Flower's has an actor of one thread for each core, ours and pfl's one process of all
+All train the tiny encoder by BYOL with the same function, `training.train_client`: 50 images a client, 5 epochs, B = 32. Ours is all of
+FedU's round, with what clients keep, divergences and a checkpoint; the others average by their own federated averaging, and keep nothing
+for clients: the target begins as the online encoder. Flower's has an actor of one thread for each core, ours and pfl's one process of all
 threads. Each way runs in processes of its own, in turns; the first two rounds of each are left out, and medians are printed.
 
-Flower's wants `pip install "flwr[simulation]"`, pfl's `pip install pfl`; one that is missing is left out.
+Flower's needs `pip install "flwr[simulation]"`, pfl's `pip install pfl`; one that is missing is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from statistics import median
 import torch
 from torch import nn
 
-import fedu
+import training
 from bench.timing import print_origin
 from bench.training import ROOT, as_large_as_cifar10, installed, rounds_of_fedu
 from federation import Federation, build
@@ -56,9 +56,9 @@ def federation() -> Federation:
 
 def train_client(round_: int, client_id: int) -> None:
     """Train from what the online network holds."""
-    parts = federation().objective.parts
+    parts = federation().networks.parts
     parts["target"].copy_(parts["encoder"])
-    fedu.train_client(OPTIONS, federation(), None, round_, client_id, joins=False)
+    training.train_client(OPTIONS, federation(), None, round_, client_id, first_round=False, num_clients=SIZE["clients_per_round"])
 
 
 def flower(rounds: int) -> list[float]:
@@ -81,7 +81,7 @@ def flower(rounds: int) -> list[float]:
         from bench import peers  # Ray sends this function to its actors by value, and `federation` must be made once an actor
 
         torch.set_num_threads(1)
-        vector = peers.federation().objective.online.vector
+        vector = peers.federation().networks.online.vector
         vector.copy_(message.content["arrays"].to_torch_state_dict()["online"])
         peers.train_client(message.content["config"]["server-round"], context.node_config["partition-id"])
         content = {"arrays": ArrayRecord({"online": vector}), "metrics": MetricRecord({"num-examples": 50})}
@@ -91,7 +91,7 @@ def flower(rounds: int) -> list[float]:
     def main(grid, context):
         share = SIZE["clients_per_round"] / SIZE["clients"]
         strategy = Timed(fraction_train=share, fraction_evaluate=0, min_available_nodes=SIZE["clients"])
-        strategy.start(grid, ArrayRecord({"online": federation().objective.online.vector}), num_rounds=rounds)
+        strategy.start(grid, ArrayRecord({"online": federation().networks.online.vector}), num_rounds=rounds)
         times.append(time.perf_counter())
 
     run_simulation(server_app, client_app, SIZE["clients"], backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})
@@ -127,9 +127,9 @@ def pfl(rounds: int) -> list[float]:
             times.append(time.perf_counter())
             return False, Metrics()
 
-    network = federation().objective.online.module
+    network = federation().networks.online.module
     theirs = copy.deepcopy(network)  # pfl gives its parameters gradients of their own, and the network's are views into one vector
-    theirs.loss = theirs.metrics = None  # pfl wants these names; it has nothing to train or measure by itself here
+    theirs.loss = theirs.metrics = None  # pfl expects these names; it has nothing to train or measure by itself here
     model = PyTorchModel(theirs, torch.optim.SGD, torch.optim.SGD(theirs.parameters(), lr=1.0))
     indices = [client.indices for client in federation().clients]
     users = FederatedDataset(

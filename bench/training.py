@@ -50,14 +50,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import fedu
-import figures
 import models
 import ops
+import training
 from bench.timing import print_origin, time_ways
 from data import Images, draw_views, load_images, two_views
-from federation import build, checkpoint
-from models import BYOL, HEADS, Encoder, Online, build_backbone, feature_dim
+from federation import build
+from methods.byol import BYOL
+from models import HEADS, Encoder, Online, build_backbone, feature_dim
 from options import Options
+from report import figures
 from runtime.bank import Bank
 from runtime.cli import Parser, number, user_errors
 from runtime.device import StepGraph, keep_memory
@@ -175,7 +177,7 @@ def two_views_of_the_reference(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Images as PIL's, and a transform that makes their views: what a DataLoader wants."""
+    """Images as PIL's, and a transform that makes their views: what a DataLoader needs."""
 
     def __init__(self, images: Tensor, transform: Callable):
         self.images, self.transform = [transforms.functional.to_pil_image(x) for x in images.cpu()], transform
@@ -195,11 +197,11 @@ def ours(
     encoder: str, count: int, batch_size: int, views: Callable = two_views, ema: bool = True, precision: str = "fp32"
 ) -> Callable[[], object]:
     keep_memory()
-    objective, images = BYOL(Encoder(encoder), DEVICE), some_images(count)
+    networks, images = BYOL(Encoder(encoder), DEVICE), some_images(count)
     if not ema:
-        objective.following = None
-    step, indices = fedu.Step(objective, images, precision, views), torch.arange(count, device=DEVICE)
-    return lambda: fedu.local_training(step, fedu.local_batches(indices, 1, batch_size, step.generator), 0.032).item()
+        networks.ema_target = None
+    step, indices = training.Step(networks, images, precision, views), torch.arange(count, device=DEVICE)
+    return lambda: training.local_training(step, training.local_batches(indices, 1, batch_size, step.generator), 0.032).item()
 
 
 def core(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
@@ -291,7 +293,7 @@ def floor(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
     """An epoch's convolutions and matrix products, one by one: online forwards and backwards on two views, target forwards."""
     keep_memory()
     network = models.Flat(Online(Encoder(encoder), predictor=True).to(DEVICE)).module
-    calls: list[tuple[nn.Module, Tensor, bool]] = []  # module, input, whether the input wants a gradient
+    calls: list[tuple[nn.Module, Tensor, bool]] = []  # module, input, whether the input needs a gradient
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         calls.append((module, inputs[0].detach().clone(memory_format=torch.preserve_format), len(calls) > 0))
@@ -332,12 +334,12 @@ def operations(encoder: str) -> dict[str, float]:
     Convolutions and matrix products alone, on both views: the online network forwards and backwards, the target network forwards.
     """
     counts = {}
-    objective = BYOL(Encoder(encoder), torch.device("meta"))
+    networks = BYOL(Encoder(encoder), torch.device("meta"))
     views = torch.empty(2, 2, 3, 32, 32, device="meta")
     with FlopCounterMode(display=False) as target:
-        objective.target.module(views[0])
+        networks.target.module(views[0])
     with FlopCounterMode(display=False) as forward:
-        losses = [term() for term in objective.terms(*views, torch.empty(2, device="meta"))]
+        losses = [term() for term in networks.terms(*views, torch.empty(2, device="meta"), None)]
     with FlopCounterMode(display=False) as backward:
         for loss in losses:
             loss.backward()
@@ -369,10 +371,10 @@ class Traffic(TorchDispatchMode):
 def traffic(encoder: str, batch_size: int, precision: str = "fp32") -> Traffic:
     """Of a training step but for its views and update. In bf16 it is computed, on the CPU: autocast knows no meta device."""
     device = torch.device("meta" if precision == "fp32" else "cpu")
-    objective, views = BYOL(Encoder(encoder), device), torch.zeros(2, batch_size, 3, 32, 32, device=device)
-    objective.update = lambda *_: None
+    networks, views = BYOL(Encoder(encoder), device), torch.zeros(2, batch_size, 3, 32, 32, device=device)
+    networks.update = lambda *_: None
     images, batch = torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    step = fedu.Step(objective, images, precision, lambda *_: views)
+    step = training.Step(networks, images, precision, lambda *_: views)
     with Traffic() as counted:
         step(batch)
     return counted
@@ -412,13 +414,13 @@ def rounds_of_fedu(images: Images, folder: Path | None = None, per_client: int |
     for client in federation.clients:
         client.indices = client.indices[:per_client]
     rounds = itertools.count()
-    bank = Bank(fedu.kept_parts(federation.objective, options), folder and folder / "bank.bin")
-    uploads = fedu.Uploads(federation, options)
+    bank = Bank(fedu.kept_parts(federation.networks, options), folder and folder / "bank.bin")
+    uploads = fedu.uploads_of(federation, options)
 
     def run() -> None:
         fedu.run_round(options, federation, bank, uploads, next(rounds))
         if folder:
-            save_checkpoint(folder, checkpoint(federation, 1, 0.0), bank)
+            save_checkpoint(folder, federation.checkpoint(1, 0.0), bank)
 
     return run
 
@@ -485,12 +487,12 @@ def bench_memory() -> None:
 def bench_server(repeats: int) -> None:
     """All that a round of 5 clients does besides training: the stages' copies, aggregation, divergences, checkpoint."""
     keep_memory()
-    training, fedu.local_training = fedu.local_training, lambda *_, **__: torch.zeros(())
+    usual, training.local_training = training.local_training, lambda *_, **__: torch.zeros(())
     with tempfile.TemporaryDirectory(dir=".") as folder:
         images = as_large_as_cifar10()
         ways = {"all": rounds_of_fedu(images, Path(folder)), "without checkpoint": rounds_of_fedu(images)}
         print_rows("server, resnet18, K = 5", timed(ways, repeats), 5 * 5 * 78 * 128)  # images of the paper's round
-    fedu.local_training = training
+    training.local_training = usual
 
 
 def bench_growth(repeats: int, figure: Path | None) -> None:
@@ -625,7 +627,7 @@ def parse_options() -> dict:
     given = {"parts": [], "encoder": list(RECIPES), "repeats": 5, "peak_tflops": None, "figures": None} | vars(parser.parse_args())
     for part in given["parts"]:
         if part not in PARTS:
-            parser.error(f"got {part!r}, wants one of {', '.join(PARTS)}")
+            parser.error(f"got {part!r}, needs one of {', '.join(PARTS)}")
     return given | {"parts": given["parts"] or list(PARTS)}
 
 

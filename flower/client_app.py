@@ -2,7 +2,7 @@
 
 A SuperNode starts it for each message. Its `--node-config` says which client it is (`client`, from 0), where its images lie (`data`, a file
 PATH.npz or a folder; labels are not needed), and, if need be, the folder for what it keeps (`state`) and the `device`. What it sends is
-what `fedu.py` counts as upload_bytes, who it is, how many images it has, and its loss, divergence and predictor's origin of the round.
+what `fedu.py` counts as upload_bytes, who it is, how many images it has, and its loss, its divergence and the share of its own predictor.
 """
 
 import json
@@ -18,26 +18,28 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 import fedu
+import ops
 from data import load_unlabelled
-from federation import Client, Federation, Turn, assemble, checkpoint, restore
+from federation import Client, Federation, Turn, assemble
 from options import Options
 from runtime.bank import Bank
 from runtime.cli import InputError, first_line, locked, os_errors
 from runtime.device import choose_device, keep_memory
 from runtime.run import load_checkpoint, save_checkpoint
+from training import train_client
 
-METHODS = ("fedu", "fedbyol", "fedema")
+FLOWER_METHODS = ("fedu", "fedbyol", "fedema")
 
 
-class Told(InputError):
-    """A mistake whose sentence the server reads too. Its cause, if any, has the sentence for the party, which may name files."""
+class ReportedError(InputError):
+    """An error whose text is sent to the server; `__cause__`, if set, is the version with file names, printed only here."""
 
 
 def answer(message: Message, context: Context, call_next) -> Message:
-    """Say here what is wrong, and tell the server, which goes on without this client, what a `Told` says and nothing else."""
+    """Print here what is wrong. The server goes on without this client; of the error it gets the text of a `ReportedError` only."""
     try:
         return call_next(message, context)
-    except Told as error:
+    except ReportedError as error:
         here, there = error.__cause__ or error, str(error)
     except InputError as error:
         here, there = error, "its own log says why"
@@ -60,7 +62,7 @@ def introduce(message: Message, context: Context) -> Message:
 
 @app.query("alive")
 def alive(message: Message, context: Context) -> Message:
-    """Answer, which says that no training message came before this question, or that it is lost (see `strategy.exchange`)."""
+    """Reply to a liveness query: a node that replies holds no unfinished training message (see `strategy.exchange`)."""
     return Message(RecordDict(), reply_to=message)
 
 
@@ -75,11 +77,11 @@ def train(message: Message, context: Context) -> Message:
     folder = state / config["run"] / f"client-{client.id}"
     turn, upload = take_turn(client, images, received, options, config["round"], config["last-round"], folder)
     divergence = math.nan if client.divergence is None else client.divergence  # of an upload that is not finite
-    told = {"loss": turn.loss, "divergence": divergence, "predictor": turn.update.predictor, "own-share": turn.update.own_share}
-    if turn.update.divergence is not None:
-        told["decided-on"] = turn.update.divergence
+    report = {"loss": turn.loss, "divergence": divergence, "own-share": turn.start.predictor}
+    if turn.start.divergence is not None:
+        report["decided-on"] = turn.start.divergence
     model = ArrayRecord({"model": Array(upload.cpu().numpy())})
-    return Message(RecordDict({"model": model, "turn": ConfigRecord(told)}), reply_to=message)
+    return Message(RecordDict({"model": model, "turn": ConfigRecord(report)}), reply_to=message)
 
 
 def take_turn(
@@ -91,53 +93,52 @@ def take_turn(
     client's upload, -1 for none; what the client kept after a later one is not used. Returns its turn and its upload.
     """
     federation = assemble(options, [[client]], images, torch.empty(0))  # labels are looked at by no method that runs here
-    (server,), objective = federation.servers, federation.objective
-    sent = fedu.num_exchanged(objective, options)
+    (server,), networks = federation.servers, federation.networks
+    sent = fedu.num_floats_sent(networks, options)
     if len(received) != sent:
-        raise Told(f"the server sent a network of {len(received)} numbers, that of --encoder {options.encoder} has {sent} here")
+        raise ReportedError(f"the server sent a network of {len(received)} numbers, that of --encoder {options.encoder} has {sent} here")
     with os_errors(f"the state folder {folder} cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"{folder} is in use by another SuperNode: give each client a folder of its own"):
-        bank = Bank(fedu.kept_parts(objective, options), folder / "bank.bin")
+        bank = Bank(fedu.kept_parts(networks, options), folder / "bank.bin")
         recall(federation, bank, folder, last_round)
         server.model[: len(received)] = received
-        turn, kept = Turn(client, server, client.num_examples), bank.read(client.row) if client.row else {}
-        turn.update = fedu.model_update(client, kept, server.model, objective, options, federation.segments, round_)
-        turn.received = objective.online.vector.clone()
-        turn.loss, turn.representations = fedu.train_client(options, federation, None, round_, client.id, client.last_round is None)
-        uploads = fedu.Uploads(federation, options)
-        upload = fedu.model_upload(objective, options.aggregate, out=uploads.next_row(server))
+        turn = Turn(client, server, client.num_examples)
+        job = fedu.start_turn(options, federation, bank, round_, 1, turn)
+        turn.loss, turn.shared = train_client(options, federation, None, *job)
+        upload = fedu.model_upload(networks, options.aggregate)
         if math.isfinite(turn.loss) and upload.isfinite().all():  # else it keeps what it had, and the server refuses the upload
-            uploads.add(turn)
-            uploads.finish(server)  # which measures the divergence
-            client.row, client.last_round = bank.write(fedu.kept_parts(objective, options)), round_
-            save_checkpoint(folder, checkpoint(federation, round_ + 1, 0.0), bank)
+            fedu.record_divergence(client, ops.layer_norms(networks.online.vector, turn.received, federation.segments), options)
+            server.model.copy_(upload)  # with the predictor, which the server does not send if it is local
+            client.row, client.last_round = bank.write(fedu.kept_parts(networks, options)), round_
+            save_checkpoint(folder, federation.checkpoint(round_ + 1, 0.0), bank)
         return turn, upload[:sent]
 
 
 def recall(federation: Federation, bank: Bank, folder: Path, last_round: int) -> None:
-    """Restore what the client kept after `last_round`; without it, or with -1, it begins as one that never took part."""
+    """Restore what the client kept after `last_round`; without it, or with -1, this is its first round."""
     client = federation.clients[0]
     for _ in range(2):  # the last checkpoint and the one before
         saved = load_checkpoint(folder, bank, federation.images.device)
         if saved and saved.values["clients"]["last_round"][0] == last_round:
-            restore(federation, saved)
+            federation.restore(saved)
             return
         (folder / "checkpoint.pt").unlink(missing_ok=True)  # its upload never reached the server
     if last_round >= 0:
-        print(f"client {client.id}: {folder} does not hold what it kept after round {last_round}; it begins anew", file=sys.stderr)
+        print(f"client {client.id}: {folder} does not hold what it kept after round {last_round}; it starts as in its first round", file=sys.stderr)
 
 
 def read_options(config: ConfigRecord, context: Context) -> Options:
-    """The server's options, on this client's device. Raises Told for one that is wrong, or would let private networks leave."""
+    """The server's options, on this client's device. Raises ReportedError for one that is wrong, or would let private networks leave."""
     try:
         options = replace(Options(**json.loads(config["options"])), device=context.node_config.get("device", "auto"))
     except TypeError as error:
-        raise Told(f"the server's options are not known here ({first_line(error)}), its code is of another version") from None
+        raise ReportedError(f"the server's options are not known here ({first_line(error)}), its code is of another version") from None
     except InputError as error:
-        raise Told(f"the server's options are wrong: {error}") from None
-    if options.method not in METHODS or options.aggregate != "online":
-        raise Told(f"the server wants --method {options.method} --aggregate {options.aggregate}, which this client does not upload")
+        raise ReportedError(f"the server's options are wrong: {error}") from None
+    if options.method not in FLOWER_METHODS or options.aggregate != "online":
+        asked = f"--method {options.method} --aggregate {options.aggregate}"
+        raise ReportedError(f"the server asks for {asked}, which this client does not upload")
     return options
 
 
@@ -146,15 +147,15 @@ def open_client(context: Context, options: Options, config: ConfigRecord) -> tup
     keep_memory()
     node = context.node_config
     if missing := {"client", "data"} - node.keys():
-        raise Told(f"--node-config has no {min(missing)}; it wants at least 'client=0 data=\"PATH\"'")
+        raise ReportedError(f"--node-config has no {min(missing)}; it needs at least 'client=0 data=\"PATH\"'")
     if not isinstance(node["client"], int) or not 0 <= node["client"] < options.clients:
-        raise Told(f"--node-config got client={node['client']}; the federation has the clients 0 to {options.clients - 1}")
+        raise ReportedError(f"--node-config got client={node['client']}; the federation has the clients 0 to {options.clients - 1}")
     data = Path(str(node["data"])).expanduser()
     try:
         images = load_unlabelled(data, config["image-size"])
         if len(images) < options.batch_size:
-            raise InputError(f"{data} has {len(images)} images, a batch wants {options.batch_size}")
+            raise InputError(f"{data} has {len(images)} images, a batch needs {options.batch_size}")
     except InputError as error:  # a file's name may be a patient's; what the system says, in brackets, may name one
-        raise Told(str(error).replace(str(data), "DATA").partition(" (")[0]) from error
+        raise ReportedError(str(error).replace(str(data), "DATA").partition(" (")[0]) from error
     images = images.to(choose_device(options.device))
     return Client(node["client"], torch.arange(len(images), device=images.device)), images

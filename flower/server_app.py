@@ -17,19 +17,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from client_app import METHODS
+from client_app import FLOWER_METHODS
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from strategy import FedU
 
+import fedu
 from data import load_images
 from federation import Client, assemble
 from options import Command, Options, flag, parse
 from runtime.bank import Bank
 from runtime.cli import InputError, number
 from runtime.device import choose_device
+from runtime.recorder import Recorder
 from runtime.run import holds_run, open_run, reopen_run, run_folder, write_config
-from simulation import load_kernels, run_rounds, stored_options
 
 INEFFECTIVE = ("partition", "classes_per_client", "alpha", "dropout", "log")  # options of the simulation alone
 
@@ -51,13 +52,13 @@ logging.getLogger("flwr").addFilter(one_sentence)
 def main(grid: Grid, context: Context) -> None:
     """All rounds of a run, from the first one or from its checkpoint. Raises InputError for options that cannot be used here."""
     command = read_command(str(context.run_config["options"]))
-    options = stored_options(command.resume, {}) if command.resume else Options(**command.given)
+    options = fedu.stored_options(command.resume, {}) if command.resume else Options(**command.given)
     least = read_number(context, "min-clients", number(int, 0, options.clients)) or options.clients
     timeout = read_number(context, "timeout", number(float, 0, open_low=True))
     out = command.resume or command.out or Path("runs") / f"flower-{options.method}-{options.clients}clients-s{options.seed}"
     if not command.resume:
         holds_run(out, command.overwrite)
-    load_kernels()
+    fedu.load_kernels()
     device = choose_device(options.device)
     images = load_images(options.dataset, Path(options.data_root), options.image_size).to(device)
     unknown = torch.empty(0, device="meta")  # how many images each client has, it tells when it comes
@@ -73,7 +74,12 @@ def main(grid: Grid, context: Context) -> None:
             write_config(out, config)
         strategy = FedU(options, federation, config["run"], least, timeout)
         strategy.roll_call(grid, set(range(options.clients)))
-        run_rounds(options, out, config, federation, images, Bank({}), partial(strategy.make_round, grid), bool(command.resume))
+        record = Recorder(out, config, options.rounds, federation, Bank({}), device, partial(fedu.show_round, None))
+        fedu.introduce(options, images, federation, record, bool(command.resume))
+        for round_ in record.rounds_left():
+            row = strategy.make_round(grid, round_)
+            record.write(row | {"knn": fedu.measured_knn(options, round_, federation, images)})
+        fedu.finish(options, federation, record)
 
 
 def read_command(text: str) -> Command:
@@ -92,8 +98,8 @@ def read_command(text: str) -> Command:
         raise InputError("--aggregate got target, but target encoders do not leave the parties")
     if command.resume and command.given:
         raise InputError(f"--resume {command.resume} continues with the options that the run has, and got {flag(min(command.given))}")
-    if command.given.get("method", METHODS[0]) not in METHODS:
-        raise InputError(f"--method got {command.given['method']}, between parties it wants one of {', '.join(METHODS)}")
+    if command.given.get("method", FLOWER_METHODS[0]) not in FLOWER_METHODS:
+        raise InputError(f"--method got {command.given['method']}, between parties it needs one of {', '.join(FLOWER_METHODS)}")
     return command
 
 

@@ -14,10 +14,10 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 import fedu
-from federation import Federation, Turn, Update, draw_turns, sample_clients
+from federation import Federation, Start, Turn, draw_turns, most_uploads, sample_clients
 from options import Options
 from runtime.cli import InputError, first_line
-from simulation import Announce, describe_round
+from runtime.uploads import Uploads
 
 ANSWER = 300  # seconds in which a node must say who it is
 SILENCE = 30  # seconds without an answer after which the nodes still awaited are asked whether they have lost their message
@@ -32,13 +32,14 @@ class FedU(FedAvg):
         super().__init__(fraction_evaluate=0.0, min_available_nodes=min_clients)
         self.options, self.federation, self.timeout = options, federation, timeout
         self.server, self.clients = federation.servers[0], federation.clients
-        self.told = {"options": json.dumps(asdict(options)), "run": run, "image-size": federation.images.shape[-1]}
-        self.sent = fedu.num_exchanged(federation.objective, options)
-        self.uploads = fedu.Uploads(federation, options)
+        self.message_config = {"options": json.dumps(asdict(options)), "run": run, "image-size": federation.images.shape[-1]}
+        self.num_floats = fedu.num_floats_sent(federation.networks, options)
+        most, nothing = most_uploads(federation.servers, options.clients_per_round), torch.empty(0, 2, dtype=torch.int64)
+        self.uploads = Uploads(self.server.model, most, segments=nothing)  # clients measure their drift themselves
         self.nodes: dict[int, int] = {}  # of each client that is connected
 
-    def make_round(self, grid: Grid, round_: int, _: Announce) -> dict:
-        """Make a round and return its metrics, as `fedu.run_round` does. The nodes' speed is unknown, so no time is announced."""
+    def make_round(self, grid: Grid, round_: int) -> dict:
+        """Make a round and return its metrics, as `fedu.run_round` does."""
         clock = time.perf_counter()
         messages = self.configure_train(round_ + 1, self.global_model(), ConfigRecord(), grid)
         self.aggregate_train(round_ + 1, self.exchange(grid, messages))
@@ -73,10 +74,10 @@ class FedU(FedAvg):
 
     def global_model(self) -> ArrayRecord:
         """What clients download; the predictor is part of it unless each keeps its own."""
-        return ArrayRecord({"model": Array(self.server.model[: self.sent].cpu().numpy())})
+        return ArrayRecord({"model": Array(self.server.model[: self.num_floats].cpu().numpy())})
 
     def roll_call(self, grid: Grid, drawn: set[int]) -> None:
-        """Ask nodes who they are, until as many clients as a round wants are connected, and one of those drawn among them."""
+        """Ask nodes who they are, until as many clients as a round needs are connected, and one of those drawn among them."""
         asked: set[int] = set()
         while True:
             present = set(grid.get_node_ids())
@@ -85,7 +86,7 @@ class FedU(FedAvg):
             self.nodes = {client: node for client, node in self.nodes.items() if node in present}
             unknown = present - asked - set(self.nodes.values())
             asked |= present
-            question = RecordDict({"config": ConfigRecord(self.told)})
+            question = RecordDict({"config": ConfigRecord(self.message_config)})
             questions = [Message(question, dst_node_id=node, message_type=MessageType.QUERY) for node in unknown]
             for reply in grid.send_and_receive(questions, timeout=ANSWER) if questions else ():
                 self.introduce(reply)
@@ -117,8 +118,8 @@ class FedU(FedAvg):
         messages = []
         for turn in self.turns:
             last_round = -1 if turn.client.last_round is None else turn.client.last_round
-            told = ConfigRecord(self.told | {"round": round_, "last-round": last_round})
-            content, node = RecordDict({"model": arrays, "config": told}), self.nodes[turn.client.id]
+            config = ConfigRecord(self.message_config | {"round": round_, "last-round": last_round})
+            content, node = RecordDict({"model": arrays, "config": config}), self.nodes[turn.client.id]
             messages.append(Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=str(server_round)))
         return messages
 
@@ -146,16 +147,15 @@ class FedU(FedAvg):
         reported = [turn for turn in self.turns if turn.client.id in uploads]
         total = sum(turn.client.num_examples for turn in reported)
         for turn in reported:
-            turn.total, turn.received, turn.representations = total, server.model, server.dictionary[:0]
-            self.uploads.next_row(server).copy_(server.model)[: self.sent] = uploads[turn.client.id][0]
-            self.uploads.add(turn)
-        self.uploads.finish(server)
-        for turn in reported:  # what the client measured: with FedEMA only it knows what it began with
-            turn.client.divergence, turn.client.last_round = uploads[turn.client.id][1], round_
+            turn.total = total
+            self.uploads.next_row().copy_(server.model)[: self.num_floats] = uploads[turn.client.id][0]
+            self.uploads.add(turn.fraction, server.model)
+            turn.client.divergence, turn.client.last_round = uploads[turn.client.id][1], round_  # as the client measured it
+        server.model.copy_(self.uploads.sum())
+        self.uploads.close()
         reported.sort(key=lambda turn: turn.client.id)
-        size = self.sent * server.model.itemsize
-        lr, dropped = fedu.cosine(self.options.lr, round_, self.options.rounds), self.drawn - uploads.keys() - set(nonfinite)
-        self.row = describe_round(round_, lr, reported, dropped, nonfinite)
+        size = self.num_floats * server.model.itemsize
+        self.row = fedu.describe_round(self.options, round_, reported, self.drawn - uploads.keys() - set(nonfinite), nonfinite)
         self.row |= {"upload_bytes": size * len(reported), "download_bytes": size * len(self.turns)}
         return self.global_model(), None
 
@@ -166,11 +166,12 @@ class FedU(FedAvg):
         if reply.has_error():
             raise InputError(reply.error.reason)
         try:
-            told, upload = reply.content["turn"], torch.from_numpy(reply.content["model"]["model"].numpy())
-            turn.loss, divergence = told["loss"], told["divergence"]
-            turn.update = Update(told["predictor"], told["own-share"], told.get("decided-on"))
+            report, upload = reply.content["turn"], torch.from_numpy(reply.content["model"]["model"].numpy())
+            turn.loss, divergence = report["loss"], report["divergence"]
+            turn.start = Start(predictor=report["own-share"], divergence=report.get("decided-on"))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"its answer has another form ({first_line(error)}), perhaps by code of another version") from None
-        if upload.dtype != torch.float32 or upload.shape != (self.sent,):
-            raise InputError(f"it uploaded {upload.dtype} {list(upload.shape)}, --encoder {self.options.encoder} has {self.sent} numbers")
+        if upload.dtype != torch.float32 or upload.shape != (self.num_floats,):
+            size = f"--encoder {self.options.encoder} has {self.num_floats} numbers"
+            raise InputError(f"it uploaded {upload.dtype} {list(upload.shape)}, {size}")
         return upload.to(self.server.model.device), divergence

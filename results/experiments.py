@@ -98,7 +98,7 @@ def parse_options() -> dict:
     given["names"] = given["names"] or list(EXPERIMENTS)
     for name in given["names"]:
         if name not in EXPERIMENTS:
-            parser.error(f"got {name!r}, wants one of {', '.join(EXPERIMENTS)}")
+            parser.error(f"got {name!r}, needs one of {', '.join(EXPERIMENTS)}")
     return given
 
 
@@ -126,7 +126,7 @@ def training(name: str, seed: int) -> list[str]:
 
 def experiment(name: str, seed: int, threads: int) -> bool:
     """Train and evaluate one run, as far as that is not done; returns whether all of it ended well."""
-    from report import read_evaluations  # here, since it loads torch
+    from report.tables import read_evaluations  # here, since it loads torch
 
     run, results = folder(name, seed), ROOT / "results/cifar10" / f"{name}-s{seed}"
     run.parent.mkdir(parents=True, exist_ok=True)

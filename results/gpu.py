@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from report import mean, read_evaluations, read_options
+from report.tables import mean, read_evaluations, read_options
 from results.pieces import split
 from runtime.cli import InputError, Parser, number, user_errors, write_atomic
 from runtime.run import interrupts_on_sigterm, read_metrics
@@ -53,7 +53,7 @@ def parse_options(argv: list[str]) -> dict:
     given = {"parts": []} | vars(parser.parse_args(own))
     for part in given["parts"]:
         if part not in (*CHECKS, *RUNS):
-            parser.error(f"got {part!r}, wants one of {', '.join((*CHECKS, *RUNS))}")
+            parser.error(f"got {part!r}, needs one of {', '.join((*CHECKS, *RUNS))}")
     return given | {"parts": given["parts"] or [*CHECKS, *RUNS], "options": argv[len(own) + 1 :]}
 
 

@@ -20,7 +20,7 @@ RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchr
 
 
 class InputError(Exception):
-    """A mistake that the user can mend; its text is one sentence that names the option or file, what it got and what it wants."""
+    """A mistake that the user can mend; its text is one sentence that names the option or file, what it got and what it needs."""
 
 
 def first_line(error: BaseException) -> str:
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
     """An argparse type: an int or float in [low, high], or (low, high] if `open_low`."""
     article = {int: "a whole number", float: "a number"}[kind]
-    wants = f"{article} {'above' if open_low else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
+    needs = f"{article} {'above' if open_low else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
 
     def convert(text: str) -> float:
         try:
@@ -50,7 +50,7 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
         except ValueError:
             value = float("nan")
         if not low <= value <= high or (open_low and value == low):
-            raise argparse.ArgumentTypeError(f"got {text!r}, wants {wants}")
+            raise argparse.ArgumentTypeError(f"got {text!r}, needs {needs}")
         return value
 
     return convert

@@ -18,7 +18,7 @@ GRAPHS_ON = "cuda"  # the type of device that a step is launched on as a graph
 def choose_device(name: str) -> torch.device:
     """The device for `auto`, `cpu` or `cuda`. Raises InputError for cuda where torch finds no GPU."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device got cuda, but torch finds no usable CUDA GPU here; it wants cpu or auto")
+        raise InputError("--device got cuda, but torch finds no usable CUDA GPU here; it needs cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -31,7 +31,7 @@ class StepGraph:
 
     The step takes a batch, always of the same size. All else that it reads and changes are tensors that stay where they are, so the graph
     is captured once and serves whatever they hold later. The first three steps run as they are, on the stream that the graph is captured
-    on: PyTorch wants its libraries, the gradients and the momentum to be there by then. Used inside a `with` block.
+    on: PyTorch needs its libraries, the gradients and the momentum to be there by then. Used inside a `with` block.
     """
 
     def __init__(self, step: Callable[[Tensor], None], generator: torch.Generator):

@@ -18,17 +18,17 @@ from torch import Tensor, distributed
 from runtime.cli import RANK, InputError, first_line
 
 COUNT = int(os.environ.get("WORLD_SIZE", 1))
-JOB = 3  # a job is so many whole numbers, which tell a rank what to train: round, client, whether the client joins
+JOB = 4  # number of integers in a job: round, client, whether it is the client's first round, clients of the round
 STOP = -1
 Turn = TypeVar("Turn")
 
 
 class Trainable(Protocol):
-    """What the ranks train: `networks()` are tensors of fixed shape, changed in place; `shared` is one more of any shape `[N, d]`."""
+    """What the ranks train: `tensors()` are of fixed shape and changed in place; `shared` is one more of any shape `[N, d]`."""
 
     shared: Tensor
 
-    def networks(self) -> list[Tensor]: ...
+    def tensors(self) -> list[Tensor]: ...
 
 
 @contextmanager
@@ -50,47 +50,47 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def train_all(
-    turns: Sequence[Turn], load: Callable[[Turn], tuple[int, ...]], train: Callable[..., tuple[float, Tensor]], trainable: Trainable
+    turns: Sequence[Turn], start: Callable[[Turn], tuple[int, ...]], train: Callable[..., tuple[float, Tensor]], networks: Trainable
 ) -> Iterator[tuple[Turn, float, Tensor]]:
     """Train every turn, one on each rank at a time, and yield them in their order with the loss and what the client shares.
 
-    load: fills the networks with what a turn starts from, and returns its job. train: does the job, which changes the networks.
+    start: fills the networks with what a turn starts from, and returns its job. train: does the job, which changes the networks.
     When a turn is yielded, the networks hold what it trained.
     """
     for first in range(0, len(turns), COUNT):
         wave = turns[first : first + COUNT]
         for rank, turn in reversed(list(enumerate(wave))):  # this rank's own turn is loaded last, and stays in the networks
-            job = load(turn)
+            job = start(turn)
             if rank:
-                header = torch.tensor([*job, *trainable.shared.shape], device=trainable.shared.device)
-                transfer(distributed.send, [header, *trainable.networks(), trainable.shared], rank)
+                header = torch.tensor([*job, *networks.shared.shape], device=networks.shared.device)
+                transfer(distributed.send, [header, *networks.tensors(), networks.shared], rank)
         for rank, turn in enumerate(wave):
-            yield turn, *(receive_result(rank, trainable) if rank else train(*job))
+            yield turn, *(receive_result(rank, networks) if rank else train(*job))
 
 
-def receive_result(rank: int, trainable: Trainable) -> tuple[float, Tensor]:
+def receive_result(rank: int, networks: Trainable) -> tuple[float, Tensor]:
     """Receive what a rank trained into the networks; returns the loss and what the client shares."""
-    result = torch.empty(3, dtype=torch.float64, device=trainable.shared.device)
-    transfer(distributed.recv, [result, *trainable.networks()], rank)
+    result = torch.empty(3, dtype=torch.float64, device=networks.shared.device)
+    transfer(distributed.recv, [result, *networks.tensors()], rank)
     loss, *shape = result.tolist()
-    share = trainable.shared.new_empty([int(size) for size in shape])
-    transfer(distributed.recv, [share], rank)
-    return loss, share
+    shared = networks.shared.new_empty([int(size) for size in shape])
+    transfer(distributed.recv, [shared], rank)
+    return loss, shared
 
 
-def serve(train: Callable[..., tuple[float, Tensor]], trainable: Trainable) -> None:
+def serve(train: Callable[..., tuple[float, Tensor]], networks: Trainable) -> None:
     """The other ranks' work: train what rank 0 sends, until it sends no more."""
-    header = torch.empty(JOB + 2, dtype=torch.int64, device=trainable.shared.device)
+    header = torch.empty(JOB + 2, dtype=torch.int64, device=networks.shared.device)
     while True:
         transfer(distributed.recv, [header], 0)
         job, shape = header[:JOB].tolist(), header[JOB:].tolist()
         if job[0] == STOP:
             return
-        trainable.shared = trainable.shared.new_empty(shape)
-        transfer(distributed.recv, [*trainable.networks(), trainable.shared], 0)
-        loss, share = train(*job)
-        result = torch.tensor([loss, *share.shape], dtype=torch.float64, device=header.device)
-        transfer(distributed.send, [result, *trainable.networks(), share], 0)
+        networks.shared = networks.shared.new_empty(shape)
+        transfer(distributed.recv, [*networks.tensors(), networks.shared], 0)
+        loss, shared = train(*job)
+        result = torch.tensor([loss, *shared.shape], dtype=torch.float64, device=header.device)
+        transfer(distributed.send, [result, *networks.tensors(), shared], 0)
 
 
 def transfer(send_or_receive: Callable[[Tensor, int], object], tensors: list[Tensor], rank: int) -> None:

@@ -14,15 +14,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from runtime.bank import Bank, Row, checksum
 from runtime.cli import InputError, first_line, locked, os_errors, write_atomic
@@ -30,6 +28,7 @@ from runtime.device import describe_device
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin", "encoder.pt")
 RUN_FILES += ("divergence.png", "eval.jsonl")
+TRAINING_SOURCES = ("*.py", "methods/*.py", "runtime/*.py", "ops/*")  # but eval.py, which comes after the training
 
 
 def read_config(run: Path) -> dict:
@@ -124,19 +123,19 @@ def holds_run(out: Path, overwrite: bool) -> bool:
 
 
 def reopen_run(out: Path, parties: bool = False) -> dict:
-    """The config of a run that was begun, `parties`: between parties, by Flower; says so on stderr if other code began it."""
+    """Config of an existing run; warns on stderr if other code began it. parties: whether it must be a Flower run."""
     config = read_config(out)
-    if ("run" in config) != parties:  # its name at the parties, which have the clients' networks
-        raise InputError(f"{out} was begun by {'fedu.py' if parties else 'flwr run'}, which alone can go on with it")
+    if ("run" in config) != parties:  # "run" is in the config of Flower runs alone
+        raise InputError(f"{out} was begun by {'fedu.py' if parties else 'flwr run'}, and only that can go on with it")
     if config.get("source") != describe_code()["source"]:
         print(f"{out} was begun by other code, commit {config.get('commit')}: the rest may differ from what that gave", file=sys.stderr)
     return config
 
 
 def describe_code() -> dict:
-    """The code that runs: a hash over the sources that can change a result, and git's commit if there is one."""
+    """The code that runs: a hash over the sources that can change the result of a training, and git's commit if there is one."""
     here = Path(__file__).parent.parent
-    sources = sorted(p for p in (*here.glob("*.py"), *here.glob("runtime/*.py"), *here.glob("ops/*")) if p.is_file())
+    sources = sorted(p for pattern in TRAINING_SOURCES for p in here.glob(pattern) if p.is_file() and p.name != "eval.py")
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     git = shutil.which("git") and subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
     return {"source": hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16], "commit": git or None}
@@ -151,39 +150,20 @@ def write_metrics(out: Path, metrics: list[dict]) -> None:
     write_atomic(out / "metrics.jsonl", lambda file: file.write("".join(json.dumps(row) + "\n" for row in metrics).encode()))
 
 
-class Progress(tqdm):
-    """A bar of a round's steps where there is a terminal; after the first steps, `announce` gets an estimate of the round's seconds."""
-
-    def __init__(self, title: str, steps: int, announce: Callable[[float], None] | None = None):
-        super().__init__(total=steps, desc=title, unit="step", leave=False, disable=not sys.stderr.isatty())
-        self.steps, self.done, self.announce = steps, 0, announce
-
-    def update(self) -> None:
-        """Count a step."""
-        super().update()
-        self.done += 1
-        if self.done == 1:  # which warms up
-            self.warm = time.perf_counter()
-        passed = time.perf_counter() - self.warm
-        if self.announce and self.done > 2 and passed > 1:
-            self.clear()  # else the announcement would stand behind the bar
-            self.announce(passed / (self.done - 1) * self.steps)
-            self.announce = None
-
-
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
 class Checkpoint(NamedTuple):
     """All that the next round depends on. Random generators are keyed by (seed, round, client) and have no state."""
 
-    tensors: list[Tensor]
+    tensors: list[dict[str, Tensor]]  # of each server, by name
     rows: list[Row | None]  # each client's row in the bank
     values: dict  # numbers, strings, and lists of them
 
     def checksum(self) -> str:
         """SHA-256 of all of it."""
-        return hashlib.sha256(repr((checksum(self.tensors), self.rows, self.values)).encode()).hexdigest()
+        tensors = [(list(named), checksum(named.values())) for named in self.tensors]
+        return hashlib.sha256(repr((tensors, self.rows, self.values)).encode()).hexdigest()
 
 
 def save_checkpoint(out: Path, checkpoint: Checkpoint, bank: Bank) -> None:
@@ -222,8 +202,8 @@ def read_checkpoint(path: Path, bank: Bank, device: torch.device) -> Checkpoint:
         rows = [None if row is None else Row(*row) for row in content["rows"]]
         checkpoint = Checkpoint(content["tensors"], rows, content["values"])
         intact, rows_before = content["checksum"] == checkpoint.checksum(), content["rows_before"]
-    except Exception as error:  # whatever a damaged archive makes torch raise
-        raise InputError(f"{path} is not a readable checkpoint ({first_line(error)})") from None
+    except Exception as error:  # whatever a damaged archive, or a checkpoint of another form, makes torch or the lines above raise
+        raise InputError(f"{path} is not a readable checkpoint of this version ({first_line(error)})") from None
     if not intact:
         raise InputError(f"{path} is damaged: it does not have the checksum that it was saved with")
     for row in filter(None, rows):

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import fedu
-from models import BYOL, Encoder
-from options import parse
+from federation import build_networks
+from methods.byol import BYOL
+from models import Encoder, Objective
+from options import Options, parse
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -77,6 +79,17 @@ def refused(done: subprocess.CompletedProcess, *words: str) -> bool:
     missing = [word for word in words if word not in done.stderr]
     assert not missing, f"{missing} not in {done.stderr!r}"
     return True
+
+
+KINDS = {  # a method of each objective
+    "byol": "fedu", "simsiam": "fedsimsiam", "simclr": "fedsimclr", "fedca": "fedca", "moco-v1": "fedmoco-v1", "moco-v2": "fedmoco-v2",
+    "supervised": "fedavg-supervised",
+}  # fmt: skip
+
+
+def networks_of(kind: str, labels: torch.Tensor | None = None, device: torch.device = CPU, encoder: str = "tiny") -> Objective:
+    """An objective with its networks, as a run has them."""
+    return build_networks(Options(method=KINDS[kind], encoder=encoder), labels, device)
 
 
 def objective(device: torch.device = CPU) -> BYOL:

@@ -4,13 +4,12 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, KINDS, networks_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fedu
+import training
 from data import load_npz, seed_of
-from models import OBJECTIVES
 
 
 class EmulatedGraph(TorchDispatchMode):
@@ -70,7 +69,7 @@ def graphs(monkeypatch) -> list[EmulatedGraph]:
         def wait_stream(self, other) -> None:
             pass
 
-    monkeypatch.setattr(fedu, "GRAPHS_ON", "cpu")
+    monkeypatch.setattr(training, "GRAPHS_ON", "cpu")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", EmulatedGraph)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
@@ -83,26 +82,26 @@ def train_three_clients(kind: str, npz, precision: str) -> tuple[dict[str, torch
     """Three clients one after the other, each with images, learning rate and random numbers of its own; FedCA's share a dictionary."""
     images = load_npz(npz)
     torch.manual_seed(0)
-    objective = OBJECTIVES[kind]("tiny", CPU, images.y_train)
+    objective = networks_of(kind, images.y_train, CPU)
     if kind == "fedca":
         objective.align(images.x_train[:8], torch.ones(8, 256))
-    step, losses, dictionary = fedu.Step(objective, images.x_train, precision), [], torch.zeros(16, 256)
+    step, losses, dictionary = training.Step(objective, images.x_train, precision), [], torch.zeros(16, 256)
     for client in range(3):
         dictionary.copy_(torch.randn(16, 256, generator=torch.Generator().manual_seed(client)))
         objective.shared = dictionary
         step.generator.manual_seed(seed_of(0, client))
-        batches = fedu.local_batches(torch.arange(40) + 12 * client, 1, 8, step.generator)
-        losses.append(fedu.local_training(step, batches, 0.01 * (client + 1)).item())
-        objective.newest_representations(16)
+        batches = training.local_batches(torch.arange(40) + 12 * client, 1, 8, step.generator)
+        losses.append(training.local_training(step, batches, 0.01 * (client + 1)).item())
+        objective.take_shared()
     return objective.parts, losses
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_serves_all_clients(npz, graphs, monkeypatch, kind, precision):
     parts, losses = train_three_clients(kind, npz, precision)
     assert len(graphs) == 1
-    monkeypatch.setattr(fedu, "GRAPHS_ON", "cuda")
+    monkeypatch.setattr(training, "GRAPHS_ON", "cuda")
     expected, expected_losses = train_three_clients(kind, npz, precision)
     assert len(graphs) == 1 and len(set(losses)) == 3
     assert losses == expected_losses
@@ -113,12 +112,12 @@ def test_one_graph_serves_all_clients(npz, graphs, monkeypatch, kind, precision)
 def test_a_graph_that_holds_something_else_is_captured_anew(npz, graphs):
     """The moving average's decay is a number inside the graph, and the dictionary that clients share lies elsewhere in each round."""
     images = load_npz(npz).x_train
-    step = fedu.Step(OBJECTIVES["simclr"]("tiny", CPU, None), images)
+    step = training.Step(networks_of("simclr"), images)
 
     def train(ema_decay: float) -> int:
-        fedu.local_training(step, torch.arange(40).split(8), 0.01, ema_decay)
+        training.local_training(step, torch.arange(40).split(8), 0.01, ema_decay)
         return len(graphs)
 
     assert [train(0.0), train(0.99), train(0.99)] == [1, 2, 2]
-    step.objective.shared = torch.zeros(4, 256)
+    step.networks.shared = torch.zeros(4, 256)
     assert [train(0.99), train(0.99)] == [3, 3]

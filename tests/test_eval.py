@@ -14,8 +14,8 @@ from torch import nn
 
 import eval as evaluation
 from data import Images, balanced_subset, load_npz
-from eval_options import parse_evaluation
 from models import Encoder, build_backbone
+from options import parse_evaluation
 from runtime.cli import InputError
 
 
@@ -153,7 +153,7 @@ def test_output_that_nobody_reads_ends_silently(finished):
 
 
 def test_representations_are_exported(runs, npz, command):
-    assert refused(command("eval.py", "--export", "f.npz", "runs", cwd=runs), "--export got 3 runs, wants one")
+    assert refused(command("eval.py", "--export", "f.npz", "runs", cwd=runs), "--export got 3 runs, needs one")
     done = command("eval.py", "--export", "f.npz", "runs/s0", cwd=runs)
     assert done.returncode == 0 and "train [64, 256]" in done.stdout
     (encoder,) = evaluation.load_encoders(runs / "runs/s0")
@@ -219,7 +219,7 @@ def test_exported_weights_of_single_are_a_file_a_client(tmp_path, monkeypatch):
 
 def test_missing_safetensors_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(InputError, match="--export b.safetensors wants .* `pip install -r requirements-optional.txt`"):
+    with pytest.raises(InputError, match="--export b.safetensors needs .* `pip install -r requirements-optional.txt`"):
         evaluation.export_weights([Encoder("tiny", (8,))], Path("b.safetensors"))
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from conftest import run
 
-import fedu
+import training
 from data import load_npz, partition
 from federation import build, drops_out, sample_clients
 from options import Options, parse
@@ -50,8 +50,8 @@ def test_fedca_sets_public_images_aside_and_shares_representations(npz, tmp_path
     images = load_npz(npz)
     options = Options(**parse([*tiny, "--method", "fedca"]).given)
     federation = build(options, images)
-    fedu.align_with_base(federation, options)
-    objective, private = federation.objective, torch.cat([client.indices for client in federation.clients])
+    training.prepare(federation, options)
+    objective, private = federation.networks, torch.cat([client.indices for client in federation.clients])
     assert len(private) == 56 and len(private.unique()) == 56 and objective.public.shape == (8, 3, 16, 16)
     assert not any(torch.equal(public, image) for public in objective.public for image in images.x_train[private])
     first, second = run(tmp_path / "run", *tiny, "--method", "fedca", "--rounds", "2")["metrics"]

@@ -31,7 +31,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedu
 from data import load_images, load_unlabelled, partition
-from federation import build_objective
+from federation import build_networks
 from options import Options, parse
 from runtime.cli import InputError
 from runtime.run import read_config, read_metrics, write_config
@@ -193,7 +193,7 @@ def test_nothing_private_leaves_a_client(npz, parts, grid, tmp_path, capfd, monk
 
     grid.fault = fail
     grid.serve(f"{RECIPE} --predictor {predictor} --dataset {npz} --out run")
-    objective = build_objective(Options(**read_config(tmp_path / "run")["options"]), torch.empty(0), torch.device("cpu"))
+    objective = build_networks(Options(**read_config(tmp_path / "run")["options"]), torch.empty(0), torch.device("cpu"))
     sizes = [len(objective.parts["target"]), len(objective.parts["predictor"])]
     rows = [np.fromfile(path, np.float32).reshape(-1, sum(sizes)) for path in (tmp_path / "state").glob("*/*/bank.bin")]
     assert len(rows) == 3
@@ -311,7 +311,7 @@ def test_what_a_client_has_to_mend_is_said_there_and_at_the_server_and_the_other
     grey.mkdir()
     good = [{"client": k, "data": str(parts[k])} for k in range(2)]
     wrong = {
-        "DATA has 7 images, a batch wants 8": {"client": 2, "data": str(few)},
+        "DATA has 7 images, a batch needs 8": {"client": 2, "data": str(few)},
         "DATA: x_train is 32 pixels wide, the federation's images are 16": {"client": 2, "data": str(large)},
         "data set DATA does not exist": {"client": 2, "data": "absent.npz"},
         "DATA is neither a file PATH.npz nor a folder with images": {"client": 2, "data": str(grey)},
@@ -364,18 +364,18 @@ def test_a_client_whose_state_is_lost_says_so_and_begins_anew(npz, grid, tmp_pat
 
     grid.fault = forget
     grid.serve(f"{FEDU} --dataset {npz} --out run")
-    assert "does not hold what it kept after round 1; it begins anew" in capfd.readouterr().err
+    assert "does not hold what it kept after round 1; it starts as in its first round" in capfd.readouterr().err
     assert [d is None for d in read_metrics(tmp_path / "run")[2]["decided_on"]] == [True, False, False]
 
 
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        ("--method fedsimclr", "--method got fedsimclr, between parties it wants one of fedu, fedbyol, fedema"),
+        ("--method fedsimclr", "--method got fedsimclr, between parties it needs one of fedu, fedbyol, fedema"),
         ("--aggregate target", "target encoders do not leave the parties"),
         ("--resume run --seed 1", "--resume run continues with the options that the run has, and got --seed"),
         ("--partition iid", "--partition changes nothing between parties"),
-        ("--lr -1", "--lr: got '-1', wants a number above 0"),
+        ("--lr -1", "--lr: got '-1', needs a number above 0"),
         ("--lr '1", '--run-config got options="--lr \'1": No closing quotation'),
         ("--help", "--help starts no run"),
         ("--dataset absent.npz", "absent.npz does not exist"),
@@ -390,8 +390,8 @@ def test_options_that_the_server_refuses(grid, text, sentence):
 @pytest.mark.parametrize(
     "config, sentence",
     [
-        ({"min_clients": 4}, "--run-config min-clients got '4', wants a whole number of at least 0 and at most 3"),
-        ({"timeout": "soon"}, "--run-config timeout got 'soon', wants a number above 0"),
+        ({"min_clients": 4}, "--run-config min-clients got '4', needs a whole number of at least 0 and at most 3"),
+        ({"timeout": "soon"}, "--run-config timeout got 'soon', needs a number above 0"),
     ],
 )
 def test_numbers_that_the_server_refuses(npz, grid, config, sentence):
@@ -416,8 +416,8 @@ def test_runs_that_the_server_does_not_resume(npz, grid, tmp_path):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"aggregate": "target"}, "the server wants --method fedu --aggregate target, which this client does not upload"),
-        ({"method": "fedsimclr", "predictor": "global", "mu": 0.4}, "the server wants --method fedsimclr"),
+        ({"aggregate": "target"}, "the server asks for --method fedu --aggregate target, which this client does not upload"),
+        ({"method": "fedsimclr", "predictor": "global", "mu": 0.4}, "the server asks for --method fedsimclr"),
         ({"unheard": 1}, "of another version"),
         ({"batch_size": 0}, "--batch-size got '0'"),
     ],
@@ -551,7 +551,7 @@ def test_three_processes_give_the_bits_of_the_simulation(npz, deployment, tmp_pa
 @pytest.mark.slow
 def test_a_wrong_option_ends_the_run_as_failed_in_one_sentence(deployment):
     deployment.run("wrong", "--lr -1").wait(timeout=100)
-    said, sentence = deployment.log("wrong"), "argument --lr: got '-1', wants a number above 0"
+    said, sentence = deployment.log("wrong"), "argument --lr: got '-1', needs a number above 0"
     assert f"error: {sentence}\n" in said and "Traceback" not in said and "exception" not in said.lower(), said
     (run,) = (
         run for run in json.loads(deployment.call("flwr", "list", "local", "--format", "json").stdout)["runs"] if run["run-id"] in said

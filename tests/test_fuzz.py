@@ -14,8 +14,9 @@ from PIL import Image
 import eval as evaluation
 import fedu
 from data import load_folder, load_npz
-from federation import build, restore
+from federation import build
 from options import Options
+from runtime.bank import Bank
 from runtime.cli import InputError
 from runtime.run import read_checkpoint, read_config, read_metrics
 
@@ -69,8 +70,8 @@ def readers(npz, finished, tmp_path):
     def resume() -> None:
         options = Options(**read_config(run)["options"])
         federation = build(options, load_npz(npz))
-        bank = fedu.Bank(fedu.kept_parts(federation.objective, options), run / "bank.bin")
-        restore(federation, read_checkpoint(run / "checkpoint.pt", bank, CPU))
+        bank = Bank(fedu.kept_parts(federation.networks, options), run / "bank.bin")
+        federation.restore(read_checkpoint(run / "checkpoint.pt", bank, CPU))
 
     places = {
         "npz": (tmp_path / "plain.npz", npz.read_bytes(), lambda: load_npz(tmp_path / "plain.npz")),

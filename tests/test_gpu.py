@@ -4,11 +4,10 @@ from statistics import mean
 
 import pytest
 import torch
-from conftest import load, load_metrics, refused
+from conftest import KINDS, load, load_metrics, networks_of, refused
 
-import fedu
+import training
 from data import load_npz, two_views
-from models import OBJECTIVES
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
@@ -27,10 +26,10 @@ def train(kind: str, npz, device: torch.device, views=two_views):
     """
     images = load_npz(npz).to(device)
     torch.manual_seed(0)
-    objective = OBJECTIVES[kind]("tiny", device, images.y_train)
+    objective = networks_of(kind, images.y_train, device)
     if kind == "fedca":
         objective.align(images.x_train[:8], torch.ones(8, 256, device=device))
-    step = fedu.Step(objective, images.x_train, views=views)
+    step = training.Step(objective, images.x_train, views=views)
     batches = torch.arange(64, device=device).split(8)
     before = {name: part.clone() for name, part in objective.parts.items()}
     torch.cuda.synchronize()
@@ -38,7 +37,7 @@ def train(kind: str, npz, device: torch.device, views=two_views):
     try:
         for client, lr in enumerate((0.0005, 0.0004)):
             step.generator.manual_seed(client)
-            loss = fedu.local_training(step, batches[4 * client : 4 * client + 4], lr)
+            loss = training.local_training(step, batches[4 * client : 4 * client + 4], lr)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return before, objective.parts, loss
@@ -52,7 +51,7 @@ def assert_same_update(got, want) -> None:
         assert (mine - theirs).norm() <= 0.02 * (theirs - began.cpu()).norm(), name
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_gives_what_it_gives_on_the_cpu(npz, full_precision, kind):
     """Views that need no random numbers: a GPU's generator draws others."""
 
@@ -62,10 +61,10 @@ def test_training_gives_what_it_gives_on_the_cpu(npz, full_precision, kind):
     assert_same_update(train(kind, npz, GPU, views), train(kind, npz, CPU, views))
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_graph_gives_what_its_steps_give(npz, full_precision, monkeypatch, kind):
     replayed = train(kind, npz, GPU)
-    monkeypatch.setattr(fedu, "GRAPHS_ON", "nothing")
+    monkeypatch.setattr(training, "GRAPHS_ON", "nothing")
     assert_same_update(replayed, train(kind, npz, GPU))
 
 

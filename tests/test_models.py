@@ -4,19 +4,19 @@ import math
 import pytest
 import torch
 import torchvision
+from conftest import KINDS, networks_of
 
+from methods.byol import BYOL
+from methods.fedca import FedCA
+from methods.moco import MoCo
+from methods.simclr import SimCLR
+from methods.simsiam import SimSiam
+from methods.supervised import Supervised
 from models import (
-    BYOL,
     HEADS,
-    OBJECTIVES,
     Encoder,
-    FedCA,
     Flat,
-    MoCo,
     Objective,
-    SimCLR,
-    SimSiam,
-    Supervised,
     build_backbone,
     build_head,
     conv_segments,
@@ -54,8 +54,8 @@ def test_parameter_counts_with_resnet18():
     encoder, predictor = objective.online.module.encoder, objective.online.module.predictor
     assert count(encoder.backbone) == 11_168_832
     assert count(encoder.projector) == 10_500_096
-    assert count(predictor) == len(objective.parts["predictor"][objective.weights["predictor"]]) == 16_791_552
-    assert len(objective.online.vector[objective.online.weights]) == 38_460_480
+    assert count(predictor) == len(objective.parts["predictor"][objective.param_slices["predictor"]]) == 16_791_552
+    assert len(objective.online.vector[objective.online.param_slice]) == 38_460_480
 
 
 def test_the_narrow_resnet_has_a_quarter_of_the_channels_in_every_tensor():
@@ -90,8 +90,8 @@ def test_parameters_are_views_and_segments_name_their_places(name):
     for network in (objective.online, objective.target):
         network.check_views()
         assert [s.begin for s in network.segments[1:]] == [s.end for s in network.segments[:-1]]
-        assert (network.segments[0].begin, network.segments[-1].end) == (network.weights.start, network.weights.stop)
-        assert network.weights.stop - network.weights.start == sum(p.numel() for p in network.module.parameters())
+        assert (network.segments[0].begin, network.segments[-1].end) == (network.param_slice.start, network.param_slice.stop)
+        assert network.param_slice.stop - network.param_slice.start == sum(p.numel() for p in network.module.parameters())
     assert objective.online.vector.dtype == torch.float32
     names = [s.name for s in objective.online.segments[: len(objective.target.segments)]]
     assert names == [f"encoder.{s.name}" for s in objective.target.segments]
@@ -101,7 +101,7 @@ def test_the_vector_and_the_module_are_one():
     objective = byol()
     encoder = objective.online.module.encoder
     objective.online.vector.fill_(3)
-    objective.online.vector[objective.online.weights] = 2
+    objective.online.vector[objective.online.param_slice] = 2
     assert all((p == 2).all() for p in objective.online.module.parameters())
     assert all((b == 3).all() for b in objective.online.module.buffers()) and encoder.backbone[1].num_batches_tracked is None
     first, last = objective.online.module.predictor[0].weight, objective.online.module.predictor[1].running_var
@@ -110,14 +110,14 @@ def test_the_vector_and_the_module_are_one():
     )
     assert objective.parts["encoder"].data_ptr() == encoder.backbone[1].running_mean.data_ptr()
     encoder(torch.rand(4, 3, 16, 16))
-    assert not objective.parts["encoder"][: objective.weights["encoder"].start].eq(3).any() and last.eq(3).all()
+    assert not objective.parts["encoder"][: objective.param_slices["encoder"].start].eq(3).any() and last.eq(3).all()
 
 
 def test_each_part_names_its_parameters():
     objective = byol()
     objective.online.vector.zero_()
     for name in ("encoder", "predictor"):
-        objective.parts[name][objective.weights[name]] = 1
+        objective.parts[name][objective.param_slices[name]] = 1
     assert objective.online.vector.eq(1).sum() == sum(p.numel() for p in objective.online.module.parameters())
     assert all((p == 1).all() for p in objective.online.module.parameters())
 
@@ -131,7 +131,7 @@ def test_flattening_keeps_the_values_and_lays_convolutions_channels_last():
         assert torch.equal(mine, theirs)
     assert module[0].weight.is_contiguous(memory_format=torch.channels_last) and not module[0].weight.is_contiguous()
     assert module[0].weight.grad.stride() == module[0].weight.stride()
-    assert torch.equal(flat.vector[flat.weights][: 32 * 27].view(32, 3, 3, 3), before[0].weight.permute(0, 2, 3, 1))
+    assert torch.equal(flat.vector[flat.param_slice][: 32 * 27].view(32, 3, 3, 3), before[0].weight.permute(0, 2, 3, 1))
 
 
 def test_broken_views_are_noticed():
@@ -150,7 +150,7 @@ def test_broken_views_are_noticed():
 
 
 def loss(objective: Objective, *views: torch.Tensor) -> torch.Tensor:
-    return sum(term() for term in objective.terms(*views, torch.arange(len(views[0]))))
+    return sum(term() for term in objective.terms(*views, torch.arange(len(views[0])), None))
 
 
 def with_identity(objective: Objective) -> Objective:
@@ -187,9 +187,9 @@ def test_differentiating_a_direction_before_the_next_gives_the_whole_gradient():
     views = torch.rand(2, 8, 3, 16, 16)
     gradients = []
     for ways in (lambda terms: [term().backward() for term in terms], lambda terms: sum(term() for term in terms).backward()):
-        objective.online.weight.grad.zero_()
-        ways(objective.terms(*views, torch.arange(8)))
-        gradients.append(objective.online.weight.grad.clone())
+        objective.online.trainable.grad.zero_()
+        ways(objective.terms(*views, torch.arange(8), None))
+        gradients.append(objective.online.trainable.grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
@@ -202,10 +202,10 @@ def test_target_follows_and_has_no_gradient():
     before = objective.target.vector.clone()
     loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
     update(objective, lr=0.1)
-    weights = objective.target.weights
+    weights = objective.target.param_slice
     online, target, before = objective.parts["encoder"][weights], objective.target.vector[weights], before[weights]
     assert all(p.grad is None and not p.requires_grad for p in objective.target.module.parameters())
-    assert (objective.online.weight.grad != 0).float().mean() > 0.8
+    assert (objective.online.trainable.grad != 0).float().mean() > 0.8
     assert not torch.equal(target, online) and not torch.equal(target, before)
     torch.testing.assert_close(target, 0.99 * before + 0.01 * online)
 
@@ -213,7 +213,7 @@ def test_target_follows_and_has_no_gradient():
 def test_ema_steps_have_the_closed_form():
     """After n steps towards a fixed theta: `xi_n = m^n xi_0 + (1 - m^n) theta`."""
     objective = byol()
-    weights = objective.target.weights
+    weights = objective.target.param_slice
     start = torch.randn(objective.target.vector[weights].shape)
     objective.target.vector[weights] = start
     for _ in range(7):
@@ -224,9 +224,9 @@ def test_ema_steps_have_the_closed_form():
 
 def test_without_stop_gradient_the_target_is_trained_too():
     objective = byol(stop_gradient=False)
-    assert len(objective.trained) == 2 and len(byol().trained) == 1
+    assert len(objective.trainable) == 2 and len(byol().trainable) == 1
     loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
-    assert (objective.target.weight.grad != 0).float().mean() > 0.5
+    assert (objective.target.trainable.grad != 0).float().mean() > 0.5
 
 
 def test_without_a_predictor_the_projections_meet():
@@ -266,10 +266,10 @@ def test_fedca_by_hand():
     public[:, 0] = 255
     objective.align(public, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])[:, :, None, None])
     views = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
-    contrast, alignment = (term().item() for term in objective.terms(views, views, torch.tensor([4, 7])))
+    contrast, alignment = (term().item() for term in objective.terms(views, views, torch.tensor([4, 7]), None))
     first, second = (-math.log(math.exp(2) / (math.exp(2) + 2 + math.exp(d))) for d in (2, 0))
     assert contrast == pytest.approx((first + second) / 2) and alignment == pytest.approx(0.5)
-    assert objective.newest_representations(5).tolist() == 2 * [[1.0, 0.0], [0.0, 1.0]] and len(objective.newest_representations(5)) == 0
+    assert objective.take_shared().tolist() == 2 * [[1.0, 0.0], [0.0, 1.0]] and len(objective.take_shared()) == 0
 
 
 def test_moco_by_hand():
@@ -286,23 +286,23 @@ def test_moco_by_hand():
 
 def test_supervised_sees_the_labels_of_its_batch():
     objective = with_identity(Supervised(Encoder("tiny", (3,)), CPU, torch.tensor([9, 9, 2, 1])))
-    (term,) = objective.terms(torch.eye(3)[:2], torch.zeros(2, 3), torch.tensor([3, 2]))
+    (term,) = objective.terms(torch.eye(3)[:2], torch.zeros(2, 3), torch.tensor([3, 2]), None)
     assert term().item() == pytest.approx(math.log(2 + math.e))  # neither view has its logit at the label
 
 
 @pytest.mark.parametrize("kind, widths, targets", [("moco-v1", (128,), 2), ("moco-v2", (256, 128), 2), ("supervised", (10,), 0)])
 def test_heads_of_the_other_objectives(kind, widths, targets):
-    objective = OBJECTIVES[kind]("small", CPU, torch.arange(10))
+    objective = networks_of(kind, torch.arange(10), encoder="small")
     assert objective.online.module.encoder.head == widths
-    assert len(objective.own) == targets and len(objective.parts["predictor"]) == 0
+    assert len(objective.initial) == targets and len(objective.parts["predictor"]) == 0
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_objective_gives_all_its_network_a_gradient(kind):
     torch.manual_seed(0)
-    objective = OBJECTIVES[kind]("tiny", CPU, torch.arange(8) % 4)
+    objective = networks_of(kind, torch.arange(8) % 4)
     if kind == "fedca":
         objective.align(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.randn(8, 256))
     loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
     update(objective)
-    assert (objective.online.weight.grad != 0).float().mean() > 0.5
+    assert (objective.online.trainable.grad != 0).float().mean() > 0.5

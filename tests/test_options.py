@@ -4,14 +4,14 @@ import pytest
 import torch
 from conftest import ROOT, refused
 
-import fedu
-from docs.options import documentation
+import training
 from options import METHODS, PAPER, Options, parse
+from report.reference import documentation
 from runtime.cli import InputError
 
 
 def test_the_options_page_is_what_the_options_say():
-    """`python -m docs.options > docs/options.md` makes it again."""
+    """`python -m report.reference > docs/options.md` makes it again."""
     assert (ROOT / "docs/options.md").read_text() == documentation() + "\n"
 
 
@@ -26,11 +26,11 @@ def test_a_methods_options_can_be_stored_and_read_again(method):
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"clients": 2.5}, "--clients got '2.5', wants a whole number of at least 1"),
-        ({"method": "fedsgd"}, "--method got 'fedsgd', wants one of fedu"),
-        ({"no_predictor": "yes"}, "--no-predictor got 'yes', wants one of True, False"),
+        ({"clients": 2.5}, "--clients got '2.5', needs a whole number of at least 1"),
+        ({"method": "fedsgd"}, "--method got 'fedsgd', needs one of fedu"),
+        ({"no_predictor": "yes"}, "--no-predictor got 'yes', needs one of True, False"),
         ({"mu": 0.5, "method": "fedbyol"}, "--mu 0.5 changes nothing in --method fedbyol"),
-        ({"divergence": "squared"}, "--divergence squared wants a --mu"),
+        ({"divergence": "squared"}, "--divergence squared needs a --mu"),
         ({"clients_per_round": 9}, "--clients-per-round got 9, there are 5 clients"),
     ],
 )
@@ -52,7 +52,7 @@ def test_paper_recipe():
         paper = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "ema_decay": 0.99, "mu": 0.4}
         paper |= {"clients": 5, "clients_per_round": None, "partition": "classes", "divergence": "layer-mean", "method": "fedu"}
         assert {k: options[k] for k in paper} == paper
-    assert (fedu.MOMENTUM, fedu.WEIGHT_DECAY) == (0.9, 5e-4)
+    assert (training.MOMENTUM, training.WEIGHT_DECAY) == (0.9, 5e-4)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_paper_recipe():
         (["--partition", "dirichlet", "--alpha", "inf"], ["--alpha", "at most 1e+06"]),
         (["--seed", "18446744073709551616"], ["--seed", "at most"]),
         (["--method", "fedca", "--batch-size", "64"], ["2 clients want 64 images each, there are 0"]),
-        (["--divergence", "squared"], ["--divergence squared wants a --mu"]),
+        (["--divergence", "squared"], ["--divergence squared needs a --mu"]),
         (["--method", "fedsimclr", "--predictor", "local"], ["--predictor local changes nothing in --method fedsimclr"]),
         (["--method", "fedsimsiam", "--update", "both"], ["--update both changes nothing"]),
         (["--method", "fedmoco-v1", "--no-predictor"], ["--no-predictor changes nothing"]),
@@ -109,3 +109,30 @@ def test_bad_options_are_one_sentence(tiny, command, tmp_path, options, words):
 def test_cuda_where_there_is_none(tiny, command, tmp_path):
     assert refused(command("fedu.py", *tiny, "--device", "cuda", cwd=tmp_path), "--device got cuda")
     assert not (tmp_path / "runs").exists()
+
+
+def test_settings_are_typed_and_belong_to_a_method():
+    assert Options().settings == {"jitter": 1.0}
+    assert Options(method="fedmoco-v1").settings == {"jitter": 0.5, "temperature": 0.07, "queue": 4096}
+    assert Options(method="fedmoco-v2").settings == {"jitter": 1.0, "temperature": 0.2, "queue": 4096}
+    assert Options(method="fedsimclr").settings == {"jitter": 1.0, "temperature": 0.07}
+    assert Options(method="fedca").settings == {"jitter": 1.0, "temperature": 0.07, "dictionary": 4096}
+    given = parse(["--method", "fedmoco-v2", "--set", "queue=64", "--set", "temperature=0.1", "--set", "queue=128"]).given
+    assert Options(**given).settings == {"jitter": 1.0, "temperature": 0.1, "queue": 128}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--set", "queue=8"], "--set got 'queue'; --method fedu has the settings jitter"),
+        (["--method", "fedmoco-v1", "--set", "queue=0.5"], "--set queue got '0.5', needs a whole number of at least 1"),
+        (["--method", "fedsimclr", "--set", "temperature=0"], "--set temperature got '0', needs a number above 0"),
+        (["--set", "jitter=1.3"], "--set jitter got '1.3', needs a number of at least 0 and at most 1.25"),
+        (["--set", "jitter"], "--set got 'jitter', needs NAME=VALUE"),
+        (["--set", "jitter="], "--set got 'jitter=', needs NAME=VALUE"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(arguments)
+    assert words in capsys.readouterr().err

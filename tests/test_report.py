@@ -10,12 +10,10 @@ import pytest
 from conftest import refused
 from matplotlib.collections import PolyCollection
 
-import figures
-import report
-from docs.options import as_markdown
-from eval_options import evaluation_parser
-from options import Options, training_parser
-from report import dapu_notice
+from options import Options, evaluation_parser, training_parser
+from report import figures, progress, tables
+from report.progress import dapu_notice
+from report.reference import as_markdown
 from runtime.cli import InputError
 
 
@@ -59,31 +57,31 @@ def linear(accuracy: float, **settings) -> dict:
     + [(47 * 3600, "47 h"), (48 * 3600, "2.0 days"), (11 * 86400, "11 days"), (400 * 86400, "400 days")],
 )
 def test_durations(seconds, words):
-    assert report.duration(seconds) == words
+    assert progress.duration(seconds) == words
 
 
 def test_lines_of_rounds_are_under_their_header():
     first, second = metrics(2)
-    assert report.TABLE_HEADER.split()[:8] == ["round", "lr", "loss", "divergence", "kNN", "%", "seconds", "left"]
-    assert report.round_line(second, 204).split() == ["1", "0.50000", "2.0000", "0.5000", "37.50", "1.2", "3.4", "min", "lg"]
-    ends = [report.TABLE_HEADER.index(word) + len(word) for word in ("round", "loss", "seconds", "left")]
-    line = report.round_line(second, 11 * 86400)
+    assert progress.TABLE_HEADER.split()[:8] == ["round", "lr", "loss", "divergence", "kNN", "%", "seconds", "left"]
+    assert progress.round_line(second, 204).split() == ["1", "0.50000", "2.0000", "0.5000", "37.50", "1.2", "3.4", "min", "lg"]
+    ends = [progress.TABLE_HEADER.index(word) + len(word) for word in ("round", "loss", "seconds", "left")]
+    line = progress.round_line(second, 11 * 86400)
     assert [line[:end].split()[-1] for end in ends] == ["1", "2.0000", "1.2", "days"]
-    assert report.round_line(first | {"knn": None}, None).split() == ["0", "0.50000", "2.0000", "0.5000", "1.2", "gg"]
-    nobody = report.round_line(first | {"loss": [], "divergence": [], "predictor": [], "clients": []}, 1)
+    assert progress.round_line(first | {"knn": None}, None).split() == ["0", "0.50000", "2.0000", "0.5000", "1.2", "gg"]
+    nobody = progress.round_line(first | {"loss": [], "divergence": [], "predictor": [], "clients": []}, 1)
     assert "nan" in nobody and nobody.endswith("nobody reported: the global model stays as it was")
-    many = report.round_line(second | {"clients": list(range(30)), "predictor": ["local"] * 10 + ["global"] * 20}, 1)
+    many = progress.round_line(second | {"clients": list(range(30)), "predictor": ["local"] * 10 + ["global"] * 20}, 1)
     assert many.endswith("20 g, 10 l")
 
 
 def test_notice_of_a_mu_that_made_no_difference():
     rows = metrics(3)
-    assert report.dapu_notice(rows, "dapu", 0.4) == ""  # one client took its own predictor, the other the average
+    assert progress.dapu_notice(rows, "dapu", 0.4) == ""  # one client took its own predictor, the other the average
     rows[1]["predictor"] = ["global", "global"]
-    assert "every DAPU decision was global (divergences 0.3 to 0.5), so predictors were as in FedBYOL" in report.dapu_notice(
+    assert "every DAPU decision was global (divergences 0.3 to 0.5), so predictors were as in FedBYOL" in progress.dapu_notice(
         rows, "dapu", 2
     )
-    assert report.dapu_notice(rows, "global", 2) == ""
+    assert progress.dapu_notice(rows, "global", 2) == ""
 
 
 def test_tensorboard_log_has_each_value_once(tmp_path):
@@ -91,7 +89,7 @@ def test_tensorboard_log_has_each_value_once(tmp_path):
     rows = metrics(3)
     rows[1]["knn"] = None
     for begin in (0, 1):  # the second time as a resumed run
-        log = report.tensorboard_log(tmp_path / "tensorboard")
+        log = progress.tensorboard_log(tmp_path / "tensorboard")
         for row in rows[begin:]:
             log(row)
     events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -107,7 +105,7 @@ def test_tensorboard_log_has_each_value_once(tmp_path):
 def test_missing_tensorboard_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match="pip install -r requirements-optional.txt"):
-        report.tensorboard_log(tmp_path / "tensorboard")
+        progress.tensorboard_log(tmp_path / "tensorboard")
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -125,7 +123,7 @@ def test_table_has_a_row_a_setting_with_mean_and_deviation(tmp_path):
     older = json.loads((runs[1] / "config.json").read_text())["options"]
     del older["dropout"], older["log"]  # a run does not have the options that are newer than it,
     set_options(runs[1], older | {"bank_memory": 64})  # and may have one that is gone
-    caption, _, *lines = report.table(runs).splitlines()
+    caption, _, *lines = tables.table(runs).splitlines()
     assert caption.startswith("On x, small, 3 rounds of 5 local epochs, B = 128, lr 0.032, 5 clients, 1/K of the classes each; accur")
     assert lines == [
         "| method | seeds | up and down, MB a round | linear | linear, epochs 1 |",
@@ -140,21 +138,21 @@ def test_a_run_between_parties_has_no_partition_that_somebody_dealt(tmp_path):
     run = write_run(tmp_path / "hospitals")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"run": "0123"}))
-    assert "5 clients, with images of their own; accuracies" in report.table([run])
-    assert "published" not in report.table([run])
+    assert "5 clients, with images of their own; accuracies" in tables.table([run])
+    assert "published" not in tables.table([run])
 
 
 def test_table_shows_the_options_that_differ_and_published_accuracies(tmp_path):
     iid, classes = write_run(tmp_path / "iid", partition="iid"), write_run(tmp_path / "classes")
-    header, _, *rows = report.table([iid, classes]).splitlines()[2:]
+    header, _, *rows = tables.table([iid, classes]).splitlines()[2:]
     assert header.startswith("| method | partition | seeds |") and "linear, published" in header
     assert rows[0].startswith("| fedu | iid | 1 |") and rows[0].endswith("| 83.96 |")
     assert rows[1].startswith("| fedu | 1/K of the classes each | 1 |") and rows[1].endswith("| 80.52 |")
     for changed in ({"ema_decay": 1}, {"classes_per_client": 4}):  # which the papers' runs do not have
-        assert "published" not in report.table([write_run(tmp_path / "changed", **changed)])
+        assert "published" not in tables.table([write_run(tmp_path / "changed", **changed)])
     both = write_run(tmp_path / "both", method="fedbyol", update="both")
     target = write_run(tmp_path / "target", method="fedbyol", update="target", predictor="local")
-    header, _, *rows = report.table([both, target]).splitlines()[2:]
+    header, _, *rows = tables.table([both, target]).splitlines()[2:]
     assert header.startswith("| method | update | predictor | seeds |")
     assert rows[0].startswith("| fedbyol | both | global | 1 |") and rows[0].endswith("| 81.24 |")
     assert rows[1].endswith("| 19.22 |")
@@ -162,7 +160,7 @@ def test_table_shows_the_options_that_differ_and_published_accuracies(tmp_path):
 
 def test_an_untrained_encoder_has_no_options_that_differ(tmp_path):
     runs = [write_run(tmp_path / "untrained", [linear(0.1)], rounds=0, method="untrained", clients=2), write_run(tmp_path / "fedu")]
-    header, _, untrained, _ = report.table(runs).splitlines()[2:]
+    header, _, untrained, _ = tables.table(runs).splitlines()[2:]
     assert header.startswith("| method | seeds |") and untrained.startswith("| untrained | 1 | - | 10.00 |")
 
 
@@ -218,7 +216,7 @@ def test_figures_go_to_the_file_that_is_named(tmp_path, command):
         done = command("eval.py", "--plot", *arguments, cwd=tmp_path)
         assert done.returncode == 0 and out in done.stdout, done.stderr
         assert (tmp_path / out).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(InputError, match="wants a name that ends in one of"):
+    with pytest.raises(InputError, match="needs a name that ends in one of"):
         figures.plot([one], tmp_path / "x.xyz")
     with pytest.raises(InputError, match="cannot write"):
         figures.plot([one], tmp_path / "none/x.png")

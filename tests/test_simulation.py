@@ -7,9 +7,10 @@ import torch
 from conftest import load, objective, run
 
 import fedu
-import simulation
 from options import Options
-from runtime.run import RUN_FILES, Progress
+from report.progress import Progress, announce_time
+from runtime import recorder
+from runtime.run import RUN_FILES
 
 
 def test_run_folder(finished):
@@ -43,8 +44,8 @@ def test_a_notebook_trains_and_gets_the_run(npz, finished, tmp_path):
 def test_the_time_of_a_run_is_estimated_once_from_its_first_steps(monkeypatch, capsys):
     """After the first step, which warms up, each takes 600 s; a round has 100 steps and the run 100 rounds."""
     clock = iter([0, 0, 600, 1200, 1800, 2400])
-    monkeypatch.setattr("runtime.run.time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    with Progress("round 0", 100, partial(simulation.announce_time, Options(dataset="cifar10"))) as progress:
+    monkeypatch.setattr("report.progress.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with Progress("round 0", 100, partial(announce_time, 100)) as progress:
         for _ in range(5):
             progress.update()
     (line,) = capsys.readouterr().out.splitlines()
@@ -70,14 +71,14 @@ def test_one_seed_one_answer(tiny, finished, tmp_path):
 )
 def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, more):
     straight = run(tmp_path / "straight", *tiny, *more)
-    save = simulation.save_checkpoint
+    save = recorder.save_checkpoint
 
     def stop_after_round_1(out, checkpoint, bank):
         save(out, checkpoint, bank)
         if checkpoint.values["round"] == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulation, "save_checkpoint", stop_after_round_1)
+    monkeypatch.setattr(recorder, "save_checkpoint", stop_after_round_1)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", *tiny, *more)
     assert not (tmp_path / "stopped/encoder.pt").exists()

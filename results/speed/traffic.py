@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.training import Traffic, traffic
-from models import BYOL, Encoder
+from methods.byol import BYOL
+from models import Encoder
 from runtime.run import describe_code
 
 
@@ -41,12 +42,12 @@ def compiled_bytes(encoder: str, batch_size: int, precision: str) -> int:
     torch._logging.set_logs(inductor_metrics=True)  # without it nothing is counted
     metrics.reset()
     torch._dynamo.reset()
-    objective = BYOL(Encoder(encoder), torch.device("cpu"))
-    objective.compile()
+    networks = BYOL(Encoder(encoder), torch.device("cpu"))
+    networks.compile()
     view1, view2 = torch.zeros(2, batch_size, 3, 32, 32)
     views: list[Tensor] = [view.contiguous(memory_format=torch.channels_last) for view in (view1, view2)]
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss = objective.terms(*views, torch.zeros(batch_size))[0]()
+        loss = networks.terms(*views, torch.zeros(batch_size), None)[0]()
     loss.backward()
     return 2 * metrics.num_bytes_accessed
 

@@ -1,94 +1,18 @@
-"""Reports of runs: the progress table, tables of results beside published ones, and a log for TensorBoard."""
+"""Tables of runs: settings in words, evaluations as mean and deviation over seeds, and published numbers beside them."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import stdev
 
-from eval_options import EVALUATION_EPOCHS
-from options import ABLATED, HOST_OPTIONS, OPTIONS, defaults
-from runtime.cli import InputError, first_line, os_errors
+from options import ABLATED, EVALUATION_EPOCHS, HOST_OPTIONS, OPTIONS, defaults, in_words, settings_of
+from runtime.cli import InputError, first_line
 from runtime.run import read_config, read_metrics
 
 Group = tuple[dict, list[Path]]  # a setting, which is the options but for those that `by_setting` leaves out, and the runs with it
-
-# ------------------------------------------------------------------------------------------------- while a run trains
-
-TABLE_HEADER = (
-    f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}{'left':>11}  predictor taken (global, local, mixed, -)"
-)
-
-
-def round_line(row: dict, seconds_left: float | None) -> str:
-    """A round's line under TABLE_HEADER. row: as in metrics.jsonl. seconds_left: until the run's end; None leaves the column empty."""
-    taken = "".join(predictor[0] for predictor in row["predictor"]) or "nobody reported: the global model stays as it was"
-    if len(row["clients"]) > 20:
-        taken = ", ".join(f"{taken.count(letter)} {letter}" for letter in "glm-" if letter in taken)
-    knn = "" if row["knn"] is None else f"{100 * row['knn']:.2f}"
-    left = "" if seconds_left is None else duration(seconds_left)
-    return (
-        f"{row['round']:>7}{row['lr']:>10.5f}{mean(row['loss']):>9.4f}{mean(row['divergence']):>12.4f}"
-        f"{knn:>8}{row['seconds']:>9.1f}{left:>11}  {taken}"
-    )
-
-
-def duration(seconds: float) -> str:
-    """A time in words, to two digits: `0.4 s`, `12 s`, `3.4 min`, `2.7 h`, `11 days`."""
-    for unit, length, end in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 48)):
-        text = two_digits(seconds / length)
-        if float(text) < end:
-            return f"{text} {unit}"
-    return f"{two_digits(seconds / 86400)} days"
-
-
-def two_digits(value: float) -> str:
-    return f"{value:.1f}" if 0 < value < 9.95 else f"{value:.0f}"
-
-
-def dapu_notice(metrics: list[dict], predictor: str, mu: float) -> str:
-    """A sentence if all of DAPU's decisions were the same, so that mu made no difference; otherwise an empty string.
-
-    metrics: the rows of metrics.jsonl. predictor, mu: the run's options.
-    """
-    decided = [(taken, d) for row in metrics for taken, d in zip(row["predictor"], row["decided_on"]) if d is not None]
-    decisions, divergences = {taken for taken, _ in decided}, [d for _, d in decided]
-    if predictor != "dapu" or len(decisions) != 1:
-        return ""
-    consequence = "predictors were as in FedBYOL" if decisions == {"global"} else "clients shared a predictor in their first round only"
-    span = f"divergences {min(divergences):.3g} to {max(divergences):.3g}"
-    return f"\nmu = {mu:g} never bound: every DAPU decision was {decisions.pop()} ({span}), so {consequence}.\n"
-
-
-def tensorboard_log(folder: Path) -> Callable[[dict], None]:
-    """A function that writes a row of metrics.jsonl to TensorBoard's files in `folder`, which the first row makes.
-
-    It writes the mean loss, kNN accuracy in %, and for every client its loss, divergence and the share of its own predictor. If the folder
-    already has rounds from the first row's on, as of a run that this one replaces, TensorBoard hides them. Raises InputError if TensorBoard
-    is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--log tensorboard wants the package tensorboard: `pip install -r requirements-optional.txt`") from None
-    writer = None
-
-    def write(row: dict) -> None:
-        nonlocal writer
-        with os_errors(f"cannot write to {folder}"):
-            writer = writer or SummaryWriter(folder, purge_step=row["round"])
-            values = {"loss/mean": mean(row["loss"])} if row["clients"] else {}
-            for key in ("loss", "divergence", "own_share"):
-                values |= {f"{key}/client {client}": value for client, value in zip(row["clients"], row[key])}
-            if row["knn"] is not None:
-                values["knn/accuracy (%)"] = 100 * row["knn"]
-            for name, value in values.items():
-                writer.add_scalar(name, value, row["round"])
-            writer.flush()
-
-    return write
 
 
 def mean(values: Sequence[float]) -> float:
@@ -167,9 +91,9 @@ def trained_among(settings: list[dict]) -> list[dict]:
 
 def differing(settings: list[dict]) -> list[str]:
     """The options in which trained settings differ, besides the method and what its row sets."""
-    trained = trained_among(settings)
-    names = [k for k in trained[0] if len({json.dumps(s.get(k)) for s in trained}) > 1 and k not in ("method", *ABLATED)]
-    return names + [k for k in ABLATED if any(s[k] != defaults(s["method"])[k] for s in trained)]
+    trained, by_method = trained_among(settings), ("settings", *ABLATED)
+    names = [k for k in trained[0] if len({json.dumps(s.get(k)) for s in trained}) > 1 and k not in ("method", *by_method)]
+    return names + [k for k in by_method if any(s[k] != defaults(s["method"])[k] for s in trained)]
 
 
 def describe_scale(settings: list[dict]) -> str:
@@ -202,6 +126,9 @@ def describe_option(setting: dict, name: str) -> str:
     value = setting.get(name)
     if name == "partition":
         return describe_partition(setting)
+    if name == "settings":
+        changed = {k: v for k, v in value.items() if v != settings_of(setting["method"])[k].default}
+        return in_words(changed) or "-"
     if value is None:
         return {"clients_per_round": "all", "classes_per_client": "1/K"}.get(name, "-")
     return f"{value:g}" if isinstance(value, float) else str(value)

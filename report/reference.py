@@ -1,11 +1,10 @@
-"""Prints docs/options.md from the command lines of fedu.py and eval.py: `python -m docs.options > docs/options.md`."""
+"""Prints docs/options.md from the command lines of fedu.py and eval.py: `python -m report.reference > docs/options.md`."""
 
 from __future__ import annotations
 
 import argparse
 
-from eval_options import evaluation_parser
-from options import training_parser
+from options import evaluation_parser, training_parser
 
 
 def as_markdown(parser: argparse.ArgumentParser) -> str:

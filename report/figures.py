@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from options import ABLATED
-from report import (
+from report.tables import (
     Group,
     by_setting,
     capitalized,
@@ -52,7 +52,7 @@ def save_figure(figure: Figure, out: Path) -> None:
     """Write a figure in the format that the name of `out` ends in. Raises InputError if there is no such format."""
     kind, known = out.suffix[1:] or "png", figure.canvas.get_supported_filetypes()
     if kind not in known:
-        raise InputError(f"--out got {out}, wants a name that ends in one of .{', .'.join(known)}")
+        raise InputError(f"--out got {out}, needs a name that ends in one of .{', .'.join(known)}")
     write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=kind))
     pyplot().close(figure)
 
@@ -142,7 +142,7 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
     plt = pyplot()
     groups = by_setting(runs)
     if option not in ("round", "ablation") and any(option not in setting for setting, _ in groups):
-        raise InputError(f"--against got {option!r}, wants round, ablation or an option of fedu.py as it is in config.json")
+        raise InputError(f"--against got {option!r}, needs round, ablation or an option of fedu.py as it is in config.json")
     trained = [group for group in groups if is_trained(group[0])]
     if not trained:
         raise InputError(f"{runs[0]} has no rounds to draw")

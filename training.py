@@ -1,0 +1,149 @@
+"""Stage 1 of a round, local training: the step and its CUDA graph, the batches, and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from data import seed_of, two_views
+from models import Objective
+from options import Options
+from runtime.device import GRAPHS_ON, StepGraph, release_memory
+
+if TYPE_CHECKING:
+    from federation import Federation
+    from report.progress import Progress
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+
+
+class Step:
+    """A step of local training: two views of a batch, the gradient of their loss, and the update of the networks.
+
+    images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` draws its two views from `generator`. `lr` and `loss`, the
+    sum of the losses so far, are scalars on the device. Every tensor that a step touches keeps its address from client to client, so that
+    one CUDA graph serves all clients.
+    """
+
+    def __init__(
+        self, networks: Objective, images: Tensor, precision: str = "fp32", views: Callable[..., tuple[Tensor, Tensor]] = two_views
+    ):  # fmt: skip
+        self.networks, self.images, self.precision, self.views = networks, images, precision, views
+        device = images.device
+        self.generator = None if device.type == "meta" else torch.Generator(device)  # the meta device has none, and draws nothing
+        self.lr, self.loss = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), device=device)
+        self.ema_decay = 0.99
+        self.graph: StepGraph | None = None
+        self.captured: tuple = ()  # what the graph was captured with
+
+    def __call__(self, batch: Tensor) -> None:
+        view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in self.views(self.images[batch], self.generator))
+        with self.in_bf16():  # around all terms, so that a weight is cast once for them
+            for term in self.networks.terms(view1, view2, batch, self.generator):
+                loss = term()
+                with self.in_bf16(False):
+                    loss.backward()
+                self.loss.add_(loss.detach())
+        self.networks.update(self.lr, MOMENTUM, WEIGHT_DECAY, self.ema_decay)
+
+    def in_bf16(self, enabled: bool = True) -> AbstractContextManager:
+        """Autocast to bf16 if that is the precision; `enabled=False` switches it off inside such a block."""
+        bf16 = self.precision == "bf16"
+        return torch.autocast(self.images.device.type, torch.bfloat16, enabled) if bf16 else nullcontext()
+
+    def launcher(self) -> AbstractContextManager[Callable[[Tensor], None]]:
+        """The callable to feed batches to: the step, or on a GPU its graph, which is captured anew only if what it holds changed."""
+        if self.images.device.type != GRAPHS_ON:
+            return nullcontext(self)
+        holds = (self.ema_decay, self.networks.shared.data_ptr(), self.networks.shared.shape)
+        if self.captured != holds:
+            self.graph, self.captured = StepGraph(self, self.generator), holds
+        return self.graph
+
+
+def local_training(step: Step, batches: Iterable[Tensor], lr: float, ema_decay: float = 0.99, progress: Progress | None = None) -> Tensor:
+    """Train the networks on a client's batches; returns the mean loss, `[]`, still on the device.
+
+    SGD with momentum 0.9, which starts from zero every round, and weight decay 5e-4 on everything. No step makes the host wait for the
+    device.
+    """
+    step.networks.check_views()
+    step.lr.fill_(lr)
+    step.loss.zero_()
+    step.ema_decay, steps = ema_decay, 0
+    for parameters in step.networks.trainable:  # backward() adds to this: momentum and gradient are one vector
+        torch.mul(parameters.detach(), WEIGHT_DECAY, out=parameters.grad)
+    with step.launcher() as run_step:
+        for batch in batches:
+            run_step(batch)
+            steps += 1
+            if progress is not None:
+                progress.update()
+    return step.loss / steps
+
+
+def local_batches(indices: Tensor, epochs: int, batch_size: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """The batches of `epochs` shuffled passes over a client's images, as indices `[B]`; the last partial one of a pass is dropped."""
+    for _ in range(epochs):
+        order = indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
+        yield from order[: len(order) // batch_size * batch_size].split(batch_size)
+
+
+def train_client(
+    options: Options, federation: Federation, progress: Progress | None, round_: int, client_id: int, first_round: bool, num_clients: int
+) -> tuple[float, Tensor]:  # fmt: skip
+    """Train the client whose networks are in the workspace `federation.networks`; returns its loss and what it shares `[N, d]`.
+
+    first_round: whether this is the client's first. num_clients: how many train in this round. Random numbers are keyed by
+    (seed, round, client), so the result is the same on any rank.
+    """
+    networks, step = federation.networks, local_step(federation, options)
+    networks.begin(client_id, num_clients)
+    indices = next(client.indices for client in federation.clients if client.id == client_id)
+    step.generator.manual_seed(seed_of(options.seed, "training", round_, client_id))
+    batches = local_batches(indices, options.local_epochs, options.batch_size, step.generator)
+    ema_decay = 0.0 if options.first_target == "shared" and first_round else options.ema_decay
+    loss = local_training(step, batches, cosine(options.lr, round_, options.rounds), ema_decay, progress).item()
+    shared = networks.take_shared()
+    release_memory()
+    return loss, shared
+
+
+def local_step(federation: Federation, options: Options) -> Step:
+    """The step that all clients share, made when it is first needed."""
+    if federation.step is None:
+        federation.step = make_step(federation.networks, federation.images, options)
+    return federation.step
+
+
+def make_step(networks: Objective, images: Tensor, options: Options) -> Step:
+    return Step(networks, images, options.precision, partial(two_views, jitter=options.settings["jitter"]))
+
+
+def prepare(federation: Federation, options: Options) -> None:
+    """Let the objective prepare itself on the public images, before the first round (see `Objective.prepare`)."""
+
+    def train(objective: Objective, images: Tensor) -> None:
+        step, indices = make_step(objective, images, options), torch.arange(len(images), device=images.device)
+        step.generator.manual_seed(seed_of(options.seed, "public"))
+        epochs = options.rounds * options.local_epochs
+        local_training(step, local_batches(indices, epochs, options.batch_size, step.generator), options.lr)
+
+    if len(federation.public):
+        federation.networks.prepare(federation.images[federation.public], train)
+
+
+def num_steps(num_examples: int, batch_size: int, epochs: int) -> int:
+    """Number of SGD steps that a client takes in one round."""
+    return num_examples // batch_size * epochs
+
+
+def cosine(lr0: float, round_: int, rounds: int) -> float:
+    """`lr0 (1 + cos(pi r / R)) / 2`: cosine over rounds, constant inside a round."""
+    return lr0 * (1 + math.cos(math.pi * round_ / rounds)) / 2
