@@ -490,7 +490,7 @@ class Deployment:
         return process
 
     def start_node(self, k: int) -> subprocess.Popen:
-        """As README.md says: again and again while the SuperLink takes a node that was killed for alive."""
+        """As docs/flower.md says: again and again while the SuperLink takes a node that was killed for alive."""
         data = self.parts[min(k, 2)]
         node = f"flower-supernode --superlink {self.address} --root-certificates keys/ca.crt --auth-supernode-private-key keys/client-{k}"
         node += f""" --port {free_port()} --node-config 'client={k} data="{data}" device="cpu"'"""
