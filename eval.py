@@ -94,15 +94,15 @@ def find_runs(root: Path = Path("runs")) -> list[Path]:
 def runs_among(paths: list[Path]) -> list[Path]:
     """The run folders among the paths and inside them, each once.
 
-    Other paths, as a shell's `*` may give them, are passed over, a folder with a message. Raises InputError if a path does not exist, or
-    if there is no run at all.
+    Files are ignored, as a shell's `*` may name them; a folder without a run is reported on stderr. Raises InputError if a path does not
+    exist, or if there is no run at all.
     """
     found = {path: sorted(config.parent for config in path.rglob("config.json")) for path in paths}
     for path in paths:
         if not found[path] and (not path.exists() or not any(found.values())):
             raise InputError(f"{path} is not a run folder: it has no config.json")
         if not found[path] and path.is_dir():
-            print(f"{path} holds no run and was passed over", file=sys.stderr)
+            print(f"{path} holds no run and is left out", file=sys.stderr)
     return list(dict.fromkeys(run for path in paths for run in found[path]))
 
 

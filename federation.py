@@ -21,7 +21,7 @@ from runtime.run import Checkpoint
 
 @dataclass
 class Client:
-    """One party: its images, and what it keeps between its rounds, apart from its networks, which lie in the bank."""
+    """One party: its images, and what it keeps between its rounds. The networks that it keeps lie in the bank."""
 
     id: int
     indices: Tensor  # its images, as indices into the data set
@@ -40,14 +40,14 @@ class Client:
             self.ema_scale = tau / divergence
 
 
-REMEMBERED = ("divergence", "ema_scale", "last_round")  # of a client, in a checkpoint
+REMEMBERED = ("divergence", "ema_scale", "last_round")  # what a checkpoint stores of each client
 
 
 @dataclass(eq=False)
 class Server:
     """The global model `[P]`, the clients whose uploads it averages, and what its rule keeps from round to round, by name.
 
-    What is in `state` under `shared`, `[N, d]`, the clients get with the model.
+    If `state` has an entry `shared`, `[N, d]`, clients get it with the model.
     """
 
     model: Tensor
@@ -98,8 +98,8 @@ class Federation:
     networks: Objective  # the workspace: while a client trains, it holds that client's networks
     images: Tensor  # uint8 `[N, 3, S, S]`
     segments: Tensor  # what divergence is measured on, `[L, 2]`
-    public: Tensor  # the images that no client has, as indices
-    step: Callable[[Tensor], None] | None = None  # of local training: built once and reused, since it owns the CUDA graph
+    public: Tensor  # indices of the images that no client has
+    step: Callable[[Tensor], None] | None = None  # the step of local training: built once and reused, since it owns the CUDA graph
 
     @property
     def clients(self) -> list[Client]:
@@ -119,7 +119,7 @@ class Federation:
     # ---- as a checkpoint
 
     def checkpoint(self, rounds: int, seconds: float) -> Checkpoint:
-        """All that the next round depends on. rounds, seconds: that are done, and what they took."""
+        """Everything that the next round depends on. rounds: how many are done. seconds: how long they took."""
         tensors = [{"model": server.model, **server.state} for server in self.servers]
         remembered = {name: [getattr(client, name) for client in self.clients] for name in REMEMBERED}
         rows = [client.row for client in self.clients]
@@ -139,7 +139,7 @@ class Federation:
 
 
 def build(options: Options, images: Images) -> Federation:
-    """The servers of a method with their clients; all start from the same network, which the seed initialises."""
+    """The federation of a method: its servers with their clients. All start from the same network, which the seed initialises."""
     method, device = METHODS[options.method], images.x_train.device
     order = np.random.default_rng([options.seed, *b"public"]).permutation(len(images.y_train))
     count = max(options.batch_size, round(method.public * len(order))) if method.public else 0
@@ -177,7 +177,7 @@ def build_networks(options: Options, labels: Tensor, device: torch.device) -> Ob
 
 
 def find(name: str) -> Any:
-    """What a row names as FILE:NAME, of the folder methods/."""
+    """The class or function that a method's row names as FILE:NAME; the file is in methods/."""
     file, _, attribute = name.partition(":")
     return getattr(importlib.import_module(f"methods.{file}"), attribute)
 
@@ -210,7 +210,7 @@ def draw_turns(servers: list[Server], options: Options, round_: int) -> tuple[li
 
 
 def most_uploads(servers: list[Server], per_round: int | None) -> int:
-    """The most uploads that one server can get in a round. per_round: clients drawn for a round, of all servers together."""
+    """The most uploads that one server can get in a round. per_round: how many clients are drawn, of all servers together."""
     members = max(len(server.clients) for server in servers)
     return min(members, per_round or members)
 

@@ -14,7 +14,7 @@ from runtime.run import describe_code
 
 
 def time_ways(ways: dict[str, Callable], repeats: int, budget: float, device: str) -> dict[str, float]:
-    """Median seconds of each way: in turns, so that a busy moment of the machine falls on all; a fast one is timed in batches."""
+    """Median seconds of each way. They take turns, so that a busy moment of the machine falls on all; a fast way is timed in batches."""
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
 
     def seconds(way: Callable, calls: int) -> float:

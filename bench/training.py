@@ -88,7 +88,7 @@ def timed(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, floa
 
 
 class Worker:
-    """A way in a process of its own, so that none inherits another's memory or the way it is managed; a call runs it once."""
+    """Runs a way in a process of its own, so that none inherits another's memory or its memory settings; a call runs it once."""
 
     def __init__(self, way: Callable[..., Callable[[], object]], *arguments: object):
         context = multiprocessing.get_context("spawn")
@@ -123,7 +123,7 @@ def serve(pipe: multiprocessing.connection.Connection, way: Callable[..., Callab
 
 
 def peak_resident_bytes() -> int:
-    """Of this process alone: what getrusage tells begins with what the process that started it had."""
+    """The most memory that this process has needed; getrusage would count that of the process that started it too."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
@@ -369,7 +369,7 @@ class Traffic(TorchDispatchMode):
 
 
 def traffic(encoder: str, batch_size: int, precision: str = "fp32") -> Traffic:
-    """Of a training step but for its views and update. In bf16 it is computed, on the CPU: autocast knows no meta device."""
+    """Counts a training step, without its views and its update. In bf16 the CPU computes it, since autocast knows no meta device."""
     device = torch.device("meta" if precision == "fp32" else "cpu")
     networks, views = BYOL(Encoder(encoder), device), torch.zeros(2, batch_size, 3, 32, 32, device=device)
     networks.update = lambda *_: None
@@ -605,7 +605,7 @@ def bench_ranks(repeats: int) -> None:
 
 def bench_start(repeats: int) -> None:
     def first_step() -> None:
-        """From the command to the first training step: the table's header is printed just before it."""
+        """Seconds from the command to the first training step, just before which the table's header is printed."""
         command = [sys.executable, str(ROOT / "fedu.py"), "--overwrite", "--out", "runs/bench-start", "--device", DEVICE.type]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
             while "predictor taken" not in process.stdout.readline():

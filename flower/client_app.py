@@ -125,7 +125,10 @@ def recall(federation: Federation, bank: Bank, folder: Path, last_round: int) ->
             return
         (folder / "checkpoint.pt").unlink(missing_ok=True)  # its upload never reached the server
     if last_round >= 0:
-        print(f"client {client.id}: {folder} does not hold what it kept after round {last_round}; it starts as in its first round", file=sys.stderr)
+        print(
+            f"client {client.id}: {folder} does not hold what it kept after round {last_round}; it starts as in its first round",
+            file=sys.stderr,
+        )
 
 
 def read_options(config: ConfigRecord, context: Context) -> Options:

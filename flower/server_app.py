@@ -32,13 +32,13 @@ from runtime.device import choose_device
 from runtime.recorder import Recorder
 from runtime.run import holds_run, open_run, reopen_run, run_folder, write_config
 
-INEFFECTIVE = ("partition", "classes_per_client", "alpha", "dropout", "log")  # options of the simulation alone
+INEFFECTIVE = ("partition", "classes_per_client", "alpha", "dropout", "log")  # options that only the simulation has
 
 app = ServerApp()
 
 
 def one_sentence(record: logging.LogRecord) -> bool:
-    """A filter of Flower's log. Of an InputError, which ends the run as failed, it leaves the sentence, without a traceback."""
+    """A filter of Flower's log: an InputError, which ends the run, is printed as its sentence, without a traceback."""
     error = record.exc_info and record.exc_info[1]
     if isinstance(error, InputError):
         record.msg, record.args, record.exc_info = f"error: {error}", (), None
@@ -61,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
     fedu.load_kernels()
     device = choose_device(options.device)
     images = load_images(options.dataset, Path(options.data_root), options.image_size).to(device)
-    unknown = torch.empty(0, device="meta")  # how many images each client has, it tells when it comes
+    unknown = torch.empty(0, device="meta")  # a client says how many images it has when it connects
     everyone = [Client(k, unknown) for k in range(options.clients)]
     federation = assemble(options, [everyone], images.x_train, images.y_train)
     with run_folder(out):
@@ -83,7 +83,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def read_command(text: str) -> Command:
-    """What `options` says. Raises InputError for what `fedu.py` would refuse, and for what has no meaning between parties."""
+    """Parse the text of `options`. Raises InputError for what `fedu.py` would refuse, and for what has no meaning between parties."""
     said = io.StringIO()
     try:
         with redirect_stderr(said):

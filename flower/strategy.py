@@ -19,8 +19,8 @@ from options import Options
 from runtime.cli import InputError, first_line
 from runtime.uploads import Uploads
 
-ANSWER = 300  # seconds in which a node must say who it is
-SILENCE = 30  # seconds without an answer after which the nodes still awaited are asked whether they have lost their message
+ANSWER = 300  # seconds that a node has to say who it is
+SILENCE = 30  # seconds without any answer, after which nodes that are still awaited are asked whether they have lost their message
 ALIVE = f"{MessageType.QUERY}.alive"  # the type of this question
 POLL = 3  # seconds between two looks for answers, as in Flower's own `send_and_receive`
 
@@ -36,7 +36,7 @@ class FedU(FedAvg):
         self.num_floats = fedu.num_floats_sent(federation.networks, options)
         most, nothing = most_uploads(federation.servers, options.clients_per_round), torch.empty(0, 2, dtype=torch.int64)
         self.uploads = Uploads(self.server.model, most, segments=nothing)  # clients measure their drift themselves
-        self.nodes: dict[int, int] = {}  # of each client that is connected
+        self.nodes: dict[int, int] = {}  # the node of each connected client
 
     def make_round(self, grid: Grid, round_: int) -> dict:
         """Make a round and return its metrics, as `fedu.run_round` does."""
@@ -49,11 +49,11 @@ class FedU(FedAvg):
         """Send a round's messages; returns the answers of those that answer within the timeout.
 
         A message is delivered once. A node that is killed while it trains, and is back before Flower finds it missing, has lost its
-        message, and Flower does not report this. But a node handles its messages one after the other: one that answers a later question
-        and not the message has lost it, and is not waited for.
+        message, and Flower does not report this. But a node handles its messages one after the other: if a node
+        answers a later question but not the message, it has lost the message, and the round does not wait for it.
         """
         awaited = {key: message.metadata.dst_node_id for key, message in zip(grid.push_messages(messages), messages)}
-        questions: dict[str, str] = {}  # of each question, the message that it asks about
+        questions: dict[str, str] = {}  # the message that each question asks about
         replies: list[Message] = []
         heard = began = time.monotonic()
         while True:
@@ -82,7 +82,7 @@ class FedU(FedAvg):
         while True:
             present = set(grid.get_node_ids())
             if asked - present:
-                asked = set()  # one that was refused may come in the place of one that is lost
+                asked = set()  # a refused node may take the place of a lost one, so all are asked again
             self.nodes = {client: node for client, node in self.nodes.items() if node in present}
             unknown = present - asked - set(self.nodes.values())
             asked |= present

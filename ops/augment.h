@@ -1,5 +1,5 @@
-// One random view of an image, as a row of numbers says: the arithmetic of a pixel, for CPU and CUDA, and the CPU kernel.
-// reference.py has the same in plain torch and names the columns of a row.
+// One view of an image, given its 14 drawn numbers: the arithmetic of a pixel, for CPU and CUDA, and the CPU kernel.
+// reference.py has the same in plain torch and names the 14 numbers.
 #pragma once
 
 #include "fused.h"

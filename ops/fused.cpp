@@ -1,8 +1,9 @@
 // The fused ops as PyTorch operators: schemas, argument checks and CPU kernels; the CUDA kernels are in fused_cuda.cu.
 //
 // Every kernel is bound by memory: it reads each float once from DRAM, and what it needs again it finds in the cache. Sums of squares are
-// kept in double, but for short ones of 16. Work is cut by the vector alone (fused.h), and threads take whole chunks of it: so the number
-// of threads changes no bit of a result. Under -ffp-contract=off a product and a sum are rounded each, as in the reference and on the GPU.
+// kept in double, except runs of 16 terms, which are summed in float first. The work is cut into chunks by the vector's length only
+// (fused.h), and a thread takes whole chunks, so the number of threads changes no bit of a result. Under -ffp-contract=off a product and a
+// sum are each rounded, as in the reference and on the GPU.
 
 #include "augment.h"
 #include "fused.h"

@@ -87,7 +87,7 @@ def tensorboard_log(folder: Path) -> Callable[[dict], None]:
 
 
 class Progress(tqdm):
-    """A bar of a round's steps where there is a terminal; after the first steps, `announce` gets an estimate of the round's seconds."""
+    """A bar of a round's steps, on a terminal. announce: called once, after the first steps, with the estimated seconds of the round."""
 
     def __init__(self, title: str, steps: int, announce: Callable[[float], None] | None = None):
         super().__init__(total=steps, desc=title, unit="step", leave=False, disable=not sys.stderr.isatty())

@@ -34,7 +34,7 @@ from runtime.run import interrupts_on_sigterm, read_metrics
 
 ROOT, WORK = Path(__file__).parent.parent, Path("runs/gpu")
 TESTS = [str(ROOT / f"tests/test_{name}.py") for name in ("ops", "gpu", "cuda")]
-CHECKS = {  # command, and the most seconds that it gets
+CHECKS = {  # a command, and the most seconds that it may take
     "tests": (["-m", "pytest", "-v", "-n", "4", "-k", "gpu or cuda", *TESTS], 120),
     "epoch": (["-m", "bench.training", "epoch", "--encoder", "resnet18", "--repeats", "3"], 180),
 }
@@ -71,14 +71,14 @@ def main(parts: list[str], minutes: float, out: Path, options: list[str]) -> Non
 
 
 def check(name: str, deadline: float) -> bool:
-    """Run tests or timings, if that has not been done; returns whether they failed."""
+    """Run tests or timings that have not been run yet; returns whether they failed."""
     log, (command, seconds) = WORK / f"{name}.log", CHECKS[name]
     done = log.exists() and "\n# ended" in log.read_text()
     return not done and bool(run(command, log, min(deadline, time.monotonic() + seconds)))
 
 
 def train(method: str, options: list[str], deadline: float) -> bool:
-    """Train and evaluate, as far as that is not done and the time goes; returns whether anything failed."""
+    """Train and evaluate what is not done yet, as far as the time allows; returns whether anything failed."""
     folder, log, status = WORK / method, WORK / f"{method}.log", 0
     if not (folder / "encoder.pt").exists():
         begun = (folder / "config.json").exists()
@@ -110,7 +110,7 @@ def run(command: list[str], log: Path, deadline: float) -> int | None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a process that still runs, and those that it started. A run that gets SIGTERM goes, and keeps its last whole round."""
+    """End a process and the processes that it started. A run that gets SIGTERM ends and keeps its last whole round."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):

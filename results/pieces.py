@@ -1,4 +1,4 @@
-"""Splits a file into pieces and joins them again, each checked by its SHA-256: for a way that only small files can take.
+"""Splits a file into pieces and joins them again, each checked by its SHA-256, where only small files can be copied.
 
     python results/pieces.py split ~/.cache/fedu/cifar10.npz pieces
     python results/pieces.py join pieces/cifar10.npz.sha256 ~/.cache/fedu/cifar10.npz

@@ -42,9 +42,9 @@ class Bank:
                 self.file = os.fdopen(os.open(named, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
             else:
                 self.file = tempfile.TemporaryFile()  # noqa: SIM115
-        self.count = 0  # of rows that were ever used
+        self.count = 0  # rows used so far
         self.free: list[int] = []
-        self.named: set[int] = set()  # by the last checkpoint
+        self.named: set[int] = set()  # rows that the last checkpoint refers to
 
     def write(self, state: Mapping[str, Tensor]) -> Row:
         """Put a client's tensors into a row that no checkpoint names."""
@@ -62,9 +62,9 @@ class Bank:
         return {name: tensor.to(self.like[name].device) for name, tensor in self.verify(row).items()}
 
     def verify(self, row: Row) -> dict[str, Tensor]:
-        """The same in the host's memory: enough to know whether the row is damaged."""
+        """As `read`, but the tensors stay in the host's memory, which is enough to see whether a row is damaged."""
         state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in self.like.items()}
-        with os_errors(f"cannot read or write {self.path}"):  # what was buffered is written first
+        with os_errors(f"cannot read or write {self.path}"):  # seeking writes what is still buffered
             self.file.seek(row.index * self.row_bytes)
             size = sum(self.file.readinto(tensor.numpy()) for tensor in state.values())
         if size != self.row_bytes or checksum(state.values()) != row.digest:

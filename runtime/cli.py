@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
+RANK = int(os.environ.get("RANK", 0))  # this process's number among those that torchrun started
 
 
 class InputError(Exception):
@@ -107,9 +107,9 @@ def user_errors(prog: str) -> Iterator[None]:
 
 
 def say(error: str) -> None:
-    """Print an error. Of several processes that meet the same error, rank 0 alone prints it: torchrun then ends the others, which wait."""
+    """Print an error. If several processes meet the same one, rank 0 prints it, and the other ranks sleep until torchrun ends them."""
     if RANK:
-        time.sleep(3)  # not ended by then: this rank alone has met the error
+        time.sleep(3)  # if torchrun has not ended this rank by then, no other rank has met the error
     print(f"rank {RANK}: {error}" if RANK else error, file=sys.stderr, flush=True)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from runtime.cli import InputError
 
-GRAPHS_ON = "cuda"  # the type of device that a step is launched on as a graph
+GRAPHS_ON = "cuda"  # the type of device on which a step is launched as a graph
 
 
 def choose_device(name: str) -> torch.device:
@@ -31,7 +31,7 @@ class StepGraph:
 
     The step takes a batch, always of the same size. All else that it reads and changes are tensors that stay where they are, so the graph
     is captured once and serves whatever they hold later. The first three steps run as they are, on the stream that the graph is captured
-    on: PyTorch needs its libraries, the gradients and the momentum to be there by then. Used inside a `with` block.
+    on, since PyTorch's libraries, the gradients and the momentum have to exist before the capture. It is used inside a `with` block.
     """
 
     def __init__(self, step: Callable[[Tensor], None], generator: torch.Generator):

@@ -1,6 +1,6 @@
-"""Several processes: rank 0 holds the federation and alone writes, the others train the clients that it sends them.
+"""Several processes: rank 0 holds the federation and writes all files, the other ranks train the clients that it sends them.
 
-`torchrun` starts them, and without it there is rank 0 alone. A client's networks travel to a rank before its training and back after it,
+`torchrun` starts them; without it there is only rank 0. A client's networks travel to a rank before its training and back after it,
 by gloo between CPUs and by nccl between GPUs. Of everything else, a rank needs only the images.
 """
 
@@ -33,13 +33,13 @@ class Trainable(Protocol):
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes, if there are any, each with a GPU of its own; at the end rank 0 tells them to stop."""
+    """Join the other ranks, if there are any; each uses a GPU of its own. At the end rank 0 tells them to stop."""
     if COUNT == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # a rank that dies is noticed by its closed connection, so a wait may be as long as a client's training
+    # a rank's death is noticed by its closed connection, so the timeout need not be shorter than a client's training
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30))
     try:
         yield
@@ -79,7 +79,7 @@ def receive_result(rank: int, networks: Trainable) -> tuple[float, Tensor]:
 
 
 def serve(train: Callable[..., tuple[float, Tensor]], networks: Trainable) -> None:
-    """The other ranks' work: train what rank 0 sends, until it sends no more."""
+    """What the other ranks do: they train each client that rank 0 sends, until it says stop."""
     header = torch.empty(JOB + 2, dtype=torch.int64, device=networks.shared.device)
     while True:
         transfer(distributed.recv, [header], 0)

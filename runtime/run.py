@@ -1,6 +1,6 @@
-"""The run folder: what was run (config.json), what happened (metrics.jsonl), and from where it can be resumed (checkpoint.pt).
+"""The run folder: what was run (config.json), what happened (metrics.jsonl), and where to resume from (checkpoint.pt).
 
-Every file appears whole or not at all. docs/run-folder.md describes them for their readers.
+Every file appears whole or not at all. docs/run-folder.md describes them for people who read them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRAINING_SOURCES = ("*.py", "methods/*.py", "runtime/*.py", "ops/*")  # but eval
 
 
 def read_config(run: Path) -> dict:
-    """config.json. Raises InputError if it is missing or damaged."""
+    """The content of config.json. Raises InputError if it is missing or damaged."""
     try:
         config = json.loads((run / "config.json").read_text())
         config["options"]["method"]
@@ -56,18 +56,18 @@ def read_metrics(run: Path) -> list[dict]:
 
 @contextmanager
 def run_folder(out: Path) -> Iterator[None]:
-    """Hold the run folder for this process alone."""
+    """Make the run folder, and lock it for this process."""
     with os_errors(f"--out {out} cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out, f"{out} is in use by another run: wait for it, or choose another --out"):
         for fragment in (path for name in RUN_FILES for path in out.glob(f".{name}.*")):
-            fragment.unlink()  # of a run that was killed while it wrote
+            fragment.unlink()  # left by a run that was killed while it wrote
         yield
 
 
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """End on SIGTERM as on Ctrl-C: with the command that continues the run."""
+    """On Ctrl-C and on SIGTERM, end with the command that continues the run."""
     with interrupts_on_sigterm():
         try:
             yield
@@ -104,7 +104,7 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) ->
     }
     with os_errors(f"--out {out} cannot be used"):
         if holds_run(out, overwrite):
-            for name in reversed(RUN_FILES):  # config.json last, by which an interrupted removal can be repeated
+            for name in reversed(RUN_FILES):  # config.json last: while it is there, an interrupted removal can be repeated
                 (out / name).unlink(missing_ok=True)
     write_config(out, config)
     write_metrics(out, [])
@@ -112,13 +112,13 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) ->
 
 
 def holds_run(out: Path, overwrite: bool) -> bool:
-    """Whether the folder holds a run, which is to be replaced. Raises InputError if it holds anything that must not be replaced."""
+    """Whether the folder holds a run that is to be replaced. Raises InputError if it holds anything that must not be replaced."""
     with os_errors(f"--out {out} cannot be used"):
         if not out.is_dir() or not any(out.iterdir()):
             return False
     if not overwrite:
         raise InputError(f"{out} is not empty: choose another --out, or --resume {out}, or --overwrite it")
-    read_config(out)  # not a run folder? then nothing in it is ours to remove
+    read_config(out)  # refuses a folder that is not a run's: nothing in it is ours to remove
     return True
 
 
@@ -161,7 +161,7 @@ class Checkpoint(NamedTuple):
     values: dict  # numbers, strings, and lists of them
 
     def checksum(self) -> str:
-        """SHA-256 of all of it."""
+        """SHA-256 of the whole content."""
         tensors = [(list(named), checksum(named.values())) for named in self.tensors]
         return hashlib.sha256(repr((tensors, self.rows, self.values)).encode()).hexdigest()
 
@@ -190,7 +190,7 @@ def load_checkpoint(out: Path, bank: Bank, device: torch.device) -> Checkpoint |
             print(f"{error}; falling back to {other}", file=sys.stderr)
         else:
             with os_errors(f"cannot replace {out}/checkpoint.pt"):
-                os.replace(path, out / "checkpoint.pt")  # else the next one would put the damaged one in the place of this
+                os.replace(path, out / "checkpoint.pt")  # so that the next checkpoint replaces the damaged one, and not this one
             return checkpoint
     return None
 

@@ -263,7 +263,7 @@ def test_runs_are_named_by_themselves_or_by_a_folder_of_them(tmp_path, command):
     whole = command("eval.py", "--table", "runs", cwd=tmp_path)
     some = command("eval.py", "--table", "runs/s1", "figures", "notes.txt", "runs", cwd=tmp_path)
     assert whole.returncode == some.returncode == 0 and sorted(whole.stdout.splitlines()) == sorted(some.stdout.splitlines())
-    assert some.stderr == "figures holds no run and was passed over\n"
+    assert some.stderr == "figures holds no run and is left out\n"
     assert refused(command("eval.py", "--table", "runs", "absent", cwd=tmp_path), "absent is not a run folder")
     assert refused(command("eval.py", "--table", "figures", cwd=tmp_path), "figures is not a run folder")
     shutil.move(tmp_path / "runs", tmp_path / "figures/runs")
