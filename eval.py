@@ -14,7 +14,7 @@ A run of `single` has one encoder for each client: all are evaluated, and the me
 from __future__ import annotations
 
 from options import EVALUATION_EPOCHS, parse_evaluation
-from runtime.cli import InputError, user_errors, write_atomic
+from runtime.cli import InputError, locked, user_errors, write_atomic
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and mistakes are answered at once
     OPTIONS = parse_evaluation(description=__doc__.split("\n\n")[0])
@@ -34,7 +34,8 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 from tqdm import trange
 
 from data import Images, balanced_subset, keyed_generator, load_images
-from models import Encoder, build_head, extract_features, feature_dim, load_encoders
+from models import build_head, extract_features, feature_dim, load_encoders
+from report.export import export_encoders
 from report.figures import plot, plot_against
 from report.tables import read_options, table
 from runtime.device import choose_device
@@ -57,7 +58,7 @@ def main(options: argparse.Namespace) -> None:
     if options.task in ("export", "weights") and len(runs) > 1:
         raise InputError(f"--export got {len(runs)} runs, needs one for its file")
     if options.task == "weights":
-        return print(export_weights(load_encoders(runs[0]), options.export))
+        return print(export_encoders(runs[0], options.export))
 
     device = choose_device(options.device)
     for run in runs:
@@ -110,8 +111,12 @@ def record(run: Path, result: dict, accuracies: list[float]) -> str:
     """Append an evaluation to RUN/eval.jsonl; returns a line about it. accuracies: of each encoder, in [0, 1]."""
     result = result | {"accuracy": mean(accuracies), "accuracies": accuracies}
     log = run / "eval.jsonl"
-    former = log.read_bytes() if log.exists() else b""
-    write_atomic(log, lambda file: file.write(former + json.dumps(result).encode() + b"\n"))
+    try:
+        with locked(run):  # against other evaluations of this run
+            former = log.read_bytes() if log.exists() else b""
+            write_atomic(log, lambda file: file.write(former + json.dumps(result).encode() + b"\n"))
+    except InputError as error:
+        print(f"{error}: the next line is recorded nowhere", file=sys.stderr)
     how = ", ".join(f"{result[key]} {key}" for key in ("features", "head", "epochs", "labels") if key in result)
     several = f"  (mean of {', '.join(f'{100 * a:.2f}' for a in accuracies)})" if len(accuracies) > 1 else ""
     return f"{run}: {result['evaluation']} on {result['dataset']}, {how}: {100 * result['accuracy']:.2f}%{several}"
@@ -207,24 +212,6 @@ def export_features(modules: list[nn.Module], images: Images, path: Path) -> str
         arrays |= {split: features[0].numpy() if len(modules) == 1 else features.numpy(), f"y_{split}": y.cpu().numpy()}
     write_atomic(path, lambda file: np.savez(file, **arrays))
     return f"{path} holds " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
-
-
-def export_weights(encoders: list[Encoder], path: Path) -> str:
-    """Write the backbone's state_dict as safetensors; returns a line about it. Raises InputError where safetensors is missing.
-
-    A backbone of `models.build_backbone` loads the file with `strict=True`; so does torchvision's resnet18 or resnet50 with CIFAR's stem.
-    With several encoders, as of `single`, NAME-k.safetensors has that of client k.
-    """
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise InputError(f"--export {path} needs the package safetensors: `pip install -r requirements-optional.txt`") from None
-    paths = [path] if len(encoders) == 1 else [path.with_stem(f"{path.stem}-{k}") for k in range(len(encoders))]
-    for encoder, file_path in zip(encoders, paths):
-        content = save({name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}, {"format": "pt"})
-        write_atomic(file_path, lambda file, content=content: file.write(content))
-    holds = "holds the backbone" if len(paths) == 1 else "hold the backbones"
-    return f"{', '.join(map(str, paths))} {holds}, {len(encoders[0].backbone.state_dict())} tensors"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,13 +39,14 @@ import ops
 from data import Images, load_images
 from eval import knn
 from federation import Client, Federation, Server, Start, Turn, build, draw_turns, find, most_uploads
-from models import Encoder, Objective, load_encoders, save_encoders
+from models import Objective, save_encoders
 from report.figures import plot
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
+from report.runs import Run, load  # noqa: F401  # load is for notebooks
 from report.tables import mean
 from runtime import ranks
 from runtime.bank import Bank
-from runtime.cli import RANK, InputError, user_errors
+from runtime.cli import RANK, InputError, unbreakable_output, user_errors, user_path
 from runtime.device import choose_device, describe_device, keep_memory
 from runtime.recorder import Recorder
 from runtime.run import holds_run, open_run, read_config, reopen_run, resumable, run_folder
@@ -137,7 +137,7 @@ def start_turn(options: Options, federation: Federation, bank: Bank, round_: int
             d = divergence(ops.layer_norms(own, server.model[: len(own)], federation.segments), options.divergence)
             client.set_ema_scale_once(d, options.tau)
         turn.start = start_of(d, client.ema_scale, options)
-    load(networks, server.model, kept, turn.start, options)
+    load_networks(networks, server.model, kept, turn.start, options)
     networks.shared = server.state.get("shared", networks.shared[:0])
     turn.received = networks.online.vector.clone() if keeps_own_encoder(options) else server.model
     return round_, client.id, client.last_round is None, num_clients
@@ -168,7 +168,7 @@ def start_of(divergence: float, ema_scale: float | None, exchange: Exchange) -> 
     return Start(encoder, predictor, target=float(exchange.update in ("online", "ema")), divergence=divergence)
 
 
-def load(networks: Objective, model: Tensor, kept: dict[str, Tensor], start: Start, exchange: Exchange) -> None:
+def load_networks(networks: Objective, model: Tensor, kept: dict[str, Tensor], start: Start, exchange: Exchange) -> None:
     """Fill the networks with what a client starts with. model: the server's, `[P]`. kept: the client's stored parts, see `kept_parts`.
 
     A part that an objective adds, such as the target, is the client's own if it is in `kept`, and else as in its first round. A mixture
@@ -267,35 +267,20 @@ def describe_round(options: Options, round_: int, reported: list[Turn], dropped:
 # ------------------------------------------------------------------------------------------------------ the whole run
 
 
-class Run(NamedTuple):
-    """A finished run: its folder, and its rounds as in metrics.jsonl."""
-
-    folder: Path
-    metrics: list[dict]
-
-    @property
-    def encoders(self) -> list[Encoder]:
-        """One encoder for each server: of `single` one for each client, else one in all."""
-        return load_encoders(self.folder)
-
-    @property
-    def encoder(self) -> Encoder:
-        return self.encoders[0]
-
-
-def train(options: Options, out: Path | None = None, overwrite: bool = False) -> Run:
+def train(options: Options, out: Path | str | None = None, overwrite: bool = False) -> Run:
     """Train as the options say, in a new run folder, by default `runs/DATASET-METHOD-Kclients-sSEED`.
 
     Raises InputError if the folder is not empty, or if the images do not fit the options.
     """
     name = f"{Path(options.dataset).stem}-{options.method}-{options.clients}clients-s{options.seed}"
-    out = Path(out or Path("runs") / name)
+    out = user_path(out or Path("runs") / name)
     holds_run(out, overwrite)  # refuses a folder that must not be replaced, before anything slow
     return simulate(options, out, resumed=False, overwrite=overwrite)
 
 
-def resume(out: Path, **given: object) -> Run:
+def resume(out: Path | str, **given: object) -> Run:
     """Continue the run in a folder. given: options that may differ from the run's, such as `device`; others raise InputError."""
+    out = user_path(out)
     return simulate(stored_options(out, given), out, resumed=True)
 
 
@@ -327,7 +312,7 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
         if RANK:
             ranks.serve(partial(train_client, options, federation, None), federation.networks)
             return Run(out, [])
-        with run_folder(out), resumable(out):
+        with run_folder(out), resumable(out), unbreakable_output():
             config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite)
             bank = Bank(kept_parts(federation.networks, options), out / "bank.bin")
             uploads = uploads_of(federation, options)
@@ -383,7 +368,7 @@ def measured_knn(options: Options, round_: int, federation: Federation, images: 
 def finish(options: Options, federation: Federation, record: Recorder) -> Run:
     """Write the encoders and the figure, and say what comes next."""
     out, metrics = record.out, record.metrics
-    save_encoders(out, options.encoder, map(federation.load, federation.servers))
+    save_encoders(out, federation.images.shape[-1], map(federation.load, federation.servers))
     record.finish()
     if any(row["clients"] for row in metrics):
         plot([out], out / "divergence.png")

@@ -25,6 +25,7 @@ from runtime.cli import InputError, first_line, write_atomic
 
 # hidden and output width of projector and predictor
 HEADS = {"resnet18": (4096, 2048), "resnet50": (4096, 2048), "resnet18-narrow": (512, 256), "small": (512, 256), "tiny": (512, 256)}
+VERSION = "1.0.0"  # of this repository, as exported encoders name it
 WIDTHS = {"small": (32, 64, 128, 256), "tiny": (16, 32, 64, 128)}
 
 
@@ -86,10 +87,14 @@ class Encoder(nn.Module):
     """Backbone and projector, images `[B, 3, S, S]` -> projections `[B, head[-1]]`.
 
     head: the projector's widths, hidden and out or out alone, by default `HEADS[name]`; 0 is the width of the backbone's features.
+    `image_size` is S of the images that it was trained on.
     """
+
+    image_size = 32
 
     def __init__(self, name: str, head: Sequence[int] = ()):
         super().__init__()
+        self.name = name
         self.backbone = build_backbone(name)
         width = feature_dim(self.backbone)
         self.head = tuple(w or width for w in head or HEADS[name])
@@ -307,23 +312,23 @@ class WithTarget(Objective):
 # ------------------------------------------------------------------------------- encoders of finished runs, and features
 
 
-def save_encoders(run: Path, name: str, encoders: Iterable[Encoder]) -> None:
-    """Write encoder.pt: `{"encoder": name, "head": projector's widths, "encoders": [{"backbone", "projector"}, ...]}`, one a server.
+def save_encoders(run: Path, image_size: int, encoders: Iterable[Encoder]) -> None:
+    """Write encoder.pt: its backbone's name, its projector's widths (`head`), and the weights of one encoder for each server.
 
     An encoder is copied before the next is asked for, so that all may be one module with other weights.
     """
-    content: dict = {"encoder": name, "encoders": []}
+    content: dict = {"image_size": image_size, "encoders": []}
     for encoder in encoders:
-        content["head"] = list(encoder.head)
+        content |= {"encoder": encoder.name, "head": list(encoder.head)}
         parts = {part: {k: v.clone() for k, v in module.state_dict().items()} for part, module in encoder.named_children()}
         content["encoders"].append(parts)
     write_atomic(run / "encoder.pt", lambda file: torch.save(content, file))
 
 
 def load_encoders(run: Path) -> list[Encoder]:
-    """A run's encoders, on the CPU: that of the global model, or for `single` one for each client.
+    """A run's encoders: that of the global model, or for `single` one for each client.
 
-    Raises InputError if encoder.pt is missing or damaged.
+    They are on the CPU, in eval mode, and need no gradient. Raises InputError if encoder.pt is missing or damaged.
     """
     path = run / "encoder.pt"
     if not path.exists():
@@ -336,10 +341,36 @@ def load_encoders(run: Path) -> list[Encoder]:
             # BatchNorm's batch counters may be missing, which torch allows in a plain dict but not in a state_dict with its metadata
             encoder.backbone.load_state_dict(dict(state["backbone"]))
             encoder.projector.load_state_dict(dict(state["projector"]))
-            encoders.append(encoder)
+            encoder.image_size = encoder.backbone.image_size = saved.get("image_size", 32)  # a run of an earlier version does not say
+            encoders.append(encoder.eval().requires_grad_(False))
         return encoders
     except Exception as error:  # a damaged archive makes torch raise errors of many types
         raise InputError(f"{path} is not a readable encoder ({first_line(error)})") from None
+
+
+def load_backbone(path: Path) -> nn.Module:
+    """The backbone in a file of `eval.py --export FILE.safetensors`, as `load_encoders` gives it.
+
+    Raises InputError if the file is missing, damaged, or does not say which backbone it holds.
+    """
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise InputError(f"{path} needs the package safetensors: `pip install -r requirements-optional.txt`") from None
+    try:
+        with safe_open(path, "pt") as file:
+            about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # a missing or damaged file makes safetensors raise errors of its own
+        raise InputError(f"{path} is not a readable .safetensors file ({first_line(error)})") from None
+    if about.get("encoder") not in HEADS:
+        raise InputError(f"{path} does not say which backbone it holds; it needs to be written by `eval.py --export`")
+    backbone = build_backbone(about["encoder"])
+    try:
+        backbone.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"{path} does not hold a {about['encoder']} backbone ({first_line(error)})") from None
+    backbone.image_size = int(about["image_size"])
+    return backbone.eval().requires_grad_(False)
 
 
 @torch.inference_mode()

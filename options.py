@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.cli import InputError, Parser, number
+from runtime.cli import InputError, Parser, number, user_path
 
 # ------------------------------------------------------------------------------------------------ methods and recipes
 
@@ -211,27 +211,30 @@ class Options(Host, Training, Clients, Exchange, Data):
     def refuse_ineffective(self, given: Iterable[str]) -> None:
         """Raises InputError if an option among `given` changes nothing because of the other options."""
         row = METHODS[self.method]
-        ineffective = {
-            "predictor": not row.has_predictor or self.no_predictor or row.servers != "one",
-            "no_predictor": not row.has_predictor,
-            "no_stop_gradient": not row.has_predictor,
-            "aggregate": self.aggregate == "target" and not row.has_target,
-            "update": self.update in ("target", "both") and not row.has_target,
-            "mu": self.predictor != "dapu",
-            "tau": "ema" not in (self.update, self.predictor),
-            "divergence_from": not {"dapu", "ema"} & {self.update, self.predictor},
-            "ema_decay": not row.has_target,
-            "first_target": not row.has_target,
-            "classes_per_client": self.partition != "classes",
-            "alpha": self.partition != "dirichlet",
-            "clients_per_round": row.servers == "pooled",
-            "image_size": self.dataset in ("fashion", *CIFAR_CLASSES) or self.dataset.endswith(".npz"),
+        with_predictor = "a method that has a predictor" + " and one server" * row.has_predictor
+        with_target = "a method that has a target encoder"
+        goes_with = {  # of each option that changes nothing here, what it goes with
+            "predictor": (not row.has_predictor or self.no_predictor or row.servers != "one", with_predictor),
+            "no_predictor": (not row.has_predictor, with_predictor),
+            "no_stop_gradient": (not row.has_predictor, with_predictor),
+            "aggregate": (self.aggregate == "target" and not row.has_target, with_target),
+            "update": (self.update in ("target", "both") and not row.has_target, with_target),
+            "mu": (self.predictor != "dapu", "--predictor dapu"),
+            "tau": ("ema" not in (self.update, self.predictor), "--update ema or --predictor ema"),
+            "divergence_from": (not {"dapu", "ema"} & {self.update, self.predictor}, "--predictor dapu, or --update or --predictor ema"),
+            "ema_decay": (not row.has_target, with_target),
+            "first_target": (not row.has_target, with_target),
+            "classes_per_client": (self.partition != "classes", "--partition classes"),
+            "alpha": (self.partition != "dirichlet", "--partition dirichlet"),
+            "clients_per_round": (row.servers == "pooled", "a method with more than one client"),
+            "image_size": (self.dataset in ("fashion", *CIFAR_CLASSES) or self.dataset.endswith(".npz"), "a folder of images"),
         }
         for name in given:
-            if ineffective.get(name):
+            changes_nothing, where = goes_with.get(name, (False, ""))
+            if changes_nothing:
                 value = getattr(self, name)
                 got = flag(name) + ("" if value is True else f" {value}")
-                raise InputError(f"{got} changes nothing in --method {self.method} with its other options")
+                raise InputError(f"{got} changes nothing in --method {self.method} with its other options: it goes with {where}")
 
 
 OPTIONS = {f.name: f for f in fields(Options)}
@@ -329,8 +332,8 @@ def training_parser(description: str | None = None) -> Parser:
             else:
                 values = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"type": f.metadata["type"]}
                 section.add_argument(flag(f.name), help=f"{f.metadata['help']}  [{f.metadata['shown'] or f.default}]", **values)
-    section.add_argument("--out", type=Path, help="run folder  [runs/DATASET-METHOD-Kclients-sSEED]")
-    section.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    section.add_argument("--out", type=user_path, help="run folder  [runs/DATASET-METHOD-Kclients-sSEED]")
+    section.add_argument("--resume", type=user_path, metavar="RUN", help="continue the run in this folder")
     section.add_argument("--overwrite", action="store_true", help="replace the run in an existing folder")
     return parser
 
@@ -370,7 +373,7 @@ TASKS = {
     "knn": "--knn",
     "semi": "--semi",
     "export": "--export FILE.npz",
-    "weights": "--export FILE.safetensors",
+    "weights": "--export FOLDER, FILE.safetensors or FILE.onnx",
     "table": "--table",
     "plot": "--plot",
     "against": "--against",
@@ -393,7 +396,7 @@ def evaluation_parser(description: str | None = None) -> Parser:
     """The parser of eval.py, whose namespace holds only what was given."""
     parser = Parser(description)
     runs = parser.add_argument_group("runs")
-    runs.add_argument("runs", nargs="*", type=Path, metavar="RUN", default=[],
+    runs.add_argument("runs", nargs="*", type=user_path, metavar="RUN", default=[],
         help="run folders, or folders of them  [the newest run under runs/; for --table and --against all of them]")  # fmt: skip
     group = parser.add_argument_group("tasks", "What to do with the runs: one of these.")
     task = group.add_mutually_exclusive_group()
@@ -406,9 +409,9 @@ def evaluation_parser(description: str | None = None) -> Parser:
     task.add_argument("--plot", action="store_true", help="draw divergence, predictors, loss and kNN accuracy of every round")
     task.add_argument("--against", metavar="OPTION",
         help="draw linear accuracy against an option of fedu.py, as `mu`; `round`: kNN accuracy by round; `ablation`: bars")  # fmt: skip
-    task.add_argument("--export", type=Path, metavar="FILE",
-        help=".npz: representations and labels of all images, as train, test, y_train and y_test; .safetensors: the backbone's weights, "
-        "for `single` of each client k in a file NAME-k.safetensors")  # fmt: skip
+    task.add_argument("--export", type=user_path, metavar="PATH",
+        help="PATH.npz: representations and labels of all images, as train, test, y_train and y_test; PATH.safetensors or PATH.onnx: the "
+        "backbone; a folder: Hugging Face's layout with a model card; for `single` of each client k as PATH-k")  # fmt: skip
     how = parser.add_argument_group("settings", "How the task is done; an option that changes nothing in it is refused.")
     how.add_argument("--features", choices=("backbone", "projector", "pixels"),
         help="what represents an image; pixels: no encoder  [backbone]")  # fmt: skip
@@ -418,7 +421,7 @@ def evaluation_parser(description: str | None = None) -> Parser:
     how.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="of the head, the batches and the labelled subset  [0]")
     how.add_argument("--data-root", help="folder with CIFAR  [the run's]")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute  [auto]")
-    how.add_argument("--out", type=Path, help="the figure's file  [RUN/divergence.png; of several runs comparison.png; OPTION.png]")
+    how.add_argument("--out", type=user_path, help="the figure's file  [RUN/divergence.png; of several runs comparison.png; OPTION.png]")
     return parser
 
 
@@ -430,10 +433,12 @@ def parse_evaluation(argv: Sequence[str] | None = None, description: str | None 
     parser = evaluation_parser(description)
     given = vars(parser.parse_args(argv))
     task = next((name for name in TASKS if name in given), "linear")
-    if task == "export" and given["export"].suffix == ".safetensors":
+    if task == "export" and given["export"].suffix in ("", ".safetensors", ".onnx"):
         task = "weights"
     elif task == "export" and given["export"].suffix != ".npz":
-        parser.error(f"--export got {given['export']}, needs a name that ends in .npz or .safetensors")
+        parser.error(
+            f"--export got {given['export']}, needs a name that ends in .npz, .safetensors or .onnx, or a folder's without an ending"
+        )
     for name, (_, tasks) in TASK_OPTIONS.items():
         if name in given and task not in tasks:
             parser.error(f"{flag(name)} goes with {' or '.join(TASKS[t] for t in tasks)}, not with {TASKS[task]}")

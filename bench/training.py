@@ -61,7 +61,7 @@ from models import HEADS, Encoder, Online, build_backbone, feature_dim
 from options import Options
 from report import figures
 from runtime.bank import Bank
-from runtime.cli import Parser, number, user_errors
+from runtime.cli import Parser, number, user_errors, user_path
 from runtime.device import StepGraph, keep_memory
 from runtime.run import save_checkpoint
 
@@ -623,7 +623,7 @@ def parse_options() -> dict:
     parser.add_argument("--encoder", action="append", choices=RECIPES, help="for epoch, may be repeated  [all]")
     parser.add_argument("--repeats", type=number(int, 3), help="of each way  [5]")
     parser.add_argument("--peak-tflops", type=number(float, 0, open_low=True), help="of this device, for the MFU of epoch  [not shown]")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw growth and clients there  [not drawn]")
+    parser.add_argument("--figures", type=user_path, metavar="FOLDER", help="draw growth and clients there  [not drawn]")
     given = {"parts": [], "encoder": list(RECIPES), "repeats": 5, "peak_tflops": None, "figures": None} | vars(parser.parse_args())
     for part in given["parts"]:
         if part not in PARTS:

@@ -49,8 +49,8 @@ class FedU(FedAvg):
         """Send a round's messages; returns the answers of those that answer within the timeout.
 
         A message is delivered once. A node that is killed while it trains, and is back before Flower finds it missing, has lost its
-        message, and Flower does not report this. But a node handles its messages one after the other: if a node
-        answers a later question but not the message, it has lost the message, and the round does not wait for it.
+        message, and Flower does not report this. But a node handles its messages one after the other: if it answers a later question
+        and not the message, it has lost the message, and the round does not wait for it.
         """
         awaited = {key: message.metadata.dst_node_id for key, message in zip(grid.push_messages(messages), messages)}
         questions: dict[str, str] = {}  # the message that each question asks about

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from report.tables import mean
-from runtime.cli import InputError, os_errors
+from runtime.cli import InputError
 
 TABLE_HEADER = (
     f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}{'left':>11}  predictor taken (global, local, mixed, -)"
@@ -61,18 +61,20 @@ def tensorboard_log(folder: Path) -> Callable[[dict], None]:
     """A function that writes a row of metrics.jsonl to TensorBoard's files in `folder`, which the first row makes.
 
     It writes the mean loss, kNN accuracy in %, and for every client its loss, divergence and the share of its own predictor. If the folder
-    already has rounds from the first row's on, as of a run that this one replaces, TensorBoard hides them. Raises InputError if TensorBoard
-    is not installed.
+    already has rounds from the first row's on, as of a run that this one replaces, TensorBoard hides them. If it cannot be written, a
+    warning says so, and the rest is left out. Raises InputError if TensorBoard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("--log tensorboard needs the package tensorboard: `pip install -r requirements-optional.txt`") from None
-    writer = None
+    writer, failed = None, False
 
     def write(row: dict) -> None:
-        nonlocal writer
-        with os_errors(f"cannot write to {folder}"):
+        nonlocal writer, failed
+        if failed:
+            return
+        try:
             writer = writer or SummaryWriter(folder, purge_step=row["round"])
             values = {"loss/mean": mean(row["loss"])} if row["clients"] else {}
             for key in ("loss", "divergence", "own_share"):
@@ -82,15 +84,23 @@ def tensorboard_log(folder: Path) -> Callable[[dict], None]:
             for name, value in values.items():
                 writer.add_scalar(name, value, row["round"])
             writer.flush()
+        except OSError as error:  # it must not cost the run
+            failed = True
+            print(f"cannot write to {folder} ({error.strerror}): the run goes on without this log", file=sys.stderr)
 
     return write
+
+
+def bars_are_hidden() -> bool:
+    """Bars are shown on a terminal and in a notebook."""
+    return not (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 class Progress(tqdm):
     """A bar of a round's steps, on a terminal. announce: called once, after the first steps, with the estimated seconds of the round."""
 
     def __init__(self, title: str, steps: int, announce: Callable[[float], None] | None = None):
-        super().__init__(total=steps, desc=title, unit="step", leave=False, disable=not sys.stderr.isatty())
+        super().__init__(total=steps, desc=title, unit="step", leave=False, disable=bars_are_hidden())
         self.steps, self.done, self.announce = steps, 0, announce
 
     def update(self) -> None:

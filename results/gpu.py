@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from report.tables import mean, read_evaluations, read_options
 from results.pieces import split
-from runtime.cli import InputError, Parser, number, user_errors, write_atomic
+from runtime.cli import InputError, Parser, number, user_errors, user_path, write_atomic
 from runtime.run import interrupts_on_sigterm, read_metrics
 
 ROOT, WORK = Path(__file__).parent.parent, Path("runs/gpu")
@@ -49,7 +49,7 @@ def parse_options(argv: list[str]) -> dict:
     parser = Parser(__doc__.split("\n\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join((*CHECKS, *RUNS))}; options of fedu.py follow `--`  [all]")
     parser.add_argument("--minutes", type=number(float, 1), required=True, help="after which the command has ended")
-    parser.add_argument("--out", type=Path, required=True, help="folder for what is kept")
+    parser.add_argument("--out", type=user_path, required=True, help="folder for what is kept")
     given = {"parts": []} | vars(parser.parse_args(own))
     for part in given["parts"]:
         if part not in (*CHECKS, *RUNS):

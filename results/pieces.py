@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from runtime.cli import InputError, Parser, number, os_errors, user_errors, write_atomic
+from runtime.cli import InputError, Parser, number, os_errors, user_errors, user_path, write_atomic
 
 
 def split(path: Path, folder: Path, mib: int = 45) -> Path:
@@ -55,8 +55,8 @@ def join(listing: Path, path: Path) -> None:
 def main() -> None:
     parser = Parser(__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("split", "join"))
-    parser.add_argument("source", type=Path, help="the file to split; the .sha256 beside the pieces to join")
-    parser.add_argument("target", type=Path, help="the folder for the pieces; the joined file")
+    parser.add_argument("source", type=user_path, help="the file to split; the .sha256 beside the pieces to join")
+    parser.add_argument("target", type=user_path, help="the folder for the pieces; the joined file")
     parser.add_argument("--mib", type=number(int, 1), help="the most MiB of a piece  [45]")
     options = parser.parse_args()
     if options.what == "split":

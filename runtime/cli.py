@@ -6,17 +6,27 @@ Only the standard library is imported here, so that `--help` and a mistyped opti
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import os
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, TextIO
 
 RANK = int(os.environ.get("RANK", 0))  # this process's number among those that torchrun started
+
+
+for descriptor in range(3):  # a stream that the shell has closed (`2>&-`): the next file that is opened would get its number
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
 
 
 class InputError(Exception):
@@ -35,8 +45,21 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
-        say(f"{self.prog}: error: {message}")
+        say(f"{self.prog}: error: {message}{self.hint(message)}")
         sys.exit(2)
+
+    def hint(self, message: str) -> str:
+        """The option or the choice that was probably meant."""
+        from difflib import get_close_matches  # only here, since it takes a while to import
+
+        if unknown := re.search(r"unrecognized arguments:.*?(--[^\s=]+)", message):
+            word, known = unknown[1].replace("_", "-").lower(), list(self._option_string_actions)
+        elif unknown := re.match(r"argument (--[\w-]+): invalid choice: '(.*?)'", message):
+            word, known = unknown[2].lower(), [str(choice) for choice in self._option_string_actions[unknown[1]].choices]
+        else:
+            return ""
+        close = get_close_matches(word, known, 1)
+        return f"; did you mean {close[0]}?" if close else ""
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
@@ -54,6 +77,16 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
         return value
 
     return convert
+
+
+def user_path(text: str | Path) -> Path:
+    """A path that a user gives, with `~` for the home folder wherever it was typed; an argparse type."""
+    try:
+        if str(text):
+            return Path(text).expanduser()
+    except RuntimeError:  # ~somebody whom this machine does not know
+        pass
+    raise argparse.ArgumentTypeError(f"got {str(text)!r}, needs the path of a file or folder")
 
 
 @contextmanager
@@ -89,7 +122,7 @@ def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
 def user_errors(prog: str) -> Iterator[None]:
     """Turn an InputError, or an interrupt from the keyboard, into one line on stderr and an exit status of 2 or 130.
 
-    If the reader of the output has gone, as after `| head`, end silently with 141, as a shell's tools do.
+    If nothing can be printed any more, as after `| head`, end silently with 141, as a shell's tools do.
     """
     try:
         yield
@@ -101,9 +134,46 @@ def user_errors(prog: str) -> Iterator[None]:
         if RANK == 0:
             print(f"\n{prog}: interrupted" + (f"; {interrupt}" if interrupt.args else ""), file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter, on its way out, would complain
         sys.exit(141)
+
+
+class UnbreakableStream:
+    """A stream that may fail without harm: after an error, such as a full disk or a closed pipe, what is written to it is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.broken = stream, False
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action: Callable[..., object], *arguments: str) -> None:
+        try:
+            if not self.broken:
+                action(*arguments)
+        except (OSError, ValueError):  # ValueError: it is closed
+            self.broken = True
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def unbreakable_output() -> Iterator[None]:
+    """Let nothing that is printed inside this block end it."""
+    former = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(UnbreakableStream, former)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = former
 
 
 def say(error: str) -> None:

@@ -92,7 +92,7 @@ def interrupts_on_sigterm() -> Iterator[None]:
 def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> dict:
     """Begin a run in its folder; returns its config.
 
-    A folder that is not empty is refused unless `overwrite`, which removes a former run's files and no others.
+    A folder that holds a run is refused unless `overwrite`, which removes that run's files and no others.
     """
     config = {
         "options": options,
@@ -114,12 +114,14 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) ->
 def holds_run(out: Path, overwrite: bool) -> bool:
     """Whether the folder holds a run that is to be replaced. Raises InputError if it holds anything that must not be replaced."""
     with os_errors(f"--out {out} cannot be used"):
-        if not out.is_dir() or not any(out.iterdir()):
-            return False
-    if not overwrite:
-        raise InputError(f"{out} is not empty: choose another --out, or --resume {out}, or --overwrite it")
-    read_config(out)  # refuses a folder that is not a run's: nothing in it is ours to remove
-    return True
+        found = [name for name in RUN_FILES if out.is_dir() and (out / name).exists()]
+    if found and "config.json" not in found:  # not a run's folder, so nothing in it is ours to remove
+        raise InputError(f"{out} is not a run folder, since it has no config.json, but it holds {found[0]}: choose another --out")
+    if found and not overwrite:
+        raise InputError(f"{out} holds a run: choose another --out, or --resume {out}, or --overwrite it")
+    if found:
+        read_config(out)
+    return bool(found)
 
 
 def reopen_run(out: Path, parties: bool = False) -> dict:

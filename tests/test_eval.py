@@ -186,7 +186,7 @@ def test_exported_weights_are_those_of_torchvisions_resnet(images, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     save_encoders(Path("run"), "resnet18", 1, counters)
     evaluation.main(parse_evaluation(["--export", "backbone.safetensors", "run"]))
-    assert capsys.readouterr().out == "backbone.safetensors holds the backbone, 120 tensors\n"
+    assert capsys.readouterr().out == "backbone.safetensors holds the backbone of run\n"
     backbone = torchvision.models.resnet18()
     backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     backbone.maxpool = backbone.fc = nn.Identity()
@@ -217,12 +217,6 @@ def test_exported_weights_of_single_are_a_file_a_client(tmp_path, monkeypatch):
         assert torch.equal(saved["0.weight"], encoder.backbone[0].weight)
 
 
-def test_missing_safetensors_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(InputError, match="--export b.safetensors needs .* `pip install -r requirements-optional.txt`"):
-        evaluation.export_weights([Encoder("tiny", (8,))], Path("b.safetensors"))
-
-
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -238,8 +232,8 @@ def test_missing_safetensors_is_one_sentence(tmp_path, monkeypatch):
         (["--plot", "--out", "x.xyz"], ["--out got x.xyz", ".png"]),
         (["--seed", "18446744073709551616"], ["--seed", "at most"]),
         (["--knn", "--seed", "1"], ["--seed goes with --linear or --semi, not with --knn"]),
-        (["--export", "f.txt"], ["--export got f.txt", ".npz or .safetensors"]),
-        (["--export", "f.safetensors", "--features", "projector"], ["--features goes with", "not with --export FILE.safetensors"]),
+        (["--export", "f.txt"], ["--export got f.txt", ".npz, .safetensors or .onnx"]),
+        (["--export", "f.safetensors", "--features", "projector"], ["--features goes with", "not with --export FOLDER"]),
     ],
 )
 def test_bad_options_are_one_sentence(finished, command, options, words):
@@ -261,3 +255,24 @@ def test_no_run_and_damaged_runs_are_one_sentence(finished, command, tmp_path):
     assert refused(command("eval.py", "--plot", "run", cwd=tmp_path), "metrics.jsonl is not readable")
     (run / "config.json").write_text("{}")
     assert refused(command("eval.py", "run", cwd=tmp_path), "config.json is not readable")
+
+
+def test_parallel_evaluations_are_all_recorded(tmp_path):
+    """Ten processes at once: without the lock each would write what it had read, and its own line."""
+    (tmp_path / "config.json").write_text("{}")
+    script = "import sys, pathlib, eval; eval.record(pathlib.Path(sys.argv[1]), {'evaluation': sys.argv[2], 'dataset': 'x'}, [0.5])"
+    line = [sys.executable, "-c", script, str(tmp_path)]
+    processes = [subprocess.Popen([*line, str(k)], cwd=ROOT) for k in range(6)]
+    assert [process.wait(timeout=300) for process in processes] == [0] * 6
+    rows = [json.loads(row) for row in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert sorted(row["evaluation"] for row in rows) == [str(k) for k in range(6)]
+
+
+def test_an_accuracy_that_cannot_be_recorded_is_shown(tmp_path, monkeypatch, capsys):
+    def refuse(path, write):
+        raise InputError(f"cannot write {path}: Read-only file system")
+
+    monkeypatch.setattr(evaluation, "write_atomic", refuse)
+    line = evaluation.record(tmp_path, {"evaluation": "knn", "dataset": "x", "labels": 4}, [0.25, 0.75])
+    assert line.endswith("knn on x, 4 labels: 50.00%  (mean of 25.00, 75.00)")
+    assert capsys.readouterr().err == f"cannot write {tmp_path}/eval.jsonl: Read-only file system: the next line is recorded nowhere\n"

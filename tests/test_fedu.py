@@ -9,8 +9,7 @@ import fedu
 import ops
 from data import load_npz, seed_of
 from federation import Client, Start, assemble, build, divergence_segments
-from fedu import dapu, divergence, start_of
-from fedu import load as load_networks
+from fedu import dapu, divergence, load_networks, start_of
 from methods.byol import BYOL
 from models import Encoder, in_memory_order, load_encoders
 from options import METHODS, Options, parse

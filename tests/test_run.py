@@ -21,16 +21,17 @@ from runtime.run import holds_run, open_run
 
 def test_an_existing_folder_is_kept(tiny, command, finished, tmp_path):
     before = {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
-    assert refused(command("fedu.py", *tiny, "--out", "runs/run", cwd=finished), "runs/run is not empty", "--resume", "--overwrite")
-    assert refused(command("fedu.py", "--dataset", "absent.npz", "--out", "runs/run", cwd=finished), "runs/run is not empty")
+    assert refused(command("fedu.py", *tiny, "--out", "runs/run", cwd=finished), "runs/run holds a run", "--resume", "--overwrite")
+    assert refused(command("fedu.py", "--dataset", "absent.npz", "--out", "runs/run", cwd=finished), "runs/run holds a run")
     changed = command("fedu.py", "--resume", "runs/run", "--lr", "0.1", "--rounds", "9", cwd=finished)
     assert refused(changed, "--lr 0.1 (it was 0.05)", "--rounds 9 (it was 3)")
     bad = command("fedu.py", *tiny, "--clients", "99", "--out", "runs/run", "--overwrite", cwd=finished)
     assert refused(bad, "99 clients")
     assert before == {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
     (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "encoder.pt").write_text("somebody else's")
     assert refused(command("fedu.py", *tiny, "--out", tmp_path, "--overwrite", cwd=tmp_path), "no config.json")
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "thesis.txt").read_text() == "mine" and (tmp_path / "encoder.pt").read_text() == "somebody else's"
 
 
 def test_overwrite_replaces_a_run(tiny, command, tmp_path):
@@ -80,7 +81,7 @@ def test_interrupts_name_the_command_that_continues(tiny, tmp_path, number):
         for other, words in (
             ([*line, "--overwrite"], "run is in use by another run"),
             ([*line[:2], "--resume", "run"], "run is in use by another run"),
-            (line, "run is not empty"),
+            (line, "run holds a run"),
         ):
             assert refused(subprocess.run(other, cwd=tmp_path, env=env, capture_output=True, text=True), words)
         process.send_signal(number)

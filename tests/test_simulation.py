@@ -38,7 +38,7 @@ def test_a_notebook_trains_and_gets_the_run(npz, finished, tmp_path):
     done = fedu.train(options, tmp_path / "run")
     assert done.folder == tmp_path / "run" and [row["round"] for row in done.metrics] == [0, 1, 2]
     assert torch.equal(load(done.folder)["encoders"][0], load(finished / "runs/run")["encoders"][0])
-    assert done.encoder(torch.rand(2, 3, 16, 16)).shape == (2, done.encoder.head[-1])
+    assert done.encoder(torch.rand(2, 3, 16, 16)).shape == (2, 256)
 
 
 def test_the_time_of_a_run_is_estimated_once_from_its_first_steps(monkeypatch, capsys):

@@ -1,0 +1,138 @@
+"""What is typed: paths, words that are nearly right, and streams that are closed or full."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, load_metrics, refused
+
+import fedu
+from options import Options, evaluation_parser, parse, parse_evaluation
+from runtime.cli import InputError, unbreakable_output
+
+
+@pytest.mark.parametrize(
+    "read, typed, meant",
+    [
+        (parse, "--methd fedu", "--method"),
+        (parse, "--epochs 3", "--local-epochs"),
+        (parse, "--local_epochs 3", "--local-epochs"),
+        (parse, "--Rounds 3", "--rounds"),
+        (parse, "--method FedU", "fedu"),
+        (parse, "--method fedmoco", "fedmoco-v2"),
+        (parse, "--encoder ResNet18", "resnet18"),
+        (parse, "--partition Dirichlet", "dirichlet"),
+        (parse_evaluation, "--kn", "--knn"),
+        (parse_evaluation, "--head MLP", "mlp"),
+    ],
+)
+def test_the_right_word_is_named(read, typed, meant, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read(typed.split())
+    error = capsys.readouterr().err
+    assert error.endswith(f"; did you mean {meant}?\n") and error.count("\n") == 1
+
+
+def test_nothing_is_guessed_for_a_word_like_no_other(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--xyzzy"])
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, where",
+    [
+        ({"alpha": 1.0}, "--partition dirichlet"),
+        ({"partition": "iid", "classes_per_client": 2}, "--partition classes"),
+        ({"method": "fedbyol", "mu": 0.3}, "--predictor dapu"),
+        ({"tau": 0.5}, "--update ema or --predictor ema"),
+        ({"method": "fedsimclr", "ema_decay": 0.9}, "a method that has a target encoder"),
+        ({"method": "fedsimclr", "no_predictor": True}, "a method that has a predictor"),
+        ({"method": "single", "predictor": "local"}, "a method that has a predictor and one server"),
+        ({"method": "central", "clients_per_round": 2}, "a method with more than one client"),
+        ({"image_size": 64}, "a folder of images"),
+    ],
+)
+def test_a_refusal_says_with_what_the_option_goes(options, where):
+    with pytest.raises(InputError, match="changes nothing in .*: it goes with (.*)") as error:
+        Options(**options)
+    assert str(error.value).endswith(f"it goes with {where}")
+
+
+def test_a_tilde_is_the_home_folder_wherever_it_is_typed(monkeypatch, tmp_path, npz, tiny):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(["--out=~/x"]).out == tmp_path / "x" and parse(["--resume=~/x"]).resume == tmp_path / "x"
+    given = parse_evaluation(["--out=~/x.png", "--plot", "~/runs/a"])
+    assert (given.out, given.runs) == (tmp_path / "x.png", [tmp_path / "runs/a"])
+    assert parse_evaluation(["--export=~/b.npz"]).export == tmp_path / "b.npz"
+    (tmp_path / "t.npz").write_bytes(npz.read_bytes())
+    options = Options(**parse([*tiny, "--dataset", "~/t.npz", "--method", "untrained"]).given)
+    assert fedu.train(options, "~/runs/b").folder == tmp_path / "runs/b"
+    assert fedu.load("~/runs/b").features("~/t.npz").shape == (64, 256)
+    assert fedu.resume("~/runs/b").folder == tmp_path / "runs/b"
+
+
+def test_every_argument_that_is_a_path_knows_the_tilde():
+    """Options that are text (the data set, CIFAR's folder) are expanded where they are read; see the test above and test_data.py."""
+    from options import training_parser
+
+    for parser in (training_parser(), evaluation_parser()):
+        assert not [action.dest for action in parser._actions if action.type is Path]
+
+
+@pytest.mark.parametrize("typed", ["", "~nobody-of-this-name/x"])
+def test_what_is_no_path_is_one_sentence(typed, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--out", typed])
+    assert "--out: got " in capsys.readouterr().err
+
+
+def test_a_folder_with_nothing_of_a_run_may_be_used(tiny, tmp_path, command):
+    """As after `fedu.py --out d > d/log.txt`, whose log the shell makes before the run begins."""
+    run = tmp_path / "d"
+    run.mkdir()
+    (run / "log.txt").write_text("the log\n")
+    (run / "notes").mkdir()
+    for more in ([], ["--overwrite"]):
+        fedu.main(parse([*tiny, "--rounds", "1", "--out", str(run), *more]))
+        assert len(load_metrics(run)) == 1 and (run / "log.txt").read_text() == "the log\n"
+    with pytest.raises(InputError, match="d holds a run: choose another --out, or --resume .*d, or --overwrite it"):
+        fedu.main(parse([*tiny, "--out", str(run)]))
+    (run / "config.json").unlink()
+    with pytest.raises(InputError, match="it has no config.json, but it holds metrics.jsonl: choose another --out"):
+        fedu.main(parse([*tiny, "--out", str(run), "--overwrite"]))
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full", "| true"])
+def test_what_is_printed_never_costs_a_run(tiny, tmp_path, redirection):
+    options = " ".join([*tiny, "--rounds", "2", "--encoder", "tiny", "--out", "run"])
+    line = f"{sys.executable} {ROOT / 'fedu.py'} {options} {redirection}"
+    subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert (tmp_path / "run/encoder.pt").exists() and len(load_metrics(tmp_path / "run")) == 2
+    assert (tmp_path / "run/divergence.png").read_bytes().startswith(b"\x89PNG")  # and nothing was printed into a file of the run
+
+
+def test_output_that_breaks_is_dropped_inside_the_block_only(monkeypatch):
+    class Broken:
+        def write(self, text):
+            raise BrokenPipeError
+
+        flush = write
+
+    broken = Broken()
+    monkeypatch.setattr(sys, "stdout", broken)
+    with unbreakable_output():
+        print("dropped", flush=True)
+        print("dropped too")
+    assert sys.stdout is broken
+    with pytest.raises(BrokenPipeError):
+        print("not dropped")
+
+
+def test_three_mistakes_on_the_command_line(command, tmp_path):
+    """The whole chain, from the process to its exit status."""
+    assert refused(command("fedu.py", "--lr", "fast", cwd=tmp_path), "--lr: got 'fast', needs a number above 0")
+    assert refused(command("fedu.py", "--alpha", "1", cwd=tmp_path), "it goes with --partition dirichlet")
+    assert refused(command("eval.py", "none", cwd=tmp_path), "none is not a run folder")
+    assert not list(tmp_path.iterdir())
