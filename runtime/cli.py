@@ -32,6 +32,10 @@ sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.std
 class InputError(Exception):
     """A mistake that the user can mend; its text is one sentence that names the option or file, what it got and what it needs."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the sentence, without a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def first_line(error: BaseException) -> str:
     """What an error says, for use inside a sentence: its type and at most 100 characters of its first line."""

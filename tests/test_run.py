@@ -24,7 +24,7 @@ def test_an_existing_folder_is_kept(tiny, command, finished, tmp_path):
     assert refused(command("fedu.py", *tiny, "--out", "runs/run", cwd=finished), "runs/run holds a run", "--resume", "--overwrite")
     assert refused(command("fedu.py", "--dataset", "absent.npz", "--out", "runs/run", cwd=finished), "runs/run holds a run")
     changed = command("fedu.py", "--resume", "runs/run", "--lr", "0.1", "--rounds", "9", cwd=finished)
-    assert refused(changed, "--lr 0.1 (it was 0.05)", "--rounds 9 (it was 3)")
+    assert refused(changed, "--lr 0.1 (it was 0.05)", "--rounds 9 (it was 3)", "cosine")
     bad = command("fedu.py", *tiny, "--clients", "99", "--out", "runs/run", "--overwrite", cwd=finished)
     assert refused(bad, "99 clients")
     assert before == {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
