@@ -14,7 +14,7 @@ A run of `single` has one encoder for each client: all are evaluated, and the me
 from __future__ import annotations
 
 from options import EVALUATION_EPOCHS, parse_evaluation
-from runtime.cli import InputError, locked, user_errors, write_atomic
+from runtime.cli import InputError, command_line, locked, user_errors, write_atomic
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and mistakes are answered at once
     OPTIONS = parse_evaluation(description=__doc__.split("\n\n")[0])
@@ -41,6 +41,7 @@ from report.tables import read_options, table
 from runtime.device import choose_device
 
 
+@command_line()
 def main(options: argparse.Namespace) -> None:
     """Do a task with the named runs. options: of `options.parse_evaluation`."""
     all_by_default = options.task in ("table", "against")

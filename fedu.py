@@ -46,7 +46,7 @@ from report.runs import Run, load  # noqa: F401  # load is for notebooks
 from report.tables import mean
 from runtime import ranks
 from runtime.bank import Bank
-from runtime.cli import RANK, InputError, unbreakable_output, user_errors, user_path
+from runtime.cli import RANK, InputError, command_line, unbreakable_output, user_errors, user_path
 from runtime.device import choose_device, describe_device, keep_memory
 from runtime.recorder import Recorder
 from runtime.run import holds_run, open_run, read_config, reopen_run, resumable, run_folder
@@ -378,6 +378,7 @@ def finish(options: Options, federation: Federation, record: Recorder) -> Run:
     return Run(out, metrics)
 
 
+@command_line()
 def main(command: Command) -> Run:
     """Run the parsed command."""
     if command.resume:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.cli import InputError, Parser, number, user_path
+from runtime.cli import InputError, Parser, command_line, number, user_path
 
 # ------------------------------------------------------------------------------------------------ methods and recipes
 
@@ -304,6 +304,7 @@ class Command(NamedTuple):
     overwrite: bool
 
 
+@command_line()
 def parse(argv: Sequence[str] | None = None, description: str | None = None) -> Command:
     """Read the command line of fedu.py. A mistake ends the process with one sentence and exit status 2."""
     parser = training_parser(description)

@@ -23,7 +23,7 @@ from data import load_unlabelled
 from federation import Client, Federation, Turn, assemble
 from options import Options
 from runtime.bank import Bank
-from runtime.cli import InputError, first_line, locked, os_errors
+from runtime.cli import InputError, command_line, first_line, locked, os_errors
 from runtime.device import choose_device, keep_memory
 from runtime.run import load_checkpoint, save_checkpoint
 from training import train_client
@@ -35,6 +35,7 @@ class ReportedError(InputError):
     """An error whose text is sent to the server; `__cause__`, if set, is the version with file names, printed only here."""
 
 
+@command_line()
 def answer(message: Message, context: Context, call_next) -> Message:
     """Print here what is wrong. The server goes on without this client; of the error it gets the text of a `ReportedError` only."""
     try:

@@ -27,7 +27,7 @@ from data import load_images
 from federation import Client, assemble
 from options import Command, Options, flag, parse
 from runtime.bank import Bank
-from runtime.cli import InputError, number
+from runtime.cli import InputError, command_line, number
 from runtime.device import choose_device
 from runtime.recorder import Recorder
 from runtime.run import holds_run, open_run, reopen_run, run_folder, write_config
@@ -49,6 +49,7 @@ logging.getLogger("flwr").addFilter(one_sentence)
 
 
 @app.main()
+@command_line()
 def main(grid: Grid, context: Context) -> None:
     """All rounds of a run, from the first one or from its checkpoint. Raises InputError for options that cannot be used here."""
     command = read_command(str(context.run_config["options"]))

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TextIO
 
@@ -29,12 +30,42 @@ for descriptor in range(3):  # a stream that the shell has closed (`2>&-`): the 
 sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
 
 
+on_command_line: ContextVar[bool] = ContextVar("on_command_line", default=False)
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Let errors name options as they are typed, `--local-epochs`, and not as arguments of Python, `local_epochs`."""
+    token = on_command_line.set(True)
+    try:
+        yield
+    finally:
+        on_command_line.reset(token)
+
+
 class InputError(Exception):
-    """A mistake that the user can mend; its text is one sentence that names the option or file, what it got and what it needs."""
+    """A mistake that the user can mend: one sentence that names the option or file, what it got and what it needs.
+
+    sentence: with options as they are typed. Outside of `command_line` they become Python's arguments.
+    """
+
+    def __init__(self, sentence: str):
+        super().__init__(sentence if on_command_line.get() else in_python(sentence))
 
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows: the sentence, without a traceback."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def in_python(sentence: str) -> str:
+    """A sentence about typed options in words of Python. What stands in backticks is a shell's, and stays."""
+    pieces = sentence.split("`")
+    for k in range(0, len(pieces), 2):
+        text = re.sub(r"--resume ([^\s,:]+)", r"fedu.resume('\1')", pieces[k])
+        text = re.sub(r"--overwrite( it)?\b", "overwrite=True", text)
+        text = re.sub(r"--set\b", "settings", text)
+        pieces[k] = re.sub(r"--([a-z][a-z-]*[a-z])", lambda flag: flag[1].replace("-", "_"), text)
+    return "`".join(pieces)
 
 
 def first_line(error: BaseException) -> str:
@@ -129,7 +160,8 @@ def user_errors(prog: str) -> Iterator[None]:
     If nothing can be printed any more, as after `| head`, end silently with 141, as a shell's tools do.
     """
     try:
-        yield
+        with command_line():
+            yield
         sys.stdout.flush()
     except InputError as error:
         say(f"{prog}: error: {error}")

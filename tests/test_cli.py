@@ -136,3 +136,28 @@ def test_three_mistakes_on_the_command_line(command, tmp_path):
     assert refused(command("fedu.py", "--alpha", "1", cwd=tmp_path), "it goes with --partition dirichlet")
     assert refused(command("eval.py", "none", cwd=tmp_path), "none is not a run folder")
     assert not list(tmp_path.iterdir())
+
+
+def test_in_python_an_error_names_the_argument():
+    with pytest.raises(InputError, match="^local_epochs got '0', needs a whole number of at least 1$"):
+        Options(local_epochs=0)
+    with pytest.raises(InputError, match="^settings got 'queue'; method fedu has the settings jitter$"):
+        Options(settings={"queue": 3})
+
+
+def test_running_a_cell_twice_says_what_to_write(tiny, tmp_path):
+    options = Options(**parse([*tiny, "--method", "untrained"]).given)
+    fedu.train(options, tmp_path / "run")
+    with pytest.raises(InputError) as error:
+        fedu.train(options, tmp_path / "run")
+    run = tmp_path / "run"
+    assert str(error.value) == f"{run} holds a run: choose another out, or fedu.resume('{run}'), or overwrite=True"
+    assert error.value._render_traceback_() == [f"InputError: {error.value}"]
+    with pytest.raises(InputError, match=r"fedu.resume\('.*'\) got other options than the run has: lr 0.3 \(it was 0.05\)"):
+        fedu.resume(run, lr=0.3)
+
+
+def test_what_is_typed_in_a_shell_stays_as_it_is():
+    assert (
+        str(InputError("run it by `python fedu.py --resume x`, or --set a=1")) == "run it by `python fedu.py --resume x`, or settings a=1"
+    )
