@@ -1,9 +1,12 @@
-"""fused_cuda.cu without a GPU: what nvcc makes of it, and its kernels executed on the CPU (cuda_on_cpu/) and shown able to fail."""
+"""fused_cuda.cu without a GPU: what nvcc makes of it, and its kernels executed on the CPU (cuda_on_cpu/) and shown able to fail.
 
+`FEDU_FAULTS=1 python -m pytest -v tests/test_cuda.py` plants every fault of FAULTS, which takes some minutes; otherwise two are planted.
+"""
+
+import os
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,73 +17,38 @@ OPS = Path(build.__file__).parent
 HERE = Path(__file__).parent / "cuda_on_cpu"
 COMPILE = ["g++", "-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 COMPILE += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}"]  # that folder has the stand-in for cuda_runtime.h
-ARCHITECTURES = ["80", "90", "100"]
-BULK_KERNELS = {  # the float kernels that take packs: 128-bit loads and stores of each
-    "weighted_mean_kernelIfLb1E": ("LDG", "STG"),
-    "aggregate_kernelIfLb1ELb1E": ("LDG", "STG"),
-    "aggregate_kernelIfLb1ELb0E": ("LDG", "STG"),
-    "layer_norms_kernelIfLb1E": ("LDG",),
-    "10ema_kernelIfE": ("LDG", "STG"),
-    "sgd_ema_kernelIfE": ("LDG", "STG"),
-}
 
 
 # ---- What nvcc makes of it ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def compiled(request, tmp_path_factory):
-    """The compiler's report and the disassembly, by kernel, for one architecture."""
+def nvcc(*options: str) -> str:
+    """Compile fused_cuda.cu with the flags of the build; returns what the compiler reports."""
     home = build.find_toolkit()
     if home is None:
         pytest.skip("no CUDA toolkit")
-    cubin = tmp_path_factory.mktemp("cubin") / "fused.cubin"
-    architecture = f"-gencode=arch=compute_{request.param},code=sm_{request.param}"
-    command = [f"{home}/bin/nvcc", *build.CUDA_FLAGS, "-Werror=all-warnings", architecture, "-Xptxas=-v", "-cubin"]
-    run = subprocess.run([*command, "-o", str(cubin), str(OPS / "fused_cuda.cu")], capture_output=True, text=True)
+    command = [f"{home}/bin/nvcc", *build.CUDA_FLAGS, "-Werror=all-warnings", *options, str(OPS / "fused_cuda.cu")]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return run.stderr, disassemble(home, cubin)
+    return run.stderr
 
 
-def disassemble(home: str, cubin: Path) -> dict[str, str] | None:
-    """The instructions of each kernel; None without a disassembler (the toolkit's, or the one in triton's package)."""
-    try:
-        import triton
-
-        beside = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    except ImportError:
-        beside = Path()
-    tool = next((t for t in (Path(home, "bin/nvdisasm"), beside) if t.is_file()), None)
-    if tool is None:
-        return None
-    text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
-    sections = re.split(r"^\s*\.section\s+\.text\.(\S+?),.*$", text, flags=re.MULTILINE)
-    return dict(zip(sections[1::2], sections[2::2], strict=True))
-
-
-def test_no_spills_and_no_local_memory(compiled):
-    report, kernels = compiled
+def test_no_spills_and_no_local_memory(tmp_path):
+    architectures = "-gencode=arch=compute_80,code=[sm_80,sm_90,sm_100]"
+    report = nvcc(architectures, "-Xptxas=-v", "-fatbin", "-o", str(tmp_path / "fused.fatbin"))
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(frames) >= 15 and all(frame == ("0", "0", "0") for frame in frames), report
-    for name, code in (kernels or {}).items():
-        assert not re.search(r"\b(LDL|STL)\b", code), name
+    assert len(frames) >= 3 * 15 and all(frame == ("0", "0", "0") for frame in frames), report
 
 
-def test_bulk_loops_move_16_bytes_at_once(compiled):
-    kernels = compiled[1]
-    if kernels is None:
-        pytest.skip("no nvdisasm")
-    for part, instructions in BULK_KERNELS.items():
-        (code,) = (code for name, code in kernels.items() if part in name)
-        for instruction in instructions:
-            assert re.search(rf"\b{instruction}\.E\.\S*128\b", code), (part, instruction)
-
-
-def test_no_atomics_no_fast_math_and_rounding_as_written(compiled):
-    for name, code in (compiled[1] or {}).items():
-        assert not re.search(r"\b(ATOM|ATOMG|RED)\b|\bF(MUL|FMA)\S*\.FTZ", code), name
-        asked_for = "augment" in name or "sgd_ema" in name  # there, in IEEE division, and as fma in the source
-        assert asked_for or not re.search(r"\bFFMA\b", code), name
+def test_sums_and_products_are_rounded_as_written(tmp_path):
+    """An average's products and sums are not contracted, so that a GPU's bits are those of the CPU; sums of squares are, in double."""
+    nvcc("-arch=compute_80", "-ptx", "-o", str(tmp_path / "fused.ptx"))
+    entries = re.split(r"\.entry (\S+?)\(", (tmp_path / "fused.ptx").read_text())
+    averages = {name: code for name, code in zip(entries[1::2], entries[2::2]) if re.search(r"weighted_mean|aggregate|ema_kernel", name)}
+    for name, code in averages.items():
+        if "sgd_ema" not in name:  # whose source asks for fma
+            assert not re.search(r"\bfma\S*f32" if "aggregate" in name else r"\bfma\.", code), name
+    assert len(averages) >= 10
 
 
 # ---- Executed on the CPU ------------------------------------------------------------------------------------------------------
@@ -126,7 +94,7 @@ def test_kernels_against_float64_under_sanitizers(check):
 
 
 # Faults planted one at a time, each to be caught by a difference, a reported fault or a sanitizer: what, text, replacement.
-MUTATIONS = [
+FAULTS = [
     ("nothing, which must pass", "", ""),
     ("no barrier before the warps' sums are read", "  __syncthreads();\n  if (static_cast", "  if (static_cast"),
     ("no barrier before they are overwritten", "  __syncthreads();  // before the next call", "  // before the next call"),
@@ -172,22 +140,18 @@ MUTATIONS = [
     ("only a block's worth of pixels", "Pixel p = jitter({r[i]", "if (i >= kThreads) break;\n      Pixel p = jitter({r[i]"),
     ("only the grid's worth of views", "n < num_views; n += gridDim.x", "n < gridDim.x; n += gridDim.x"),
 ]  # fmt: skip
+ALL = bool(os.environ.get("FEDU_FAULTS"))
+IN_SHORT = ("drift and spread exchanged", "pack over the end of a segment")  # one that a number shows, one that a sanitizer shows
+PLANTED = [pytest.param(*fault, id=fault[0]) for fault in FAULTS if ALL or fault[0] in IN_SHORT]
 
 
 @pytest.mark.slow
-def test_each_planted_fault_is_caught(check, tmp_path):
+@pytest.mark.parametrize(("what", "text", "replacement"), PLANTED)
+def test_each_planted_fault_is_caught(check, tmp_path, what, text, replacement):
     source = (OPS / "fused_cuda.cu").read_text()
-
-    def survives(number: int) -> bool:
-        what, text, replacement = MUTATIONS[number]
-        assert text in source, f"nothing to mutate for: {what}"
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        copy_headers(folder)
-        (folder / "fused_cuda.cu").write_text(source.replace(text, replacement))
-        made = compiled_for_the_cpu(folder / "fused_cuda.cu", folder, "-Wno-error")
-        return link_and_run(made, check, arguments=("far" if "32-bit" in what else "quick",)).returncode == 0
-
-    with ThreadPoolExecutor(2) as pool:
-        survivors = list(pool.map(survives, range(len(MUTATIONS))))
-    assert [what for (what, *_), survived in zip(MUTATIONS, survivors, strict=True) if survived] == ["nothing, which must pass"]
+    assert text in source, f"nothing to replace for: {what}"
+    copy_headers(tmp_path)
+    (tmp_path / "fused_cuda.cu").write_text(source.replace(text, replacement))
+    made = compiled_for_the_cpu(tmp_path / "fused_cuda.cu", tmp_path, "-Wno-error")
+    passes = link_and_run(made, check, arguments=("far" if "32-bit" in what else "quick",)).returncode == 0
+    assert passes == (not text)

@@ -2,7 +2,7 @@
 // Exits with 1 and one line at the first difference; with AddressSanitizer and UBSan in both, it also stops at a read or write outside
 // a buffer or at a misaligned pack.
 //
-//   check [quick | far]    quick: fewer combinations, enough to catch the mutations in test_cuda.py; far: layers beyond 2^31 only
+//   check [quick | far]    quick: fewer combinations, enough to catch the faults that test_cuda.py plants; far: layers beyond 2^31 only
 
 #include "augment.h"
 #include "cuda_runtime.h"
