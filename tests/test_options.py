@@ -1,37 +1,162 @@
+"""The command lines: the paper's recipe and each method's row in literal numbers, each range at its ends, and each refusal both ways."""
+
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import ROOT, refused
+from conftest import CPU, ROOT, refused
 
 import training
-from options import METHODS, PAPER, Options, parse
-from report.reference import documentation
+from federation import build_networks
+from options import HOST_OPTIONS, METHODS, Options, evaluation_parser, parse, parse_evaluation, training_parser
+from report.reference import as_markdown, documentation
 from runtime.cli import InputError
 
 
-def test_the_options_page_is_what_the_options_say():
-    """`python -m report.reference > docs/options.md` makes it again."""
-    assert (ROOT / "docs/options.md").read_text() == documentation() + "\n"
+def options_of(line: str) -> Options:
+    """The options of a command line of fedu.py."""
+    return Options(**parse(line.split()).given)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_methods_options_can_be_stored_and_read_again(method):
-    options = Options(method=method, dataset="cifar100")
-    assert Options(**asdict(options)) == options and {k: getattr(options, k) for k in PAPER} == PAPER
-    row = METHODS[method]
-    assert (options.aggregate, options.update, options.predictor) == (row.aggregate, row.update, row.predictor)
+# ------------------------------------------------------------------------------------------------------------- defaults
+
+PAPER = {
+    "method": "fedu", "clients": 5, "clients_per_round": None, "dropout": 0, "partition": "classes", "classes_per_client": None,
+    "encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "ema_decay": 0.99, "precision": "fp32",
+    "aggregate": "online", "update": "online", "predictor": "dapu", "mu": 0.4, "divergence": "layer-mean", "divergence_from": "received",
+    "first_target": "copy", "no_predictor": False, "no_stop_gradient": False, "compile": False, "tau": 0.7, "alpha": 0.5,
+    "seed": 0, "knn_every": 10, "on_nonfinite": "skip", "device": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
+    "settings": {"jitter": 1},
+}  # fmt: skip
+FASHION = {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}
+# aggregate, update, predictor; the servers; what a client minimises, and its numbers
+ROWS = {
+    "fedu": ("online", "online", "dapu", "one", "BYOL", {"jitter": 1}),
+    "fedbyol": ("online", "online", "global", "one", "BYOL", {"jitter": 1}),
+    "fedema": ("online", "ema", "ema", "one", "BYOL", {"jitter": 1}),
+    "fedsimsiam": ("online", "online", "global", "one", "SimSiam", {"jitter": 1}),
+    "fedsimclr": ("online", "online", "global", "one", "SimCLR", {"jitter": 1, "temperature": 0.07}),
+    "fedmoco-v1": ("online", "online", "global", "one", "MoCo", {"jitter": 0.5, "temperature": 0.07, "queue": 4096}),
+    "fedmoco-v2": ("online", "online", "global", "one", "MoCo", {"jitter": 1, "temperature": 0.2, "queue": 4096}),
+    "fedca": ("online", "online", "global", "one", "FedCA", {"jitter": 1, "temperature": 0.07, "dictionary": 4096}),
+    "fedavg-supervised": ("online", "online", "global", "one", "Supervised", {"jitter": 1}),
+    "single": ("online", "online", "global", "each", "BYOL", {"jitter": 1}),
+    "central": ("online", "online", "global", "pooled", "BYOL", {"jitter": 1}),
+    "untrained": ("online", "online", "global", "one", "BYOL", {"jitter": 1}),
+}
+
+
+def test_without_options_a_run_is_fedu_by_the_papers_recipe():
+    for dataset in ("cifar10", "cifar100", "x.npz", "folder"):
+        assert asdict(options_of(f"--dataset {dataset}")) == {**PAPER, "dataset": dataset}
+    assert (training.MOMENTUM, training.WEIGHT_DECAY) == (0.9, 5e-4)
+
+
+def test_the_embedded_images_have_a_recipe_of_their_own():
+    assert asdict(options_of("")) == {**PAPER, **FASHION, "dataset": "fashion"}
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_each_methods_row(method):
+    aggregate, update, predictor, servers, objective, settings = ROWS[method]
+    row = {"method": method, "encoder": "tiny", "aggregate": aggregate, "update": update, "predictor": predictor, "settings": settings}
+    options = options_of(f"--dataset cifar10 --method {method} --encoder tiny")
+    assert asdict(options) == PAPER | {"dataset": "cifar10"} | row
+    assert Options(**asdict(options)) == options  # as it is stored and read again
+    assert METHODS[method].servers == servers and METHODS[method].trains == (method != "untrained")
+    networks = build_networks(options, torch.arange(10), CPU)
+    assert type(networks).__name__ == objective and getattr(networks, "temperature", None) == settings.get("temperature")
+    assert len(getattr(networks, "queue", ())) == settings.get("queue", 0)
+
+
+def test_there_is_no_other_method_and_only_fedca_has_public_images():
+    assert list(METHODS) == list(ROWS)
+    assert {name: row.public for name, row in METHODS.items() if row.public} == {"fedca": 0.02}
+
+
+@pytest.mark.parametrize(
+    "line, differs",
+    [
+        ("--lr 0.5", {**FASHION, "dataset": "fashion", "lr": 0.5}),
+        ("--rounds 100 --encoder resnet18", {**FASHION, "dataset": "fashion", "rounds": 100, "encoder": "resnet18"}),
+        ("--dataset cifar10 --batch-size 32 --knn-every 0", {"batch_size": 32, "knn_every": 0}),
+        ("--dataset cifar10 --mu inf", {"mu": float("inf")}),
+        ("--dataset cifar10 --predictor global", {"predictor": "global"}),
+        ("--dataset cifar10 --no-predictor", {"no_predictor": True, "predictor": "global"}),
+        ("--dataset cifar10 --method fedema --update online", {"method": "fedema", "predictor": "ema"}),
+        ("--dataset cifar10 --method fedema --predictor dapu --mu 2", {"method": "fedema", "update": "ema", "mu": 2}),
+        ("--dataset cifar10 --method fedbyol --aggregate target --update both --predictor local",
+         {"method": "fedbyol", "aggregate": "target", "update": "both", "predictor": "local"}),
+        ("--dataset cifar10 --divergence squared --mu 7 --clients 3 --clients-per-round 3",
+         {"divergence": "squared", "mu": 7, "clients": 3, "clients_per_round": 3}),
+    ],
+)  # fmt: skip
+def test_what_is_given_wins_over_recipe_and_row(line, differs):
+    assert asdict(options_of(line)) == {**PAPER, "dataset": "cifar10", **differs}
+
+
+def test_only_where_a_run_computes_may_change_when_it_is_resumed():
+    assert set(HOST_OPTIONS) == {"data_root", "device", "log"}
+
+
+# --------------------------------------------------------------------------------------------------------------- ranges
+
+PROBABILITIES = ("-0.1 1.1 nan many", "0 1 0.3")
+# option: texts that are refused and texts that are taken, and the options beside which it changes something
+RANGES = {
+    "--clients": ("0 -1 2.5 many", "1 100", ""),
+    "--clients-per-round": ("0 6", "1 5", ""),
+    "--classes-per-client": ("0 0.5", "1 9", ""),
+    "--rounds": ("0 1.5", "1 1000", ""),
+    "--local-epochs": ("0", "1", ""),
+    "--batch-size": ("1 0", "2", ""),
+    "--image-size": ("7", "8", "--dataset folder"),
+    "--knn-every": ("-1", "0 1", ""),
+    "--seed": ("-1 9223372036854775808", "0 9223372036854775807", ""),
+    "--lr": ("0 -1 nan", "1e-9 100", ""),
+    "--mu": ("-0.1 nan", "0 inf", ""),
+    "--alpha": ("0 0.0009 1000001 inf", "0.001 1000000", "--partition dirichlet"),
+    "--dropout": (*PROBABILITIES, ""),
+    "--ema-decay": (*PROBABILITIES, ""),
+    "--tau": (*PROBABILITIES, "--method fedema"),
+    "--method": ("fedsgd FedU", " ".join(ROWS), ""),
+    "--partition": ("none", "classes iid dirichlet", ""),
+    "--aggregate": ("both ema", "online target", ""),
+    "--update": ("local", "online target both ema", ""),
+    "--predictor": ("online", "global local dapu ema", ""),
+    "--divergence": ("l2", "layer-mean squared", "--mu 1"),
+    "--divergence-from": ("sent", "received global", ""),
+    "--first-target": ("own", "copy shared", ""),
+    "--on-nonfinite": ("warn", "skip error", ""),
+    "--encoder": ("vgg", "tiny small resnet18-narrow resnet18 resnet50", ""),
+    "--precision": ("fp16", "fp32 bf16", ""),
+    "--device": ("tpu", "auto cpu cuda", ""),
+    "--log": ("wandb", "none tensorboard", ""),
+}
+
+
+@pytest.mark.parametrize("option", RANGES)
+def test_values_inside_a_range_are_taken_and_outside_refused(refuses, option):
+    outside, inside, beside = RANGES[option]
+    name = option[2:].replace("-", "_")
+    for text in inside.split():
+        value = getattr(options_of(f"{beside} {option} {text}"), name)
+        assert value == type(value)(text)
+    for text in outside.split():
+        assert refuses(lambda text=text: parse(f"{beside} {option} {text}".split()), option, text)
+        with pytest.raises(InputError, match=option):
+            Options(**{**parse(beside.split()).given, name: text})
 
 
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"clients": 2.5}, "--clients got '2.5', needs a whole number of at least 1"),
-        ({"method": "fedsgd"}, "--method got 'fedsgd', needs one of fedu"),
-        ({"no_predictor": "yes"}, "--no-predictor got 'yes', needs one of True, False"),
+        ({"clients": 2.5}, "--clients got '2.5'.*whole number of at least 1"),
+        ({"method": "fedsgd"}, "--method got 'fedsgd'.*fedu, fedbyol"),
+        ({"no_predictor": "yes"}, "--no-predictor got 'yes'"),
         ({"mu": 0.5, "method": "fedbyol"}, "--mu 0.5 changes nothing in --method fedbyol"),
-        ({"divergence": "squared"}, "--divergence squared needs a --mu"),
-        ({"clients_per_round": 9}, "--clients-per-round got 9, there are 5 clients"),
+        ({"divergence": "squared"}, "--divergence squared .*--mu"),
+        ({"clients_per_round": 9}, "--clients-per-round got 9.* 5 clients"),
     ],
 )
 def test_options_from_a_notebook_are_checked_like_those_of_a_command(given, words):
@@ -39,100 +164,185 @@ def test_options_from_a_notebook_are_checked_like_those_of_a_command(given, word
         Options(**given)
 
 
-def test_a_given_option_that_changes_nothing_is_refused_even_with_its_usual_value(capsys):
-    with pytest.raises(SystemExit):
-        parse(["--method", "fedbyol", "--mu", "0.4"])
-    assert "--mu 0.4 changes nothing in --method fedbyol" in capsys.readouterr().err
-    assert replace(Options(method="fedbyol"), seed=3).mu == 0.4
-
-
-def test_paper_recipe():
-    for dataset in ("cifar10", "cifar100"):
-        options = asdict(Options(dataset=dataset))
-        paper = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "ema_decay": 0.99, "mu": 0.4}
-        paper |= {"clients": 5, "clients_per_round": None, "partition": "classes", "divergence": "layer-mean", "method": "fedu"}
-        assert {k: options[k] for k in paper} == paper
-    assert (training.MOMENTUM, training.WEIGHT_DECAY) == (0.9, 5e-4)
+def test_settings_belong_to_a_method():
+    line = "--method fedmoco-v2 --set queue=64 --set temperature=0.1 --set queue=128"
+    assert options_of(line).settings == {"jitter": 1, "temperature": 0.1, "queue": 128}
+    assert options_of("--set jitter=0.25").settings == {"jitter": 0.25}
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "line, words",
     [
-        (["--dataset", "mnist"], ["--dataset", "'mnist'"]),
-        (["--dataset", "none.npz"], ["none.npz does not exist"]),
-        (["--clients", "65"], ["65 clients", "--clients"]),
-        (["--method", "single", "--predictor", "dapu"], ["--predictor dapu changes nothing"]),
-        (["--clients", "0"], ["--clients", "'0'", "at least 1"]),
-        (["--clients", "many"], ["--clients", "'many'"]),
-        (["--clients-per-round", "3"], ["--clients-per-round got 3", "2 clients"]),
-        (["--classes-per-client", "5"], ["--classes-per-client got 5", "4 classes"]),
-        (["--batch-size", "33"], ["--batch-size"]),
-        (["--batch-size", "1"], ["--batch-size", "at least 2"]),
-        (["--lr", "-1"], ["--lr", "above 0"]),
-        (["--lr", "nan"], ["--lr", "'nan'"]),
-        (["--lr", "1e30"], ["round 0: no upload is finite", "--lr"]),
-        (["--dropout", "1.5"], ["--dropout", "at most 1"]),
-        (["--ema-decay", "1.5"], ["--ema-decay", "at most 1"]),
-        (["--rounds", "1.5"], ["--rounds", "whole number"]),
-        (["--partition", "dirichlet", "--alpha", "0"], ["--alpha", "at least 0.001"]),
-        (["--partition", "dirichlet", "--alpha", "inf"], ["--alpha", "at most 1e+06"]),
-        (["--seed", "18446744073709551616"], ["--seed", "at most"]),
-        (["--method", "fedca", "--batch-size", "64"], ["2 clients want 64 images each, there are 0"]),
-        (["--divergence", "squared"], ["--divergence squared needs a --mu"]),
-        (["--method", "fedsimclr", "--predictor", "local"], ["--predictor local changes nothing in --method fedsimclr"]),
-        (["--method", "fedsimsiam", "--update", "both"], ["--update both changes nothing"]),
-        (["--method", "fedmoco-v1", "--no-predictor"], ["--no-predictor changes nothing"]),
-        (["--method", "fedbyol", "--mu", "1"], ["--mu 1.0 changes nothing"]),
-        (["--tau", "0.5"], ["--tau 0.5 changes nothing in --method fedu"]),
-        (["--no-predictor", "--mu", "1"], ["--mu 1.0 changes nothing"]),
-        (["--no-predictor", "--predictor", "local"], ["--predictor local changes nothing"]),
-        (["--alpha", "0.1"], ["--alpha 0.1 changes nothing"]),
-        (["--partition", "iid", "--classes-per-client", "2"], ["--classes-per-client 2 changes nothing"]),
-        (["--method", "fedsimclr", "--ema-decay", "1"], ["--ema-decay 1.0 changes nothing"]),
-        (["--method", "fedbyol", "--divergence-from", "global"], ["--divergence-from global changes nothing"]),
-        (["--method", "central", "--clients-per-round", "1"], ["--clients-per-round 1 changes nothing"]),
-        (["--image-size", "64"], ["--image-size 64 changes nothing"]),
-        (["--method", "fedsgd"], ["--method", "fedsgd"]),
-        (["--resume", "runs/none"], ["runs/none", "no config.json"]),
-        (["--resume", "x", "--out", "y"], ["--resume", "--out"]),
-        (["--out", "/proc/fedu"], ["--out /proc/fedu"]),
-        (["--bogus"], ["--bogus"]),
+        ("--set queue=8", ["--set got 'queue'", "fedu", "jitter"]),
+        ("--method fedmoco-v1 --set queue=0.5", ["--set queue got '0.5'", "whole number of at least 1"]),
+        ("--method fedca --set dictionary=0", ["--set dictionary got '0'", "at least 1"]),
+        ("--method fedsimclr --set temperature=0", ["--set temperature got '0'", "above 0"]),
+        ("--set jitter=1.3", ["--set jitter got '1.3'", "at least 0 and at most 1.25"]),
+        ("--set jitter=-0.1", ["--set jitter got '-0.1'"]),
+        ("--set jitter", ["--set got 'jitter'", "NAME=VALUE"]),
+        ("--set jitter=", ["--set got 'jitter='", "NAME=VALUE"]),
     ],
 )
-def test_bad_options_are_one_sentence(tiny, command, tmp_path, options, words):
-    base = [] if "--resume" in options else tiny
-    assert refused(command("fedu.py", *base, *options, cwd=tmp_path), *words)
-    assert not list(tmp_path.glob("runs/*/encoder.pt")) and not list(tmp_path.glob("runs/*/.*"))
+def test_wrong_settings_are_one_sentence(refuses, line, words):
+    assert refuses(lambda: parse(line.split()), *words)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")
-def test_cuda_where_there_is_none(tiny, command, tmp_path):
-    assert refused(command("fedu.py", *tiny, "--device", "cuda", cwd=tmp_path), "--device got cuda")
-    assert not (tmp_path / "runs").exists()
+# --------------------------------------------------------------------------------------------- options that change nothing
+
+NO_TARGET = ["fedsimsiam", "fedsimclr", "fedca", "fedavg-supervised"]
+NO_PREDICTOR = ["fedsimclr", "fedmoco-v1", "fedmoco-v2", "fedca", "fedavg-supervised"]
+NOT_EXCHANGED = ["single", "central"]
 
 
-def test_settings_are_typed_and_belong_to_a_method():
-    assert Options().settings == {"jitter": 1.0}
-    assert Options(method="fedmoco-v1").settings == {"jitter": 0.5, "temperature": 0.07, "queue": 4096}
-    assert Options(method="fedmoco-v2").settings == {"jitter": 1.0, "temperature": 0.2, "queue": 4096}
-    assert Options(method="fedsimclr").settings == {"jitter": 1.0, "temperature": 0.07}
-    assert Options(method="fedca").settings == {"jitter": 1.0, "temperature": 0.07, "dictionary": 4096}
-    given = parse(["--method", "fedmoco-v2", "--set", "queue=64", "--set", "temperature=0.1", "--set", "queue=128"]).given
-    assert Options(**given).settings == {"jitter": 1.0, "temperature": 0.1, "queue": 128}
+def methods(*names: str) -> list[str]:
+    return [f"--method {name}" for name in names]
+
+
+# an option, the command lines in which it changes something, and those in which it is refused
+EFFECTIVE = [
+    ("--predictor local", ["", *methods("fedbyol", "fedema", "fedsimsiam")], ["--no-predictor", *methods(*NO_PREDICTOR, *NOT_EXCHANGED)]),
+    ("--predictor global", ["", *methods("fedbyol", "fedsimsiam")], ["--no-predictor", *methods(*NO_PREDICTOR, *NOT_EXCHANGED)]),
+    ("--no-predictor", ["", *methods("fedbyol", "fedsimsiam", "single", "central")], methods(*NO_PREDICTOR)),
+    ("--no-stop-gradient", ["", *methods("fedema", "fedsimsiam", "single", "central")], methods(*NO_PREDICTOR)),
+    ("--aggregate target", ["", *methods("fedema", "fedmoco-v1", "fedmoco-v2")], methods(*NO_TARGET)),
+    ("--aggregate online", ["", *methods(*NO_TARGET)], []),
+    ("--update target", ["", *methods("fedbyol", "fedmoco-v1", "fedmoco-v2")], methods(*NO_TARGET)),
+    ("--update both", ["", *methods("fedbyol", "fedmoco-v1", "fedmoco-v2")], methods(*NO_TARGET)),
+    ("--update online", ["", *methods("fedema", *NO_TARGET)], []),
+    ("--update ema", ["", *methods("fedbyol", "fedsimclr")], []),
+    ("--ema-decay 0.9", ["", *methods("fedema", "fedmoco-v1", "fedmoco-v2", "single", "central")], methods(*NO_TARGET)),
+    ("--first-target shared", ["", *methods("fedema", "fedmoco-v1", "fedmoco-v2", "single", "central")], methods(*NO_TARGET)),
+    ("--mu 0.4", ["", "--method fedbyol --predictor dapu", "--method fedema --predictor dapu", "--divergence squared"],
+     ["--predictor global", "--predictor local", "--no-predictor", *methods("fedbyol", "fedema", "fedsimclr", "single")]),
+    ("--tau 0.7", ["--method fedema", "--update ema", "--predictor ema", "--method fedema --update online",
+     "--method fedema --predictor global"], ["", "--method fedbyol", "--method fedema --update online --predictor global"]),
+    ("--divergence-from global", ["", "--method fedema", "--update ema --predictor global", "--method fedbyol --predictor ema"],
+     ["--predictor local", "--method fedbyol", "--method fedema --update online --predictor local"]),
+    ("--divergence squared", ["--mu 1", "--predictor global", *methods("fedbyol", "fedema", "single", "central")],
+     ["", "--method fedbyol --predictor dapu"]),
+    ("--classes-per-client 2", ["", "--partition classes"], ["--partition iid", "--partition dirichlet"]),
+    ("--alpha 0.5", ["--partition dirichlet"], ["", "--partition classes", "--partition iid"]),
+    ("--clients-per-round 5", ["", "--method single"], ["--method central"]),
+    ("--image-size 32", ["--dataset folder"], [f"--dataset {name}" for name in ("fashion", "cifar10", "cifar100", "x.npz")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option, beside, against", EFFECTIVE, ids=[option for option, *_ in EFFECTIVE])
+def test_an_option_is_refused_only_where_it_changes_nothing(refuses, option, beside, against):
+    """Also with its usual value, when it is given."""
+    for others in beside:
+        options_of(f"{others} {option}")
+    for others in against:
+        assert refuses(lambda line=f"{others} {option}": parse(line.split()), option.split()[0])
+
+
+def test_a_default_that_changes_nothing_is_no_mistake_in_a_notebook():
+    assert replace(Options(method="fedbyol"), seed=3, mu=0.4).mu == 0.4
+
+
+# ------------------------------------------------------------------------------------------------- the command of fedu.py
+
+
+def test_the_run_folder_is_new_or_continued(refuses):
+    command = parse(["--out", "x", "--overwrite", "--clients", "3"])
+    assert (command.given, str(command.out), command.resume, command.overwrite) == ({"clients": 3}, "x", None, True)
+    command = parse(["--resume", "x", "--device", "cpu"])
+    assert (command.given, command.out, str(command.resume), command.overwrite) == ({"device": "cpu"}, None, "x", False)
+    for other in ("--out y", "--overwrite"):
+        assert refuses(lambda other=other: parse(["--resume", "x", *other.split()]), "--resume", other.split()[0])
+    assert refuses(lambda: parse(["--bogus"]), "--bogus")
+
+
+# ------------------------------------------------------------------------------------------------- the command of eval.py
+
+TASKS = {
+    "linear": ["", "--linear"],
+    "knn": ["--knn"],
+    "semi": ["--semi 0.1"],
+    "export": ["--export f.npz"],
+    "weights": ["--export f.safetensors"],
+    "table": ["--table"],
+    "plot": ["--plot"],
+    "against": ["--against mu"],
+}
+GOES_WITH = {
+    "--features projector": ["linear", "knn", "export"],
+    "--features pixels": ["linear", "knn", "export"],
+    "--head mlp": ["semi"],
+    "--epochs 3": ["linear", "semi"],
+    "--transfer cifar10": ["linear", "knn", "semi", "export"],
+    "--seed 1": ["linear", "semi"],
+    "--data-root x": ["linear", "knn", "semi", "export"],
+    "--device cpu": ["linear", "knn", "semi", "export"],
+    "--out x.png": ["plot", "against"],
+}
+
+
+def test_defaults_of_an_evaluation():
+    for task, lines in TASKS.items():
+        for line in lines:
+            options = parse_evaluation(line.split())
+            assert (options.task, options.runs) == (task, [])
+            assert options.epochs == {"linear": 200, "semi": 100}.get(task)
+            assert (options.features, options.head, options.seed, options.device) == ("backbone", "linear", 0, "auto")
+            assert (options.transfer, options.data_root, options.out) == (None, None, None)
+    assert parse_evaluation(["--semi", "0.1"]).semi == 0.1 and parse_evaluation(["--against", "mu"]).against == "mu"
+
+
+@pytest.mark.parametrize("option", GOES_WITH)
+def test_an_evaluations_option_is_refused_where_it_changes_nothing(refuses, option):
+    name, value = option[2:].replace("-", "_").split()
+    for task, lines in TASKS.items():
+        for line in lines:
+            given = f"{line} {option}".split()
+            if task in GOES_WITH[option]:
+                assert str(getattr(parse_evaluation(given), name)) == value
+            else:
+                assert refuses(lambda given=given: parse_evaluation(given), option.split()[0], lines[-1].split()[0])
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "outside, inside",
     [
-        (["--set", "queue=8"], "--set got 'queue'; --method fedu has the settings jitter"),
-        (["--method", "fedmoco-v1", "--set", "queue=0.5"], "--set queue got '0.5', needs a whole number of at least 1"),
-        (["--method", "fedsimclr", "--set", "temperature=0"], "--set temperature got '0', needs a number above 0"),
-        (["--set", "jitter=1.3"], "--set jitter got '1.3', needs a number of at least 0 and at most 1.25"),
-        (["--set", "jitter"], "--set got 'jitter', needs NAME=VALUE"),
-        (["--set", "jitter="], "--set got 'jitter=', needs NAME=VALUE"),
+        ("--semi 0|--semi -0.1|--semi 1.5|--semi nan", "--semi 1|--semi 1e-9"),
+        ("--epochs 0|--epochs 1.5", "--epochs 1"),
+        ("--seed -1|--seed 9223372036854775808", "--seed 0|--seed 9223372036854775807"),
+        ("--features image|--head cosine --semi 1|--device tpu", "--head linear --semi 1|--features backbone"),
+        ("--export f.txt|--export f", "--export f.npz|--export f.safetensors"),
+        ("--knn --linear|--semi 0.1 --knn|--table --plot|--bogus", "run1 run2 --knn"),
     ],
 )
-def test_wrong_settings_are_one_sentence(arguments, words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        parse(arguments)
-    assert words in capsys.readouterr().err
+def test_values_of_an_evaluation(refuses, outside, inside):
+    for line in inside.split("|"):
+        parse_evaluation(line.split())
+    for line in outside.split("|"):
+        assert refuses(lambda line=line: parse_evaluation(line.split()), line.split()[0])
+
+
+# ------------------------------------------------------------------------------------------------ whole processes, and the page
+
+
+@pytest.mark.parametrize("script, line", [("fedu.py", "--clients 0"), ("eval.py", "--knn --seed 1")])
+def test_a_mistake_is_answered_before_torch_is_imported(command, tmp_path, script, line):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    done = command(script, *line.split(), cwd=tmp_path, variables={"PYTHONPATH": str(tmp_path)})
+    assert refused(done, script, line.split()[-2])
+
+
+def test_input_that_cannot_be_used_is_one_sentence_from_a_process(command, tmp_path):
+    assert refused(command("fedu.py", "--dataset", "none.npz", cwd=tmp_path), "fedu.py: error: ", "none.npz does not exist")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_options_page_is_what_the_options_say():
+    """`python -m report.reference > docs/options.md` makes it again."""
+    assert (ROOT / "docs/options.md").read_text() == documentation() + "\n"
+
+
+def test_the_page_has_a_line_for_each_option_of_both_commands():
+    for parser in (training_parser(), evaluation_parser()):
+        options = [action.option_strings[-1] for action in parser._actions if action.option_strings and action.dest != "help"]
+        lines = [line for line in as_markdown(parser).splitlines() if line.startswith("| `--")]
+        assert [line.split("`")[1].split()[0] for line in lines] == options
+    assert "| `--features` | backbone | `backbone`, `projector`, `pixels`: " in as_markdown(evaluation_parser())
+    assert "| `--mu` | 0.4 | " in as_markdown(training_parser())

@@ -15,30 +15,54 @@ import torch
 from conftest import CPU, ROOT, load, load_metrics, refused, run
 
 import fedu
+from options import parse
 from runtime.cli import InputError, write_atomic
 from runtime.run import holds_run, open_run
 
 
-def test_an_existing_folder_is_kept(tiny, command, finished, tmp_path):
+def test_an_existing_folder_is_kept(tiny, refuses, finished, tmp_path, monkeypatch):
+    def refused(*words: str, line: list[str]) -> bool:
+        return refuses(lambda: fedu.main(parse(line)), *words)
+
+    monkeypatch.chdir(finished)
     before = {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
-    assert refused(command("fedu.py", *tiny, "--out", "runs/run", cwd=finished), "runs/run holds a run", "--resume", "--overwrite")
-    assert refused(command("fedu.py", "--dataset", "absent.npz", "--out", "runs/run", cwd=finished), "runs/run holds a run")
-    changed = command("fedu.py", "--resume", "runs/run", "--lr", "0.1", "--rounds", "9", cwd=finished)
-    assert refused(changed, "--lr 0.1 (it was 0.05)", "--rounds 9 (it was 3)", "cosine")
-    bad = command("fedu.py", *tiny, "--clients", "99", "--out", "runs/run", "--overwrite", cwd=finished)
-    assert refused(bad, "99 clients")
+    assert refused("runs/run is not empty", "--resume", "--overwrite", line=[*tiny, "--out", "runs/run"])
+    assert refused("runs/run is not empty", line=["--dataset", "absent.npz", "--out", "runs/run"])
+    changed = ["--resume", "runs/run", "--lr", "0.1", "--rounds", "9"]
+    assert refused("--lr 0.1 (it was 0.05)", "--rounds 9 (it was 3)", line=changed)
+    assert refused("99 clients", line=[*tiny, "--clients", "99", "--out", "runs/run", "--overwrite"])
     assert before == {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
     (tmp_path / "thesis.txt").write_text("mine")
-    (tmp_path / "encoder.pt").write_text("somebody else's")
-    assert refused(command("fedu.py", *tiny, "--out", tmp_path, "--overwrite", cwd=tmp_path), "no config.json")
-    assert (tmp_path / "thesis.txt").read_text() == "mine" and (tmp_path / "encoder.pt").read_text() == "somebody else's"
+    assert refused("no config.json", line=[*tiny, "--out", str(tmp_path), "--overwrite"])
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_overwrite_replaces_a_run(tiny, command, tmp_path):
-    for more in ([], ["--overwrite", "--rounds", "1"]):
-        done = command("fedu.py", *tiny, "--out", "run", *more, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--dataset mnist", ["--dataset", "'mnist'"]),
+        ("--clients 65", ["65 clients", "--clients"]),
+        ("--classes-per-client 5", ["--classes-per-client got 5", "4 classes"]),
+        ("--batch-size 33", ["--batch-size"]),
+        ("--method fedca --batch-size 64", ["64 images", "there are 0"]),
+        ("--lr 1e30", ["round 0: no upload is finite", "--lr"]),
+        ("--out /proc/fedu", ["--out /proc/fedu"]),
+        ("--resume runs/none", ["runs/none", "no config.json"]),
+        pytest.param("--device cuda", ["--device got cuda"],
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_one_sentence_and_leaves_nothing_finished(tiny, refuses, tmp_path, monkeypatch, line, words):
+    monkeypatch.chdir(tmp_path)
+    base = [] if "--resume" in line else tiny
+    assert refuses(lambda: fedu.main(parse([*base, *line.split()])), *words)
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert not left if "1e30" not in line else not [name for name in left if name == "encoder.pt" or name.startswith(".")]
+
+
+def test_overwrite_replaces_a_run(tiny, tmp_path):
+    run(tmp_path / "run", *tiny, "--rounds", "2")
+    assert len(run(tmp_path / "run", *tiny, "--rounds", "1", "--overwrite")["metrics"]) == 1
 
 
 def test_an_interrupted_overwrite_can_be_repeated(stopped, monkeypatch):
@@ -68,8 +92,9 @@ def test_without_git_and_where_folders_cannot_be_locked(tiny, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupts_name_the_command_that_continues(tiny, tmp_path, number):
+def test_interrupts_name_the_command_that_continues(tiny, refuses, tmp_path, monkeypatch, number):
     """While the run goes on, its folder is refused to a second command."""
+    monkeypatch.chdir(tmp_path)
     env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, str(ROOT / "fedu.py"), *tiny, "--rounds", "999", "--out", "run"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -79,11 +104,11 @@ def test_interrupts_name_the_command_that_continues(tiny, tmp_path, number):
         while not process.stdout.readline().startswith("      1"):
             assert process.poll() is None, process.stderr.read()
         for other, words in (
-            ([*line, "--overwrite"], "run is in use by another run"),
-            ([*line[:2], "--resume", "run"], "run is in use by another run"),
-            (line, "run holds a run"),
+            ([*line[2:], "--overwrite"], "run is in use by another run"),
+            (["--resume", "run"], "run is in use by another run"),
+            (line[2:], "run is not empty"),
         ):
-            assert refused(subprocess.run(other, cwd=tmp_path, env=env, capture_output=True, text=True), words)
+            assert refuses(lambda other=other: fedu.main(parse(other)), words)
         process.send_signal(number)
         assert process.wait() == 130
         assert process.stderr.read().splitlines()[-1] == "fedu.py: interrupted; continue with `python fedu.py --resume run`"
@@ -104,43 +129,45 @@ def damage(path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["empty", "truncated", "flipped", "foreign"])
-def test_damaged_checkpoints_are_refused_and_the_previous_one_continues(finished, stopped, command, how):
+def test_damaged_checkpoints_are_refused_and_the_previous_one_continues(finished, stopped, capsys, how):
     damage(stopped / "checkpoint.pt", how)
-    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
-    assert done.returncode == 0 and "run/checkpoint.pt is" in done.stderr and "falling back to run/checkpoint-previous.pt" in done.stderr
-    assert "continuing after 2 of 3 rounds" in done.stdout
+    fedu.resume(stopped)
+    printed = capsys.readouterr()
+    assert "run/checkpoint.pt is" in printed.err and "falling back to" in printed.err and "run/checkpoint-previous.pt" in printed.err
+    assert "continuing after 2 of 3 rounds" in printed.out
     straight, resumed = load(finished / "runs/run"), load(stopped)
     assert all(map(torch.equal, straight["encoders"], resumed["encoders"])) and len(resumed["metrics"]) == 3
     # the whole one is kept beside the new one, not the damaged one
     assert torch.load(stopped / "checkpoint-previous.pt", weights_only=True)["values"]["round"] == 2
 
 
-def test_a_damaged_row_of_the_bank_is_refused_and_the_previous_checkpoint_continues(finished, stopped, command):
+def test_a_damaged_row_of_the_bank_is_refused_and_the_previous_checkpoint_continues(finished, stopped, capsys):
     """Two clients and three rounds: the last checkpoint names rows 4 and 5, the one before it rows 2 and 3."""
     bank = stopped / "bank.bin"
     row_bytes = bank.stat().st_size // 6
     with bank.open("r+b") as file:
         file.seek(5 * row_bytes + 1000)
         file.write(b"\xff\xff")
-    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
-    assert done.returncode == 0 and "run/bank.bin is damaged: row 5" in done.stderr and "falling back" in done.stderr
+    fedu.resume(stopped)
+    printed = capsys.readouterr().err
+    assert "run/bank.bin is damaged: row 5" in printed and "falling back" in printed
     assert all(map(torch.equal, load(finished / "runs/run")["encoders"], load(stopped)["encoders"]))
 
 
-def test_without_a_whole_checkpoint_nothing_is_resumed(stopped, command):
+def test_without_a_whole_checkpoint_nothing_is_resumed(stopped, capsys):
     (stopped / "checkpoint.pt").unlink()  # as if killed between the two renames
-    before = command("fedu.py", "--resume", "run", cwd=stopped.parent)
-    assert before.returncode == 0 and "continuing after 2 of 3 rounds" in before.stdout
+    fedu.resume(stopped)
+    assert "continuing after 2 of 3 rounds" in capsys.readouterr().out
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
         damage(stopped / name, "flipped")
-    done = command("fedu.py", "--resume", "run", cwd=stopped.parent)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "run/checkpoint-previous.pt is" in done.stderr.splitlines()[-1]
+    with pytest.raises(InputError, match="run/checkpoint-previous.pt is"):
+        fedu.resume(stopped)
 
 
 # ------------------------------------------------------------------------------------------------------------- the disk
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_no_fragment(tiny, command, tmp_path):
+def test_a_full_disk_is_one_sentence_and_leaves_no_fragment(tiny, command, tmp_path, capsys):
     """A file-size limit below the bank's 14 MB stands for the full disk: both make write() fail in the middle."""
 
     def limit():
@@ -149,8 +176,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_fragment(tiny, command, tmp_p
     done = command("fedu.py", *tiny, "--out", "run", cwd=tmp_path, preexec_fn=limit)
     assert refused(done, "cannot write run/bank.bin")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["bank.bin", "config.json", "metrics.jsonl"]
-    again = command("fedu.py", "--resume", "run", cwd=tmp_path)
-    assert again.returncode == 0 and "continuing after 0 of 3 rounds" in again.stdout
+    fedu.resume(tmp_path / "run")
+    assert "continuing after 0 of 3 rounds" in capsys.readouterr().out
 
 
 def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(finished, tiny, tmp_path):
