@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import refused
 from matplotlib.collections import PolyCollection
+from matplotlib.container import ErrorbarContainer
 
-from options import Options, evaluation_parser, training_parser
+import eval as evaluation
+from options import Options, parse_evaluation
 from report import figures, progress, tables
-from report.progress import dapu_notice
-from report.reference import as_markdown
 from runtime.cli import InputError
 
 
@@ -24,7 +23,7 @@ def metrics(rounds: int) -> list[dict]:
             "round": round_, "lr": 0.5, "loss": [1.0, 3.0], "divergence": [0.25, 0.75], "clients": [0, 1],
             "decided_on": [None, None] if round_ == 0 else [0.5, 0.3],
             "predictor": ["global", "global"] if round_ != 1 else ["local", "global"], "own_share": [float(round_ == 1), 0.0],
-            "upload_bytes": 1e6, "download_bytes": 2e6, "knn": 0.25 + 0.125 * round_, "seconds": 1.25,
+            "upload_bytes": 5e5 * (round_ + 1), "download_bytes": 1e6 * (round_ + 1), "knn": 0.25 + 0.125 * round_, "seconds": 1.25,
         }
         for round_ in range(rounds)
     ]  # fmt: skip
@@ -60,28 +59,34 @@ def test_durations(seconds, words):
     assert progress.duration(seconds) == words
 
 
-def test_lines_of_rounds_are_under_their_header():
+def test_a_rounds_line_has_its_numbers_in_the_order_of_the_header():
     first, second = metrics(2)
     assert progress.TABLE_HEADER.split()[:8] == ["round", "lr", "loss", "divergence", "kNN", "%", "seconds", "left"]
-    assert progress.round_line(second, 204).split() == ["1", "0.50000", "2.0000", "0.5000", "37.50", "1.2", "3.4", "min", "lg"]
-    ends = [progress.TABLE_HEADER.index(word) + len(word) for word in ("round", "loss", "seconds", "left")]
-    line = progress.round_line(second, 11 * 86400)
-    assert [line[:end].split()[-1] for end in ends] == ["1", "2.0000", "1.2", "days"]
-    assert progress.round_line(first | {"knn": None}, None).split() == ["0", "0.50000", "2.0000", "0.5000", "1.2", "gg"]
+    *numbers, left, unit, taken = progress.round_line(second, 204).split()
+    assert [float(text) for text in numbers] == pytest.approx([1, 0.5, 2, 0.5, 37.5, 1.25], abs=0.06) and (left, unit) == ("3.4", "min")
+    assert taken == "lg"
+    assert len(progress.round_line(first | {"knn": None}, None).split()) == 6
     nobody = progress.round_line(first | {"loss": [], "divergence": [], "predictor": [], "clients": []}, 1)
-    assert "nan" in nobody and nobody.endswith("nobody reported: the global model stays as it was")
+    assert "nan" in nobody and "nobody reported" in nobody
     many = progress.round_line(second | {"clients": list(range(30)), "predictor": ["local"] * 10 + ["global"] * 20}, 1)
     assert many.endswith("20 g, 10 l")
 
 
-def test_notice_of_a_mu_that_made_no_difference():
-    rows = metrics(3)
-    assert progress.dapu_notice(rows, "dapu", 0.4) == ""  # one client took its own predictor, the other the average
-    rows[1]["predictor"] = ["global", "global"]
-    assert "every DAPU decision was global (divergences 0.3 to 0.5), so predictors were as in FedBYOL" in progress.dapu_notice(
-        rows, "dapu", 2
-    )
-    assert progress.dapu_notice(rows, "global", 2) == ""
+@pytest.mark.parametrize(
+    "taken, predictor, words",
+    [
+        (["global", "local"], "dapu", []),
+        (["global", "global"], "dapu", ["mu = 1 ", "every DAPU decision was global", "0.3 to 0.9", "FedBYOL"]),
+        (["local", "local"], "dapu", ["mu = 1 ", "every DAPU decision was local", "0.3 to 0.9", "first round only"]),
+        (["global", "global"], "global", []),
+        ([], "dapu", []),
+    ],
+)
+def test_notice_of_a_mu_that_made_no_difference(taken, predictor, words):
+    """The first round's predictors, which are the server's whatever mu is, do not count."""
+    rows = [{"predictor": [t], "decided_on": [d]} for t, d in zip(("global", *taken), (None, 0.9, 0.3))]
+    notice = progress.dapu_notice(rows, predictor, 1.0)
+    assert all(word in notice for word in words) and bool(notice) == bool(words)
 
 
 def test_tensorboard_log_has_each_value_once(tmp_path):
@@ -142,20 +147,67 @@ def test_a_run_between_parties_has_no_partition_that_somebody_dealt(tmp_path):
     assert "published" not in tables.table([run])
 
 
-def test_table_shows_the_options_that_differ_and_published_accuracies(tmp_path):
+def test_an_evaluation_is_named_by_what_differs_from_the_usual(tmp_path):
+    settings = [{}, {"features": "projector"}, {"dataset": "cifar100"}, {"seed": 1}, {"epochs": 7}]
+    rows = [linear(0.1 * k, **setting) for k, setting in enumerate(settings)]
+    rows += [{"evaluation": "semi 0.1", "dataset": "cifar10", "accuracy": 0.6, "seed": 0, **more} for more in (
+        {"head": "linear", "epochs": 100}, {"head": "mlp", "epochs": 100})]  # fmt: skip
+    rows += [{"evaluation": "knn", "features": "backbone", "dataset": "cifar10", "accuracy": 0.7}]
+    names = ["linear", "linear, projector", "linear, cifar100", "linear, seed 1", "linear, epochs 7", "semi 0.1", "semi 0.1, mlp", "knn"]
+    found = tables.read_evaluations(write_run(tmp_path / "run", rows))
+    assert list(found) == names and list(found.values()) == [row["accuracy"] for row in rows]
+    header = tables.table([tmp_path / "run"]).splitlines()[2]
+    assert header.index("| linear |") < header.index("linear, cifar100") < header.index("| knn |") < header.index("| semi 0.1 |")
+
+
+# FedEMA's table 1 and appendix, with ResNet-18: CIFAR-10 with two classes a client, and IID; in brackets FedU's, with ResNet-50
+PUBLISHED = {
+    "single": ("74.95", "82.42"), "fedsimclr": ("78.09", "-"), "fedmoco-v1": ("78.21", "-"), "fedmoco-v2": ("79.14", "-"),
+    "fedsimsiam": ("76.27", "-"), "fedbyol": ("79.44", "84.29"), "fedu": ("80.52", "83.96"), "fedema": ("83.34", "86.26"),
+    "central": ("90.46", "90.46"), "fedca": ("68.01 (", "71.25 ("), "fedavg-supervised": ("67.74 (", "91.51 ("),
+}  # fmt: skip
+# FedU's encoder ablation, with the global and with each client's own predictor: what is averaged, and what it becomes
+ABLATION = {
+    ("online", "online"): ("84.07", "82.18"), ("online", "both"): ("81.24", "18.23"), ("online", "target"): ("9.99", "19.22"),
+    ("target", "online"): ("82.10", "78.06"), ("target", "target"): ("9.99", "25.02"), ("target", "both"): ("82.32", "29.03"),
+}  # fmt: skip
+
+
+def last_cells(runs: list[Path]) -> list[str]:
+    return [line.split(" | ")[-1].removesuffix(" |") for line in tables.table(runs).splitlines()[4:]]
+
+
+def test_published_accuracies_stand_beside_their_settings(tmp_path):
+    runs = [write_run(tmp_path / f"{m}-{p}", method=m, partition=p) for m in PUBLISHED for p in ("classes", "iid")]
+    for cell, expected in zip(last_cells(runs), [number for pair in PUBLISHED.values() for number in pair], strict=True):
+        assert cell.startswith(expected) and (expected.endswith("(")) == ("ResNet-50" in cell)
+    ablation = [
+        write_run(tmp_path / f"{aggregate}-{update}-{predictor}", method="fedbyol", aggregate=aggregate, update=update, predictor=predictor)
+        for aggregate, update in ABLATION for predictor in ("global", "local")
+    ]  # fmt: skip
+    of_fedu = write_run(tmp_path / "fedu-target", update="target")
+    assert last_cells([*ablation, of_fedu]) == [number for pair in ABLATION.values() for number in pair] + ["-"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"ema_decay": 1}, {"classes_per_client": 4}, {"dataset": "cifar100"}, {"partition": "dirichlet"}, {"clients_per_round": 2}]
+)
+def test_other_settings_than_the_papers_have_no_published_accuracy(tmp_path, options):
+    assert "published" not in tables.table([write_run(tmp_path / "run", **options)])
+    two_classes = write_run(tmp_path / "two", classes_per_client=2)
+    assert last_cells([two_classes]) == ["80.52"]
+
+
+def test_a_table_shows_the_options_that_differ(tmp_path):
     iid, classes = write_run(tmp_path / "iid", partition="iid"), write_run(tmp_path / "classes")
     header, _, *rows = tables.table([iid, classes]).splitlines()[2:]
-    assert header.startswith("| method | partition | seeds |") and "linear, published" in header
-    assert rows[0].startswith("| fedu | iid | 1 |") and rows[0].endswith("| 83.96 |")
-    assert rows[1].startswith("| fedu | 1/K of the classes each | 1 |") and rows[1].endswith("| 80.52 |")
-    for changed in ({"ema_decay": 1}, {"classes_per_client": 4}):  # which the papers' runs do not have
-        assert "published" not in tables.table([write_run(tmp_path / "changed", **changed)])
+    assert header.startswith("| method | partition | seeds |")
+    assert rows[0].startswith("| fedu | iid | 1 |") and rows[1].startswith("| fedu | 1/K of the classes each | 1 |")
     both = write_run(tmp_path / "both", method="fedbyol", update="both")
-    target = write_run(tmp_path / "target", method="fedbyol", update="target", predictor="local")
-    header, _, *rows = tables.table([both, target]).splitlines()[2:]
-    assert header.startswith("| method | update | predictor | seeds |")
-    assert rows[0].startswith("| fedbyol | both | global | 1 |") and rows[0].endswith("| 81.24 |")
-    assert rows[1].endswith("| 19.22 |")
+    drawn = write_run(tmp_path / "drawn", method="fedbyol", clients_per_round=2, mu=None)
+    header, _, *rows = tables.table([both, drawn]).splitlines()[2:]
+    assert header.startswith("| method | clients_per_round | update | seeds |")
+    assert rows[0].startswith("| fedbyol | all | both | 1 |") and rows[1].startswith("| fedbyol | 2 | online | 1 |")
 
 
 def test_an_untrained_encoder_has_no_options_that_differ(tmp_path):
@@ -180,11 +232,10 @@ def drawn(monkeypatch):
 def test_one_run_is_drawn_with_a_line_for_each_client(tmp_path, drawn):
     figures.plot([write_run(tmp_path / "run")], tmp_path / "x.png")
     divergence, own, loss, accuracy = drawn[0].axes
-    heights = [line.get_ydata()[0] for line in divergence.lines]
-    assert heights == [0.5, 0.25, 0.75, 0.4]  # mean, clients, mu
+    assert [line.get_ydata()[0] for line in divergence.lines] == [0.5, 0.25, 0.75, 0.4]  # mean, clients, mu
     assert [line.get_ydata()[0] for line in loss.lines] == [2, 1, 3]
     (circles,) = divergence.collections
-    assert circles.get_offsets().tolist() == [[1, 0.25]]
+    assert not loss.collections and circles.get_offsets().tolist() == [[1, 0.25]]
     assert own.lines[0].get_ydata().tolist() == [0, 50, 0] and accuracy.lines[0].get_ydata().tolist() == [25, 37.5, 50]
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.texts] == [
@@ -210,86 +261,125 @@ def test_several_runs_are_drawn_with_a_band_over_the_clients(tmp_path, drawn):
     assert labels == [*map(str, runs), "from the smallest client to the largest", "$\\mu$ = 0.4"]
 
 
-def test_figures_go_to_the_file_that_is_named(tmp_path, command):
-    one, other = write_run(tmp_path / "runs/one"), write_run(tmp_path / "runs/other", method="fedema")
-    for arguments, out in (([one], "runs/one/divergence.png"), ([one, other], "comparison.png")):
-        done = command("eval.py", "--plot", *arguments, cwd=tmp_path)
-        assert done.returncode == 0 and out in done.stdout, done.stderr
-        assert (tmp_path / out).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(InputError, match="needs a name that ends in one of"):
-        figures.plot([one], tmp_path / "x.xyz")
-    with pytest.raises(InputError, match="cannot write"):
-        figures.plot([one], tmp_path / "none/x.png")
+def test_figures_go_to_the_file_that_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("runs/one"))
+    write_run(Path("runs/other"), [linear(0.5)], method="fedema")
+    for line, out in (
+        ("--plot runs/one", "runs/one/divergence.png"),
+        ("--plot runs/one runs/other", "comparison.png"),
+        ("--plot runs --out all.svg", "all.svg"),
+        ("--against round runs", "round.png"),
+        ("--against tau runs/other", "tau.png"),
+    ):
+        evaluation.main(parse_evaluation(line.split()))
+        assert out in capsys.readouterr().out
+        assert Path(out).read_bytes().startswith(b"<?xml" if out.endswith("svg") else b"\x89PNG")
     with pytest.raises(InputError, match="has no rounds to draw"):
         figures.plot([write_run(tmp_path / "untrained", rounds=0, method="untrained")], tmp_path / "x.png")
 
 
-def test_accuracies_against_rounds_options_and_the_ablation(tmp_path, drawn):
-    half = [linear(0.5)]
-    runs = [write_run(tmp_path / "mu", half), write_run(tmp_path / "inf", [linear(0.75)], mu=math.inf)]
-    runs += [write_run(tmp_path / "seed", [linear(1.0)], mu=math.inf, seed=1), write_run(tmp_path / "single", half, method="single")]
-    runs += [write_run(tmp_path / "untrained", [linear(0.25)], rounds=0, method="untrained")]
-    figures.plot_against("mu", runs, tmp_path / "x.png")
+@pytest.fixture
+def sweep(tmp_path) -> list[Path]:
+    """FedU with mu 0.4, with mu inf by two seeds, `single`, and an untrained encoder by two seeds; their linear accuracies."""
+    inf = {"mu": math.inf}
+    return [
+        write_run(tmp_path / "mu", [linear(0.5)]),
+        write_run(tmp_path / "inf", [linear(0.75)], **inf),
+        write_run(tmp_path / "seed", [linear(1.0)], **inf, seed=1),
+        write_run(tmp_path / "single", [linear(0.4)], method="single"),
+        write_run(tmp_path / "untrained", [linear(0.25)], rounds=0, method="untrained"),
+        write_run(tmp_path / "untrained1", [linear(0.35)], rounds=0, method="untrained", seed=1),
+    ]
+
+
+DEVIATION = 25 / math.sqrt(2)  # of 75 and 100%, by n - 1
+
+
+def error_bars(container: ErrorbarContainer, axis: int) -> list[list[float]]:
+    """From where to where they reach along an axis, 0 or 1, without those of a single seed."""
+    (lines,) = container.lines[2]
+    return [segment[:, axis].tolist() for segment in lines.get_segments() if len(segment)]
+
+
+def test_linear_accuracy_against_an_option(tmp_path, sweep, drawn):
+    figures.plot_against("mu", sweep, tmp_path / "x.png")
     (axis,) = drawn[-1].axes
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.4", "inf"]
-    assert {bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in axis.containers} == {"fedu": [50, 87.5], "single": [50]}
-    assert [line.get_ydata() for line in axis.lines if line.get_label() == "untrained encoder"] == [[25, 25]]
-    figures.plot_against("clients_per_round", runs, tmp_path / "x.png")
+    assert {bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in axis.containers} == {"fedu": [50, 87.5], "single": [40]}
+    assert error_bars(axis.containers[0], 1) == [pytest.approx([87.5 - DEVIATION, 87.5 + DEVIATION])]
+    assert [line.get_ydata() for line in axis.lines if line.get_label() == "untrained encoder"] == [pytest.approx([30, 30])]
+    figures.plot_against("clients_per_round", sweep, tmp_path / "x.png")
     assert [label.get_text() for label in drawn[-1].axes[0].get_xticklabels()] == ["all"]
-    figures.plot_against("ablation", runs, tmp_path / "x.png")
-    assert [bar.get_width() for bar in drawn[-1].axes[0].patches] == [50, 87.5, 50]
-    figures.plot_against("round", runs, tmp_path / "x.png")
-    assert {tuple(line.get_xdata()) for line in drawn[-1].axes[0].lines} == {(1, 2, 3)}
-    figures.plot_against("round", [runs[0], write_run(tmp_path / "e1", local_epochs=1)], tmp_path / "x.png")
-    assert {tuple(line.get_xdata()) for line in drawn[-1].axes[0].lines} == {(1, 2, 3), (5, 10, 15)}
     with pytest.raises(InputError, match="--against got 'beta'"):
-        figures.plot_against("beta", runs, tmp_path / "x.png")
+        figures.plot_against("beta", sweep, tmp_path / "x.png")
     with pytest.raises(InputError, match="untrained has no rounds to draw"):
-        figures.plot_against("ablation", runs[-1:], tmp_path / "x.png")
-    (runs[0] / "eval.jsonl").unlink()
+        figures.plot_against("ablation", sweep[-2:], tmp_path / "x.png")
+    (sweep[0] / "eval.jsonl").unlink()
     with pytest.raises(InputError, match="mu has no linear accuracy: measure it with"):
-        figures.plot_against("mu", runs, tmp_path / "x.png")
+        figures.plot_against("mu", sweep, tmp_path / "x.png")
+
+
+def test_the_ablation_as_bars(tmp_path, sweep, drawn):
+    figures.plot_against("ablation", sweep, tmp_path / "x.png")
+    (axis,) = drawn[-1].axes
+    assert [bar.get_width() for bar in axis.patches] == [50, 87.5, 40]
+    (errors,) = (container for container in axis.containers if isinstance(container, ErrorbarContainer))
+    assert error_bars(errors, 0) == [pytest.approx([87.5 - DEVIATION, 87.5 + DEVIATION])]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert [name.split(": ")[1] for name in names] == ["online to online, dapu"] * 2 + ["online to online, global"]
+    assert "mu inf" in names[1] and names[2].startswith("single")
+
+
+def test_knn_accuracy_against_rounds_over_the_seeds(tmp_path, drawn):
+    """kNN accuracies of 25, 37.5 and 50%; the second seed's are 25 points higher, and its first round was not measured."""
+    runs = [write_run(tmp_path / "s0"), write_run(tmp_path / "s1", seed=1), write_run(tmp_path / "e1", local_epochs=1)]
+    higher = [row | {"knn": row["knn"] + 0.25 if row["round"] else None} for row in metrics(3)]
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in higher))
+    figures.plot_against("round", runs[:2], tmp_path / "x.png")
+    (axis,) = drawn[-1].axes
+    (line,) = axis.lines
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([2, 3], [50, 62.5])
+    edges = sorted({round(y, 6) for x, y in axis.collections[0].get_paths()[0].vertices if x == 2})
+    assert edges == pytest.approx([50 - DEVIATION, 50 + DEVIATION])
+
+    figures.plot_against("round", [runs[0], runs[2]], tmp_path / "x.png")  # against epochs, which cost the same in both
+    assert [line.get_xdata().tolist() for line in drawn[-1].axes[0].lines] == [[5, 10, 15], [1, 2, 3]]
+    figures.plot_against("round", [runs[0], write_run(tmp_path / "untrained", rounds=0, method="untrained")], tmp_path / "x.png")
+    assert len(drawn[-1].axes[0].lines) == 1
+
+
+@pytest.mark.parametrize(
+    "options, levels", [({}, [0.4]), ({"mu": 0.7}, [0.7]), ({"mu": math.inf}, []), ({"mu": 0}, []), ({"method": "fedbyol"}, [])]
+)
+def test_a_threshold_is_drawn_where_dapu_has_one(tmp_path, drawn, options, levels):
+    figures.plot([write_run(tmp_path / "run", **options)], tmp_path / "x.png")
+    dashed = [line.get_ydata()[0] for line in drawn[-1].axes[0].lines if line.get_linestyle() == "--"]
+    assert dashed == levels
 
 
 # --------------------------------------------------------------------------------------------------------- run folders
 
 
-def test_runs_are_named_by_themselves_or_by_a_folder_of_them(tmp_path, command):
+def test_runs_are_named_by_themselves_or_by_a_folder_of_them(tmp_path, refuses, monkeypatch, capsys):
+    def table(line: str) -> tuple[list[str], str]:
+        """The table's lines, in any order, and what is said on stderr."""
+        evaluation.main(parse_evaluation(["--table", *line.split()]))
+        printed = capsys.readouterr()
+        return sorted(printed.out.splitlines()), printed.err
+
+    monkeypatch.chdir(tmp_path)
     for age, name in enumerate(("s1", "single", "s0")):
-        run = write_run(tmp_path / "runs" / name, method="single" if name == "single" else "fedu", seed=int(name == "s1"))
+        run = write_run(Path("runs", name), method="single" if name == "single" else "fedu", seed=int(name == "s1"))
         os.utime(run / "encoder.pt", (1e9 - age, 1e9 - age))
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "notes.txt").write_text("")
-    whole = command("eval.py", "--table", "runs", cwd=tmp_path)
-    some = command("eval.py", "--table", "runs/s1", "figures", "notes.txt", "runs", cwd=tmp_path)
-    assert whole.returncode == some.returncode == 0 and sorted(whole.stdout.splitlines()) == sorted(some.stdout.splitlines())
-    assert some.stderr == "figures holds no run and is left out\n"
-    assert refused(command("eval.py", "--table", "runs", "absent", cwd=tmp_path), "absent is not a run folder")
-    assert refused(command("eval.py", "--table", "figures", cwd=tmp_path), "figures is not a run folder")
-    shutil.move(tmp_path / "runs", tmp_path / "figures/runs")
-    shutil.move(tmp_path / "figures", tmp_path / "runs")  # a folder deeper, as those of results/experiments.py
-    assert sorted(command("eval.py", "--table", cwd=tmp_path).stdout.splitlines()) == sorted(whole.stdout.splitlines())
-
-
-# ------------------------------------------------------------------------------------------------------ documentation
-
-
-def test_options_as_markdown():
-    """Every option of both commands has a line with its default."""
-    for parser in (training_parser(), evaluation_parser()):
-        text = as_markdown(parser)
-        options = [action.option_strings[-1] for action in parser._actions if action.option_strings and action.dest != "help"]
-        assert [line.split("`")[1].split()[0] for line in text.splitlines() if line.startswith("| `--")] == options
-    assert "| `--features` | backbone | `backbone`, `projector`, `pixels`: what represents an image" in as_markdown(evaluation_parser())
-    assert "| `--mu` | 0.4 | DAPU's threshold" in as_markdown(training_parser())
-
-
-def test_notice_when_mu_never_bound():
-    def metrics(*taken):
-        return [{"predictor": [t], "decided_on": [d]} for t, d in zip(("global", *taken), (None, 0.9, 0.3))]
-
-    notice = dapu_notice(metrics("global", "global"), "dapu", 1.0)
-    assert "mu = 1 never bound" in notice and "0.3 to 0.9" in notice and "FedBYOL" in notice
-    assert "every DAPU decision was local" in dapu_notice(metrics("local", "local"), "dapu", 0.1)
-    assert dapu_notice(metrics("local", "global"), "dapu", 0.4) == ""
-    assert dapu_notice(metrics("global", "global"), "global", 0.4) == ""
+    Path("figures").mkdir()
+    Path("notes.txt").write_text("")
+    whole, silent = table("runs")
+    assert sum("| fedu | 2 |" in line or "| single | 1 |" in line for line in whole) == 2 and not silent
+    some, said = table("runs/s1 figures notes.txt runs")
+    assert some == whole and "figures" in said and said.count("\n") == 1
+    assert refuses(lambda: table("runs absent"), "absent is not a run folder")
+    assert refuses(lambda: table("figures"), "figures is not a run folder")
+    shutil.move("runs", "figures/runs")
+    shutil.move("figures", "runs")  # a folder deeper, as those of results/experiments.py
+    assert table("")[0] == whole
