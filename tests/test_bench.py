@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, refused
+from conftest import ROOT
 
-from bench import training
+from bench import peers, training
 from data import load_images
 
 
@@ -23,10 +23,9 @@ def rows(out: str) -> list[list[str]]:
     return [line.split() for line in out.splitlines()]
 
 
-def test_views_are_timed_against_each_other(tmp_path):
-    done = module("bench.training", "views", "--repeats", "3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    ways = [row[-4] for row in rows(done.stdout) if row[0] == "views,"]
+def test_views_are_timed_against_each_other(capsys):
+    training.bench_views(training.some_images(16), 3)
+    ways = [row[-4] for row in rows(capsys.readouterr().out) if row[0] == "views,"]
     assert ways[:3] == ["ours", "reference", "PIL"]
 
 
@@ -84,10 +83,14 @@ def test_a_simulated_round_trains_on_its_images(tmp_path):
     assert (tmp_path / "checkpoint.pt").exists()
 
 
-def test_rounds_of_many_clients_are_timed(tmp_path):
-    done = module("bench.peers", "--way", "ours", "--rounds", "1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)) == 1 and not list(tmp_path.iterdir())
+def test_rounds_of_many_clients_are_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(peers, "SIZE", peers.SIZE | {"clients": 20, "clients_per_round": 2, "local_epochs": 1})
+    images = training.as_large_as_cifar10()
+    monkeypatch.setattr(peers, "as_large_as_cifar10", lambda: images._replace(x_train=images.x_train[:1000], y_train=images.y_train[:1000]))
+    peers.main("ours", 2, 1)
+    times = json.loads(capsys.readouterr().out)
+    assert len(times) == 2 and all(0 < seconds < 60 for seconds in times) and not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,10 @@ def test_ops_are_held_against_a_plain_read_and_the_present_ways(ops_timed):
     assert set(bytes_moved) == {"matrix", "folded"} and bytes_moved["folded"] > 2 * bytes_moved["matrix"]
 
 
-def test_bad_options_are_one_sentence(tmp_path):
-    assert refused(module("bench.training", "speed", cwd=tmp_path), "speed", "views, start, server, epoch, memory, growth, clients, ranks")
-    assert refused(module("bench.training", "--peak-tflops", "0", cwd=tmp_path), "--peak-tflops", "above 0")
-    assert refused(module("bench.training", "--repeats", "2", cwd=tmp_path), "--repeats", "at least 3")
+@pytest.mark.parametrize(
+    "line, words",
+    [("speed", ["speed", *training.PARTS]), ("--peak-tflops 0", ["--peak-tflops", "above 0"]), ("--repeats 2", ["at least 3"])],
+)
+def test_bad_options_are_one_sentence(refuses, monkeypatch, line, words):
+    monkeypatch.setattr(sys, "argv", ["bench.training", *line.split()])
+    assert refuses(training.parse_options, *words)

@@ -1,26 +1,29 @@
 import importlib.util
 import json
 import shutil
+import sys
 
 import pytest
-from conftest import ROOT, refused
+from conftest import ROOT
 
 from options import Options, parse
-from runtime.cli import user_errors
+from runtime.cli import InputError
 
 spec = importlib.util.spec_from_file_location("experiments", ROOT / "results/experiments.py")
 experiments = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(experiments)
 
 
-def test_every_command_is_one_that_fedu_takes(command, tmp_path):
-    done = command("results/experiments.py", "--list", cwd=tmp_path)
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and len(lines) == sum(seeds for _, seeds in experiments.EXPERIMENTS.values())
+def test_every_command_is_one_that_fedu_takes(refuses, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "--list"])
+    experiments.main(**experiments.parse_options())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == sum(seeds for _, seeds in experiments.EXPERIMENTS.values())
     for line in lines:
         Options(**parse(line[2:]).given)
     assert [line[line.index("--seed") + 1] for line in lines] == sorted(line[line.index("--seed") + 1] for line in lines)
-    assert refused(command("results/experiments.py", "fedprox", cwd=tmp_path), "'fedprox'", "fedbyol")
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "fedprox"])
+    assert refuses(experiments.parse_options, "'fedprox'", "fedbyol")
 
 
 def test_a_run_is_made_once_and_then_continued(tiny, tmp_path, monkeypatch):
@@ -45,6 +48,5 @@ def test_a_run_is_made_once_and_then_continued(tiny, tmp_path, monkeypatch):
     experiments.main(["a"], [1], 1, False)
     assert "continuing after 3 of 3 rounds" in (results / "log.txt").read_text()
     assert (results / "eval.jsonl").read_text() == (tmp_path / "kept").read_text()
-    with pytest.raises(SystemExit) as failure, user_errors("experiments.py"):
+    with pytest.raises(InputError, match="bad-s0"):
         experiments.main(["bad"], None, 1, False)
-    assert failure.value.code == 2

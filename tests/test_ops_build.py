@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, refused
+from conftest import ROOT
 
+import fedu
 import ops
 from ops import build
+from options import parse
 
 RUN_AN_OP = """
 import os, sys, torch, ops
@@ -72,9 +74,12 @@ def test_another_value_is_refused(forget, monkeypatch):
         ops.ema_(torch.ones(2), torch.zeros(2), 0.5)
 
 
-def test_a_run_says_what_is_wrong_before_it_makes_its_folder(tmp_path, command):
-    for variables, words in (({"FEDU_OPS": "on"}, "auto, build or reference"), ({"FEDU_OPS": "build", "XDG_CACHE_HOME": "/proc"}, "/proc")):
-        assert refused(command("fedu.py", "--device", "cpu", cwd=tmp_path, variables=variables), words)
+@pytest.mark.parametrize("how, cache, words", [("on", "", "auto, build or reference"), ("build", "/proc", "/proc")])
+def test_a_run_says_what_is_wrong_before_it_makes_its_folder(forget, refuses, tmp_path, monkeypatch, how, cache, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDU_OPS", how)
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    assert refuses(lambda: fedu.main(parse(["--device", "cpu"])), words)
     assert not list(tmp_path.iterdir())
 
 

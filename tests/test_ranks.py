@@ -6,10 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, load, load_metrics
+from conftest import ROOT, load, load_metrics, run
+
+import fedu
+from options import parse
+from runtime import cli
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -34,29 +39,40 @@ def assert_same_runs(a: Path, b: Path) -> None:
         (2, ["--method", "single", "--clients", "3"]),
     ],
 )
-def test_several_processes_give_the_bits_of_one(tiny, command, tmp_path, count, more):
-    """Also, one process continues a run that several began, and the other way round."""
-    alone = command("fedu.py", *tiny, *more, "--out", "alone", cwd=tmp_path)
-    assert alone.returncode == 0, alone.stderr
+def test_several_processes_give_the_bits_of_one(tiny, tmp_path, count, more):
+    """Also, one process continues a run that several began."""
+    run(tmp_path / "alone", *tiny, *more)
     done = torchrun(count, *tiny, *more, "--out", "together", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("holds the run") == 1, done.stderr
     assert_same_runs(tmp_path / "alone", tmp_path / "together")
     for name in ("checkpoint.pt", "encoder.pt"):
         (tmp_path / "together" / name).unlink()
-    resumed = torchrun(3 if count == 2 else 2, "--resume", "together", cwd=tmp_path)
-    assert resumed.returncode == 0 and "continuing after 2 of 3 rounds" in resumed.stdout, resumed.stderr
+    fedu.resume(tmp_path / "together")
     assert_same_runs(tmp_path / "alone", tmp_path / "together")
 
 
+def test_several_processes_continue_a_run_that_one_began(finished, stopped):
+    (stopped / "checkpoint.pt").unlink()
+    resumed = torchrun(2, "--resume", "run", cwd=stopped.parent)
+    assert resumed.returncode == 0 and "continuing after 2 of 3 rounds" in resumed.stdout, resumed.stderr
+    assert_same_runs(finished / "runs/run", stopped)
+
+
 def test_a_mistake_is_one_sentence_from_all(tmp_path):
-    done = torchrun(2, "--clients", "0", cwd=tmp_path)
-    assert done.returncode != 0 and done.stderr.count("--clients") == 1, done.stderr
     done = torchrun(2, "--dataset", "absent.npz", cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.count("absent.npz does not exist") == 1, done.stderr
 
 
+def test_another_rank_says_what_only_it_has_met(monkeypatch, refuses):
+    """It waits first: of an error that all meet, rank 0 speaks, and torchrun ends the others in that time."""
+    waited = []
+    monkeypatch.setattr(cli, "RANK", 1)
+    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=waited.append))
+    assert refuses(lambda: parse(["--clients", "0"]), "rank 1: ", "--clients") and waited == [3]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_ends_the_run_and_the_last_full_round_resumes(tiny, command, tmp_path, rank):
+def test_a_rank_that_dies_ends_the_run_and_the_last_full_round_resumes(tiny, tmp_path, rank):
     options = [*tiny, "--rounds", "8", "--out", "run"]
     with subprocess.Popen(
         [*TORCHRUN, "2", str(ROOT / "fedu.py"), *options],
@@ -74,9 +90,8 @@ def test_a_rank_that_dies_ends_the_run_and_the_last_full_round_resumes(tiny, com
     assert process.returncode != 0 and time.monotonic() - killed < 60
     if rank:
         assert "rank 1 has ended" in errors or "interrupted; continue with" in errors, errors
-    done = command("fedu.py", "--resume", "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    command("fedu.py", *tiny, "--rounds", "8", "--out", "straight", cwd=tmp_path)
+    fedu.resume(tmp_path / "run")
+    run(tmp_path / "straight", *tiny, "--rounds", "8")
     assert_same_runs(tmp_path / "straight", tmp_path / "run")
     assert len(load_metrics(tmp_path / "run")) == 8
 
