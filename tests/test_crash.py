@@ -11,6 +11,8 @@ import time
 import torch
 from conftest import ROOT
 
+import fedu
+
 KILLS = int(os.environ.get("FEDU_KILLS", 3))
 
 
@@ -55,8 +57,9 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tiny, tmp_path):
         process.wait()
         if (run / "config.json").exists():
             (run / ".checkpoint.pt.fragment").write_bytes(b"half")  # as a kill while writing leaves it, seldom
-            start = [*line, "--resume", run.name]
-        done = subprocess.run(start, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+            fedu.resume(run)
+        else:
+            done = subprocess.run(start, cwd=tmp_path, env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
         assert not list(run.glob(".*"))
         assert all(map(equal, contents(run), contents(tmp_path / "straight"))), f"kill {kill}"
