@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -488,12 +489,6 @@ def test_exported_weights_of_single_are_a_file_a_client(tmp_path, monkeypatch):
         assert torch.equal(saved["0.weight"], encoder.backbone[0].weight)
 
 
-def test_missing_safetensors_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(InputError, match="--export b.safetensors .*pip install"):
-        evaluation.export_weights([Encoder("tiny", (8,))], Path("b.safetensors"))
-
-
 @pytest.mark.parametrize(
     "line, words",
     [
@@ -524,3 +519,22 @@ def test_no_run_and_damaged_runs_are_one_sentence(finished, refuses, tmp_path, m
     assert refuses(lambda: evaluate("--plot run"), "metrics.jsonl is not readable")
     (run / "config.json").write_text("{}")
     assert refuses(lambda: evaluate("run"), "config.json is not readable")
+
+
+def test_parallel_evaluations_are_all_recorded(tmp_path):
+    """Without the lock each would write what it had read, and its own line."""
+    (tmp_path / "config.json").write_text("{}")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda k: evaluation.record(tmp_path, {"evaluation": str(k), "dataset": "x"}, [0.5]), range(40)))
+    rows = [json.loads(row) for row in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert sorted(int(row["evaluation"]) for row in rows) == list(range(40))
+
+
+def test_an_accuracy_that_cannot_be_recorded_is_shown(tmp_path, monkeypatch, capsys):
+    def refuse(path, write):
+        raise InputError(f"cannot write {path}: Read-only file system")
+
+    monkeypatch.setattr(evaluation, "write_atomic", refuse)
+    line = evaluation.record(tmp_path, {"evaluation": "knn", "dataset": "x", "labels": 4}, [0.25, 0.75])
+    assert line.endswith("knn on x, 4 labels: 50.00%  (mean of 25.00, 75.00)")
+    assert capsys.readouterr().err == f"cannot write {tmp_path}/eval.jsonl: Read-only file system: the next line is recorded nowhere\n"

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import CPU, ROOT, refused
+from conftest import CPU, ROOT
 
 import training
 from federation import build_networks
@@ -260,7 +260,7 @@ TASKS = {
     "knn": ["--knn"],
     "semi": ["--semi 0.1"],
     "export": ["--export f.npz"],
-    "weights": ["--export f.safetensors"],
+    "weights": ["--export f.safetensors", "--export f.onnx", "--export folder"],
     "table": ["--table"],
     "plot": ["--plot"],
     "against": ["--against mu"],
@@ -308,7 +308,7 @@ def test_an_evaluations_option_is_refused_where_it_changes_nothing(refuses, opti
         ("--epochs 0|--epochs 1.5", "--epochs 1"),
         ("--seed -1|--seed 9223372036854775808", "--seed 0|--seed 9223372036854775807"),
         ("--features image|--head cosine --semi 1|--device tpu", "--head linear --semi 1|--features backbone"),
-        ("--export f.txt|--export f", "--export f.npz|--export f.safetensors"),
+        ("--export f.txt|--export f.pt", "--export f.npz|--export f.safetensors|--export f.onnx|--export folder"),
         ("--knn --linear|--semi 0.1 --knn|--table --plot|--bogus", "run1 run2 --knn"),
     ],
 )
@@ -319,19 +319,7 @@ def test_values_of_an_evaluation(refuses, outside, inside):
         assert refuses(lambda line=line: parse_evaluation(line.split()), line.split()[0])
 
 
-# ------------------------------------------------------------------------------------------------ whole processes, and the page
-
-
-@pytest.mark.parametrize("script, line", [("fedu.py", "--clients 0"), ("eval.py", "--knn --seed 1")])
-def test_a_mistake_is_answered_before_torch_is_imported(command, tmp_path, script, line):
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
-    done = command(script, *line.split(), cwd=tmp_path, variables={"PYTHONPATH": str(tmp_path)})
-    assert refused(done, script, line.split()[-2])
-
-
-def test_input_that_cannot_be_used_is_one_sentence_from_a_process(command, tmp_path):
-    assert refused(command("fedu.py", "--dataset", "none.npz", cwd=tmp_path), "fedu.py: error: ", "none.npz does not exist")
-    assert not list(tmp_path.iterdir())
+# ------------------------------------------------------------------------------------------------ the page of options
 
 
 def test_the_options_page_is_what_the_options_say():

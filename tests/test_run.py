@@ -26,15 +26,16 @@ def test_an_existing_folder_is_kept(tiny, refuses, finished, tmp_path, monkeypat
 
     monkeypatch.chdir(finished)
     before = {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
-    assert refused("runs/run is not empty", "--resume", "--overwrite", line=[*tiny, "--out", "runs/run"])
-    assert refused("runs/run is not empty", line=["--dataset", "absent.npz", "--out", "runs/run"])
+    assert refused("runs/run holds a run", "--resume", "--overwrite", line=[*tiny, "--out", "runs/run"])
+    assert refused("runs/run holds a run", line=["--dataset", "absent.npz", "--out", "runs/run"])
     changed = ["--resume", "runs/run", "--lr", "0.1", "--rounds", "9"]
-    assert refused("--lr 0.1 (it was 0.05)", "--rounds 9 (it was 3)", line=changed)
+    assert refused("--lr 0.1 (it was 0.05)", "--rounds 9 (it was 3)", "cosine", line=changed)
     assert refused("99 clients", line=[*tiny, "--clients", "99", "--out", "runs/run", "--overwrite"])
     assert before == {p.name: p.read_bytes() for p in (finished / "runs/run").iterdir()}
     (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "encoder.pt").write_text("somebody else's")
     assert refused("no config.json", line=[*tiny, "--out", str(tmp_path), "--overwrite"])
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "thesis.txt").read_text() == "mine" and (tmp_path / "encoder.pt").read_text() == "somebody else's"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_interrupts_name_the_command_that_continues(tiny, refuses, tmp_path, mon
         for other, words in (
             ([*line[2:], "--overwrite"], "run is in use by another run"),
             (["--resume", "run"], "run is in use by another run"),
-            (line[2:], "run is not empty"),
+            (line[2:], "run holds a run"),
         ):
             assert refuses(lambda other=other: fedu.main(parse(other)), words)
         process.send_signal(number)
