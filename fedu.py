@@ -18,7 +18,7 @@ its last divergence was below mu (DAPU). One process, or several under torchrun,
 
 from __future__ import annotations
 
-from options import HOST_OPTIONS, METHODS, OPTIONS, Command, Exchange, Options, flag, in_words, parse
+from options import HOST_OPTIONS, METHODS, OPTIONS, Command, Exchange, Options, flag, in_words, parse, run_name
 
 if __name__ == "__main__":
     COMMAND = parse(description=__doc__.split("\n\n")[0])  # before torch is imported: --help and mistakes are answered at once
@@ -268,12 +268,11 @@ def describe_round(options: Options, round_: int, reported: list[Turn], dropped:
 
 
 def train(options: Options, out: Path | str | None = None, overwrite: bool = False) -> Run:
-    """Train as the options say, in a new run folder, by default `runs/DATASET-METHOD-Kclients-sSEED`.
+    """Train as the options say, in a new run folder, by default `runs/` and `options.run_name`.
 
     Raises InputError if the folder is not empty, or if the images do not fit the options.
     """
-    name = f"{Path(options.dataset).stem}-{options.method}-{options.clients}clients-s{options.seed}"
-    out = user_path(out or Path("runs") / name)
+    out = user_path(out or Path("runs") / run_name(options))
     holds_run(out, overwrite)  # refuses a folder that must not be replaced, before anything slow
     return simulate(options, out, resumed=False, overwrite=overwrite)
 

@@ -6,6 +6,8 @@ Only the standard library is imported here, so that `--help` and a mistyped opti
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -176,6 +178,14 @@ class Host:
     log: str = option("none", "also log the rounds to RUN/tensorboard", ("none", "tensorboard"), host=True)
 
 
+class Ineffective(InputError):
+    """An option, or a setting of the objective, that changes nothing together with the other options. name: its name."""
+
+    def __init__(self, name: str, sentence: str):
+        super().__init__(sentence)
+        self.name = name
+
+
 GROUPS = {"data": Data, "method": Exchange, "federation": Clients, "training": Training, "run": Host}
 
 
@@ -183,7 +193,7 @@ GROUPS = {"data": Data, "method": Exchange, "federation": Clients, "training": T
 class Options(Host, Training, Clients, Exchange, Data):
     """All options of a run; what is None, or not given, takes its value from the method's row and the data set's recipe.
 
-    Raises InputError for a value out of its range, and for an option that changes nothing together with the others.
+    Raises InputError for a value out of its range, and Ineffective for an option that changes nothing together with the others.
     """
 
     def __post_init__(self) -> None:
@@ -209,7 +219,7 @@ class Options(Host, Training, Clients, Exchange, Data):
         return default | ({"predictor": "global"} if self.no_predictor else {})
 
     def refuse_ineffective(self, given: Iterable[str]) -> None:
-        """Raises InputError if an option among `given` changes nothing because of the other options."""
+        """Raises Ineffective if an option among `given` changes nothing because of the other options."""
         row = METHODS[self.method]
         with_predictor = "a method that has a predictor" + " and one server" * row.has_predictor
         with_target = "a method that has a target encoder"
@@ -234,11 +244,35 @@ class Options(Host, Training, Clients, Exchange, Data):
             if changes_nothing:
                 value = getattr(self, name)
                 got = flag(name) + ("" if value is True else f" {value}")
-                raise InputError(f"{got} changes nothing in --method {self.method} with its other options: it goes with {where}")
+                raise Ineffective(name, f"{got} changes nothing in --method {self.method} with its other options: it goes with {where}")
 
 
 OPTIONS = {f.name: f for f in fields(Options)}
 HOST_OPTIONS = tuple(name for name, f in OPTIONS.items() if f.metadata["host"])
+
+
+def run_name(options: Options) -> str:
+    """The default name of a run: DATASET-METHOD-Kclients-sSEED, then each option that differs from its default, as in `-mu0.2-rounds20`.
+
+    Runs that differ in an option have different names, unless it is one of HOST_OPTIONS. A name of more than 60 characters is cut and ends
+    in a hash of the whole name. So does the name of a run on a file or folder of images, since its data set's name lacks the path.
+    """
+    stem = f"{Path(options.dataset).stem}-{options.method}-{options.clients}clients-s{options.seed}"
+    values, default = asdict(options), options.resolved_defaults()
+    values, default = values | values.pop("settings"), default | default.pop("settings")
+    told = ("dataset", "method", "clients", "seed", *HOST_OPTIONS)
+    name = stem + "".join(changed_in_name(k, v) for k, v in values.items() if k not in told and v != default[k])
+    if len(name) <= 60 and Path(options.dataset).stem == options.dataset:
+        return name
+    return f"{name[:49]}-{hashlib.sha256(os.fsencode(f'{options.dataset} {name}')).hexdigest()[:10]}"
+
+
+def changed_in_name(name: str, value: object) -> str:
+    """An option as part of a run's name: `-mu0.2`, `-encoder-small`, or for a flag `-no-predictor`."""
+    text = "" if value is True else str(value)
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        text = f"{value:g}"
+    return f"-{name.replace('_', '-')}" + ("" if text[:1].isdigit() else "-" * bool(text)) + text
 
 
 def flag(name: str) -> str:
@@ -274,10 +308,10 @@ def settings_of(method: str) -> dict[str, Setting]:
 
 
 def resolved_settings(method: str, given: Mapping[str, object]) -> dict[str, float]:
-    """A method's settings, given ones in place of the defaults. Raises InputError for an unknown name and for a value out of range."""
+    """A method's settings, given ones in place of the defaults. Raises Ineffective for an unknown name, InputError for a wrong value."""
     known = settings_of(method)
     if unknown := given.keys() - known.keys():
-        raise InputError(f"--set got {min(unknown)!r}; --method {method} has the settings {', '.join(known)}")
+        raise Ineffective(min(unknown), f"--set got {min(unknown)!r}; --method {method} has the settings {', '.join(known)}")
     values = {}
     for name, setting in known.items():
         try:
@@ -333,7 +367,8 @@ def training_parser(description: str | None = None) -> Parser:
             else:
                 values = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"type": f.metadata["type"]}
                 section.add_argument(flag(f.name), help=f"{f.metadata['help']}  [{f.metadata['shown'] or f.default}]", **values)
-    section.add_argument("--out", type=user_path, help="run folder  [runs/DATASET-METHOD-Kclients-sSEED]")
+    section.add_argument("--out", type=user_path,
+        help="run folder  [runs/DATASET-METHOD-Kclients-sSEED, and each option that differs from its default]")  # fmt: skip
     section.add_argument("--resume", type=user_path, metavar="RUN", help="continue the run in this folder")
     section.add_argument("--overwrite", action="store_true", help="replace the run in an existing folder")
     return parser

@@ -8,7 +8,7 @@ from conftest import CPU, ROOT
 
 import training
 from federation import build_networks
-from options import HOST_OPTIONS, METHODS, Options, evaluation_parser, parse, parse_evaluation, training_parser
+from options import HOST_OPTIONS, METHODS, Options, evaluation_parser, parse, parse_evaluation, run_name, training_parser
 from report.reference import as_markdown, documentation
 from runtime.cli import InputError
 
@@ -317,6 +317,28 @@ def test_values_of_an_evaluation(refuses, outside, inside):
         parse_evaluation(line.split())
     for line in outside.split("|"):
         assert refuses(lambda line=line: parse_evaluation(line.split()), line.split()[0])
+
+
+# ------------------------------------------------------------------------------------------------ the name of a run
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ({}, "fashion-fedu-5clients-s0"),
+        ({"dataset": "cifar10", "method": "single", "clients": 3, "seed": 7}, "cifar10-single-3clients-s7"),
+        ({"mu": 0.4, "rounds": 8, "device": "cpu", "data_root": "/x", "log": "tensorboard"}, "fashion-fedu-5clients-s0"),
+        ({"mu": 0.2, "rounds": 20}, "fashion-fedu-5clients-s0-mu0.2-rounds20"),
+        ({"dataset": "cifar10", "rounds": 8}, "cifar10-fedu-5clients-s0-rounds8"),
+        ({"mu": float("inf"), "encoder": "small"}, "fashion-fedu-5clients-s0-mu-inf-encoder-small"),
+        ({"no_predictor": True, "lr": 0.123456789}, "fashion-fedu-5clients-s0-no-predictor-lr0.123456789"),
+        ({"method": "fedsimclr", "settings": {"temperature": 0.1}}, "fashion-fedsimclr-5clients-s0-temperature0.1"),
+        ({"dataset": "mine/x.npz"}, "x-fedu-5clients-s0-2a7b14b74a"),
+        ({"rounds": 2, "local_epochs": 1, "knn_every": 1, "lr": 0.05}, "fashion-fedu-5clients-s0-rounds2-local-epochs1-lr-f25083dd67"),
+    ],
+)
+def test_a_run_is_named_by_its_options(given, name):
+    assert run_name(Options(**given)) == name
 
 
 # ------------------------------------------------------------------------------------------------ the page of options

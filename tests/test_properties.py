@@ -1,13 +1,16 @@
 """For random input, a function returns a result with the promised properties, or refuses the input in one sentence."""
 
+import itertools
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as some
 
 import ops
 from data import balanced_subset, partition
-from options import Options, parse
+from options import HOST_OPTIONS, METHODS, OPTIONS, Options, parse, run_name
 from runtime.bank import Bank, Row
 from runtime.cli import InputError
 
@@ -98,3 +101,34 @@ def test_any_command_line_is_options_or_one_sentence(pairs):
     assume(command.resume is None)
     options = Options(**command.given)
     assert options.clients >= 1 and options.lr > 0 and 0 <= options.dropout <= 1
+
+
+SOME = {  # values of each option, also neighbours and values that look alike
+    "dataset": ["fashion", "cifar10", "cifar100", "x", "x/", "./x", "x.npz", "a/x.npz", "x-fedu-5clients-s0", "y" * 70, "y" * 71],
+    "data_root": ["~", "/data"],
+    "image_size": [8, 64],
+    "method": [*METHODS],
+    "settings": [{}, {"jitter": 0.5}, {"temperature": 0.5}, {"jitter": 0.5, "temperature": 0.5}, {"queue": 5}],
+    "seed": [0, 1, 11, 2**63 - 1],
+    **{k: [*f.metadata["choices"]] for k, f in OPTIONS.items() if f.metadata["choices"] and k != "method"},
+    **{k: [False, True] for k, f in OPTIONS.items() if isinstance(f.default, bool)},
+    **{k: [2, 3, 128, 1234567, 1234568] for k in ("clients", "rounds", "local_epochs", "batch_size", "knn_every")},
+    **{k: [None, 1, 2] for k in ("clients_per_round", "classes_per_client")},
+    **{k: [0.1, 0.10000001, np.nextafter(0.1, 1).item(), 0.01, 1] for k in ("mu", "tau", "alpha", "dropout", "lr", "ema_decay")},
+}
+
+
+@pytest.mark.parametrize("changed", OPTIONS)
+@settings(max_examples=20)
+@given(others=some.lists(some.sampled_from([*SOME]).flatmap(lambda k: some.tuples(some.just(k), some.sampled_from(SOME[k]))), max_size=3))
+def test_runs_have_the_same_name_only_if_they_have_the_same_options(changed, others):
+    names: dict[str, list] = {}
+    for value in SOME[changed]:
+        try:
+            options = Options(**dict(others) | {changed: value})
+        except InputError:
+            continue
+        names.setdefault(run_name(options), []).append({k: v for k, v in vars(options).items() if k not in HOST_OPTIONS})
+    assert all(same == [same[0]] * len(same) for same in names.values())
+    assert all(a[0] != b[0] for a, b in itertools.combinations(names.values(), 2))
+    assert all(len(name) <= 60 and "/" not in name for name in names)
