@@ -12,16 +12,14 @@ where runs/ has none, as on a fresh clone, a run is made again and replaces that
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from runtime.cli import InputError, Parser, number, user_errors
+from sweep import Run, in_shell, make
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,51 +103,26 @@ def parse_options() -> dict:
 def main(names: list[str], seed: list[int] | None, jobs: int, list: bool) -> None:
     # seed by seed, so that every row has a first number before any has a second
     runs = [(name, s) for s in range(max(n for _, n in EXPERIMENTS.values())) for name in names if s < EXPERIMENTS[name][1]]
-    runs = [(name, s) for name, s in runs if seed is None or s in seed]
+    runs = [experiment(name, s) for name, s in runs if seed is None or s in seed]
     if list:
-        return print("\n".join(shlex.join(["python", *training(name, s)]) for name, s in runs))
-    # together no more threads than cores, or the threads of a run would wait for those of another
-    threads = max(1, os.cpu_count() // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        failed = [run for run, done in zip(runs, pool.map(lambda run: experiment(*run, threads), runs)) if not done]
-    if failed:
-        raise InputError(f"these did not end well, their log.txt says why: {', '.join(f'{name}-s{s}' for name, s in failed)}")
+        return print("\n".join(in_shell(["fedu.py", *run.training, "--out", str(run.folder)]) for run in runs))
+    if failed := make(runs, jobs, keep):
+        raise InputError(f"these did not end well, their log.txt says why: {', '.join(run.folder.name for run in failed)}")
 
 
-def folder(name: str, seed: int) -> Path:
-    return Path("runs/cifar10") / f"{name}-s{seed}"
+def experiment(name: str, seed: int) -> Run:
+    options, run = EXPERIMENTS[name][0], f"{name}-s{seed}"
+    whole = options.startswith(LONG) and options.count("--rounds") == 1
+    wanted = {what: arguments.split() for what, arguments in EVALUATIONS.items() if whole or not what.startswith("semi")}
+    training = [*options.split(), "--seed", str(seed)]
+    return Run(Path("runs/cifar10") / run, ROOT / "results/cifar10" / run / "log.txt", training, wanted)
 
 
-def training(name: str, seed: int) -> list[str]:
-    return ["fedu.py", *EXPERIMENTS[name][0].split(), "--seed", str(seed), "--out", str(folder(name, seed))]
-
-
-def experiment(name: str, seed: int, threads: int) -> bool:
-    """Train and evaluate one run, as far as that is not done; returns whether all of it ended well."""
-    from report.tables import read_evaluations  # here, since it loads torch
-
-    run, results = folder(name, seed), ROOT / "results/cifar10" / f"{name}-s{seed}"
-    run.parent.mkdir(parents=True, exist_ok=True)
-    steps = []
-    if not (run / "encoder.pt").exists():
-        steps.append(["fedu.py", "--resume", str(run)] if (run / "config.json").exists() else training(name, seed))
-    whole = EXPERIMENTS[name][0].startswith(LONG) and EXPERIMENTS[name][0].count("--rounds") == 1
-    wanted = [what for what in EVALUATIONS if whole or not what.startswith("semi")]
-    done = read_evaluations(run) if (run / "eval.jsonl").exists() else {}
-    steps += [["eval.py", *EVALUATIONS[what].split(), str(run)] for what in wanted if what not in done]
-    results.mkdir(parents=True, exist_ok=True)
-    for step in steps:
-        print(shlex.join(["python", *step]), flush=True)
-        with (results / "log.txt").open("a") as log:
-            print("$", shlex.join(["python", *step]), file=log, flush=True)
-            env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            done = subprocess.run([sys.executable, str(ROOT / step[0]), *step[1:]], stdout=log, stderr=log, env=env)
-        if done.returncode:
-            return False
-        for kept in KEPT:
-            if (run / kept).exists():
-                shutil.copyfile(run / kept, results / kept)
-    return True
+def keep(run: Run) -> None:
+    """Copy what a reader needs of a run to its results."""
+    for kept in KEPT:
+        if (run.folder / kept).exists():
+            shutil.copyfile(run.folder / kept, run.log.parent / kept)
 
 
 if __name__ == "__main__":
