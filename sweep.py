@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from options import HOST_OPTIONS, OPTIONS, Ineffective, Options, flag, run_name, training_parser
-from runtime.cli import InputError, Parser, number, os_errors, user_errors, write_atomic
+from runtime.cli import InputError, Parser, command_line, number, os_errors, user_errors, user_path, write_atomic
 
 ROOT, LIBC = Path(__file__).parent, ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
@@ -191,6 +191,7 @@ def new_folder(out: Path, name: str) -> Path:
 # --------------------------------------------------------------------------------------------------- the command line
 
 
+@command_line()
 def parse(argv: list[str]) -> dict[str, Any]:
     """Read the command line; returns the arguments of `main`. A mistake ends the process with one sentence and exit status 2."""
     end = argv.index("--") if "--" in argv else len(argv)
@@ -200,7 +201,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
         group.add_argument(flag(name), dest=name, nargs="+", action="extend", metavar="VALUE", help=OPTIONS[name].metadata["help"])
     group = parser.add_argument_group("sweep", "After `--` any options of fedu.py may follow, for every run.")
     group.add_argument("--eval", nargs="*", type=evaluation, help="linear, knn, 'semi F'; without a value: none  [linear knn]")
-    group.add_argument("--out", type=Path, help="folder of the runs, their logs, the table and the figure  [runs]")
+    group.add_argument("--out", type=user_path, help="folder of the runs, their logs, the table and the figure  [runs]")
     group.add_argument("--jobs", type=number(int, 1), help="runs side by side, which share the cores  [one a core]")
     group.add_argument("--list", action="store_true", help="print the commands that are left, and run nothing")
     given = {"eval": [evaluation("linear"), evaluation("knn")], "out": Path("runs"), "jobs": None, "list": False}
@@ -245,6 +246,7 @@ def swept_values(given: dict[str, list[str]]) -> dict[str, list]:
     return {name: list(values) for name, values in swept.items()}
 
 
+@command_line()
 def main(swept: dict[str, list], common: dict[str, Any], eval: list, out: Path, jobs: int | None, list: bool) -> None:
     host = {name: value for name, value in common.items() if name in HOST_OPTIONS}
     evaluations = {name: how + arguments({k: v for k, v in host.items() if k != "log"}) for name, how in eval}
