@@ -311,7 +311,7 @@ def test_linear_accuracy_against_an_option(tmp_path, sweep, drawn):
     assert [line.get_ydata() for line in axis.lines if line.get_label() == "untrained encoder"] == [pytest.approx([30, 30])]
     figures.plot_against("clients_per_round", sweep, tmp_path / "x.png")
     assert [label.get_text() for label in drawn[-1].axes[0].get_xticklabels()] == ["all"]
-    with pytest.raises(InputError, match="--against got 'beta'"):
+    with pytest.raises(InputError, match="against got 'beta'"):
         figures.plot_against("beta", sweep, tmp_path / "x.png")
     with pytest.raises(InputError, match="untrained has no rounds to draw"):
         figures.plot_against("ablation", sweep[-2:], tmp_path / "x.png")
