@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import ops
-from options import CIFAR_CLASSES
+from images import Split, decode_splits, find_splits
+from options import CIFAR_CLASSES, Data
 from runtime.cli import InputError, first_line, locked
 
 ASSETS = Path(__file__).parent / "assets"
@@ -38,23 +39,31 @@ def seed_of(*key: int | str) -> int:
 
 
 class Images(NamedTuple):
-    """Train and test images, uint8 `[N, 3, S, S]`, and labels, int64 `[N]` in 0..num_classes-1."""
+    """Train and test images, uint8 `[N, 3, S, S]`, and labels, int64 `[N]` in 0..num_classes-1.
+
+    Without labels y_train and y_test are empty, and without test images x_test and y_test are; `lacks` says so in words.
+    """
 
     x_train: Tensor
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
     num_classes: int
+    classes: Sequence[str] = ()  # their names, where the source has them
+    names: tuple[Sequence[str], Sequence[str]] = ((), ())  # the files of the training and the test images, where the source has them
 
     def to(self, device: torch.device) -> Images:
-        return Images(*(t.to(device) for t in self[:4]), self.num_classes)
+        return self._replace(**{name: getattr(self, name).to(device) for name in ("x_train", "y_train", "x_test", "y_test")})
 
 
-def load_images(name: str, root: Path = Path("~/.cache/fedu"), image_size: int = 32, option: str = "--dataset") -> Images:
+def load_images(
+    name: str, root: Path = Path("~/.cache/fedu"), image_size: int = 32, option: str = "--dataset",
+    pixel_range: str | None = None, skip_broken: bool = False,
+) -> Images:  # fmt: skip
     """Load `fashion` (embedded), `cifar10`, `cifar100`, a file PATH.npz or a folder PATH/{train,test}/CLASS/*.
 
-    CIFAR is taken from `root`: first `<name>.npz`, else torchvision's verified archive, downloaded if it is not there.
-    `image_size` is the side to which a folder's images are resized; the other sources keep theirs. option: that named it, for an error.
+    CIFAR is taken from `root`: first `<name>.npz`, else torchvision's verified archive, downloaded if it is not there. image_size,
+    pixel_range, skip_broken: how a folder's images are read, see `load_folder`. option: that named the source, for an error.
     Raises InputError if the source is missing, unreadable or of another form.
     """
     root = root.expanduser()
@@ -68,8 +77,15 @@ def load_images(name: str, root: Path = Path("~/.cache/fedu"), image_size: int =
     if name.endswith(".npz"):
         return load_npz(Path(name).expanduser())
     if Path(name).expanduser().is_dir():
-        return load_folder(Path(name).expanduser(), image_size)
-    raise InputError(f"{option} got {name!r}; it wants fashion, cifar10, cifar100, a file PATH.npz or an image folder")
+        return load_folder(Path(name).expanduser(), image_size, pixel_range, skip_broken)
+    raise InputError(f"{option} got {name!r}; it needs fashion, cifar10, cifar100, a file PATH.npz or an image folder")
+
+
+def load_dataset(options: Data, option: str = "--dataset") -> Images:
+    """Load the images that the options name, on the CPU, see `load_images`. option: that named them, for an error."""
+    return load_images(
+        options.dataset, Path(options.data_root), options.image_size, option, options.pixel_range, options.skip_broken
+    )  # fmt: skip
 
 
 def load_npz(path: Path) -> Images:
@@ -83,7 +99,7 @@ def load_npz(path: Path) -> Images:
         raise InputError(f"{path}: x_train is {arrays[0].shape[1]} pixels wide and x_test {arrays[2].shape[1]}, they want the same")
     if set(np.unique(arrays[1])) != set(range(int(arrays[1].max()) + 1)) or arrays[3].max() > arrays[1].max():
         raise InputError(f"{path}: y_train must hold every class 0..C-1 and y_test no other")
-    return to_images(*arrays)
+    return to_images(path, Split(channels_first(arrays[0]), arrays[1]), Split(channels_first(arrays[2]), arrays[3]))
 
 
 def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
@@ -105,32 +121,19 @@ def check_images(path: Path, name: str, x: np.ndarray) -> None:
         raise InputError(f"{path}: {name} is {x.dtype} {list(x.shape)}, it wants uint8 [N, S, S, 3] or [N, S, S]")
 
 
-def load_unlabelled(path: Path, size: int) -> Tensor:
+def load_unlabelled(path: Path, size: int, pixel_range: str | None = None, skip_broken: bool = False) -> Tensor:
     """A party's own training images, uint8 `[N, 3, S, S]`: x_train of an .npz, or all images under PATH/train, or under PATH.
 
     Neither labels nor test images need to be there. A folder's images are resized to `size` pixels; those of an .npz must have it.
     Raises InputError if they are missing, unreadable or of another form.
     """
     if path.suffix != ".npz":
-        return load_image_files(path / "train" if (path / "train").is_dir() else path, size)
+        return decode_splits(path, find_splits(path)[:1], size, pixel_range, skip_broken)[0].images
     (x,) = read_arrays(path, "x_train")
     check_images(path, "x_train", x)
     if x.shape[1] != size:
         raise InputError(f"{path}: x_train is {x.shape[1]} pixels wide, the federation's images are {size}")
     return channels_first(x)
-
-
-def load_image_files(folder: Path, size: int) -> Tensor:
-    """All images under a folder in the order of their paths, uint8 `[N, 3, S, S]`."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
-
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-    if not paths:
-        raise InputError(f"{folder} is neither a file PATH.npz nor a folder with images in it")
-    try:
-        return channels_first(np.stack([np.asarray(square(size)(default_loader(path))) for path in paths]))
-    except Exception as error:  # a damaged image makes PIL raise errors of many types: a broken PNG is a SyntaxError
-        raise InputError(f"{folder} holds an image that cannot be read ({first_line(error)})") from None
 
 
 def load_cifar(name: str, root: Path) -> Images:
@@ -149,32 +152,15 @@ def load_cifar(name: str, root: Path) -> Images:
         raise InputError(
             f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): put {name}.npz there, or choose --data-root"
         ) from None
-    return to_images(train.data, np.array(train.targets), test.data, np.array(test.targets))
+    return to_images(root, *(Split(channels_first(split.data), np.array(split.targets)) for split in (train, test)))._replace(
+        classes=train.classes
+    )
 
 
-def load_folder(path: Path, size: int) -> Images:
-    """Load PATH/{train,test}/CLASS/*.png|jpg, the shorter side resized to `size` pixels and the centre cut out."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        train, test = (ImageFolder(path / split, square(size)) for split in ("train", "test"))
-        if train.classes != test.classes:
-            raise InputError(f"{path}: train holds the classes {train.classes} and test {test.classes}, they want the same")
-        arrays = []
-        for split in (train, test):
-            arrays += [np.stack([np.asarray(image) for image, _ in split]), np.array(split.targets)]
-    except InputError:
-        raise
-    except Exception as error:  # a damaged image makes PIL raise errors of many types: a broken PNG is a SyntaxError
-        raise InputError(f"{path} is not an image folder of the form {{train,test}}/CLASS/*.png|jpg ({first_line(error)})") from None
-    return to_images(*arrays)
-
-
-def square(size: int) -> Callable:
-    """A transform that resizes an image's shorter side to `size` pixels and cuts out the centre."""
-    from torchvision.transforms import CenterCrop, Compose, Resize
-
-    return Compose([Resize(size), CenterCrop(size)])
+def load_folder(path: Path, size: int, pixel_range: str | None = None, skip_broken: bool = False) -> Images:
+    """Load a folder of image files, see `images.find_splits` for its forms and `images.decode_splits` for its pixels."""
+    train, test = decode_splits(path, find_splits(path), size, pixel_range, skip_broken)
+    return to_images(path, train, test)
 
 
 def channels_first(x: np.ndarray) -> Tensor:
@@ -183,9 +169,28 @@ def channels_first(x: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
-def to_images(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Images:
-    labels = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
-    return Images(channels_first(x_train), next(labels), channels_first(x_test), next(labels), int(y_train.max()) + 1)
+def to_images(source: Path, train: Split, test: Split) -> Images:
+    """The image set of two splits, whose classes are the sorted labels of the training images.
+
+    Raises InputError if a test image has another.
+    """
+    classes, numbers = number_labels(source, train.labels, test.labels)
+    return Images(train.images, numbers[0], test.images, numbers[1], len(classes), classes, (train.names, test.names))
+
+
+def number_labels(source: Path, *labels: Sequence[str] | np.ndarray | None) -> tuple[list[str], list[Tensor]]:
+    """The classes, and the number of each image's class, int64 `[N]`, for the labels of the training and the test images."""
+    train, test = (np.array([] if split is None else split) for split in labels)
+    classes, y_train = np.unique(train, return_inverse=True)
+    if unknown := sorted(set(test) - set(classes)) if len(train) else []:
+        raise InputError(f"{source}: the test images have the labels {some(unknown)}, which no training image has")
+    y_test = np.searchsorted(classes, test) if len(train) else np.array([])
+    return [str(c) for c in classes], [torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test)]
+
+
+def some(values: Sequence[object], most: int = 10) -> str:
+    """At most so many values in words."""
+    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} others" if len(values) > most else "")
 
 
 # ------------------------------------------------------------------------------------------------------ partition

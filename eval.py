@@ -13,7 +13,7 @@ A run of `single` has one encoder for each client: all are evaluated, and the me
 
 from __future__ import annotations
 
-from options import EVALUATION_EPOCHS, parse_evaluation
+from options import EVALUATION_EPOCHS, Data, parse_evaluation
 from runtime.cli import InputError, command_line, locked, user_errors, write_atomic
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and mistakes are answered at once
@@ -24,6 +24,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from statistics import mean
 
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 from tqdm import trange
 
-from data import Images, balanced_subset, keyed_generator, load_images
+from data import Images, balanced_subset, keyed_generator, load_dataset
 from models import build_head, extract_features, feature_dim, load_encoders
 from report.export import export_encoders
 from report.figures import plot, plot_against
@@ -65,9 +66,9 @@ def main(options: argparse.Namespace) -> None:
     for run in runs:
         trained_on = read_options(run)
         dataset, root = options.transfer or trained_on["dataset"], options.data_root or trained_on["data_root"]
+        source = Data(**{f.name: trained_on[f.name] for f in fields(Data)} | {"dataset": dataset, "data_root": root})
         encoders = [encoder.to(device) for encoder in load_encoders(run)]
-        option = "--transfer" if options.transfer else "--dataset"
-        images = load_images(dataset, Path(root), trained_on["image_size"], option).to(device)
+        images = load_dataset(source, "--transfer" if options.transfer else "--dataset").to(device)
         modules = [{"backbone": e.backbone, "projector": e, "pixels": nn.Flatten()}[options.features] for e in encoders]
         if options.task == "export":
             return print(export_features(modules, images, options.export))

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 import ops
-from data import Images, load_images
+from data import Images, load_dataset
 from eval import knn
 from federation import Client, Federation, Server, Start, Turn, build, draw_turns, find, most_uploads
 from models import Objective, save_encoders
@@ -306,7 +306,7 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
     log = tensorboard_log(out / "tensorboard") if options.log == "tensorboard" else None
     device = choose_device(options.device)
     with ranks.process_group(device):
-        images = load_images(options.dataset, Path(options.data_root), options.image_size).to(device)
+        images = load_dataset(options).to(device)
         federation = build(options, images)
         prepare(federation, options)
         if RANK:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -83,6 +84,7 @@ ABLATED = ("aggregate", "update", "predictor")  # the columns of a method's row 
 
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
 RECIPES = {"fashion": {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}}
+FOLDER_OPTIONS = ("image_size", "pixel_range", "skip_broken")  # they say how a folder's images are read
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
@@ -101,6 +103,17 @@ def option(
     return field(default=default, metadata={"help": help, "choices": choices, "type": type, "shown": shown, "host": host})
 
 
+def value_range(text: str) -> str:
+    """An argparse type: two numbers LOW,HIGH."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = 0, 0
+    if not -math.inf < low < high < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, needs two numbers LOW,HIGH, the lower one first")
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The images, and their partition over the clients."""
@@ -108,6 +121,11 @@ class Data:
     dataset: str = option("fashion", "fashion (embedded), cifar10, cifar100, a file PATH.npz or a folder PATH/{train,test}/CLASS/*")
     data_root: str = option("~/.cache/fedu", "folder with CIFAR: NAME.npz, or torchvision's archive, downloaded if need be", host=True)
     image_size: int = option(32, "side in pixels to which a folder's images are resized and cropped", type=number(int, 8))
+    pixel_range: str | None = option(
+        None, "of a folder's images above 8 bits: the values that become 0 and 255, as --pixel-range=LOW,HIGH", type=value_range,
+        shown="0,65535 if whole numbers use its upper half, else the set's lowest and highest",
+    )  # fmt: skip
+    skip_broken: bool = option(False, "leave out a folder's images that cannot be read")
     partition: str = option("classes", "how the images are partitioned over the clients", ("classes", "iid", "dirichlet"))
     classes_per_client: int | None = option(None, "classes of each client, for --partition classes", type=COUNT, shown="1/K of the classes")
     alpha: float = option(0.5, "concentration of --partition dirichlet; smaller: clients differ more", type=number(float, 1e-3, 1e6))
@@ -221,6 +239,7 @@ class Options(Host, Training, Clients, Exchange, Data):
     def refuse_ineffective(self, given: Iterable[str]) -> None:
         """Raises Ineffective if an option among `given` changes nothing because of the other options."""
         row = METHODS[self.method]
+        is_folder = not (self.dataset in ("fashion", *CIFAR_CLASSES) or self.dataset.endswith(".npz"))
         with_predictor = "a method that has a predictor" + " and one server" * row.has_predictor
         with_target = "a method that has a target encoder"
         goes_with = {  # of each option that changes nothing here, what it goes with
@@ -237,7 +256,9 @@ class Options(Host, Training, Clients, Exchange, Data):
             "classes_per_client": (self.partition != "classes", "--partition classes"),
             "alpha": (self.partition != "dirichlet", "--partition dirichlet"),
             "clients_per_round": (row.servers == "pooled", "a method with more than one client"),
-            "image_size": (self.dataset in ("fashion", *CIFAR_CLASSES) or self.dataset.endswith(".npz"), "a folder of images"),
+            **dict.fromkeys(
+                FOLDER_OPTIONS, (self.dataset in ("fashion", *CIFAR_CLASSES) or self.dataset.endswith(".npz"), "a folder of images")
+            ),
         }
         for name in given:
             changes_nothing, where = goes_with.get(name, (False, ""))

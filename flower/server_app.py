@@ -23,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from strategy import FedU
 
 import fedu
-from data import load_images
+from data import load_dataset
 from federation import Client, assemble
 from options import Command, Options, flag, parse
 from runtime.bank import Bank
@@ -61,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
         holds_run(out, command.overwrite)
     fedu.load_kernels()
     device = choose_device(options.device)
-    images = load_images(options.dataset, Path(options.data_root), options.image_size).to(device)
+    images = load_dataset(options).to(device)
     unknown = torch.empty(0, device="meta")  # a client says how many images it has when it connects
     everyone = [Client(k, unknown) for k in range(options.clients)]
     federation = assemble(options, [everyone], images.x_train, images.y_train)

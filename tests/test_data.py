@@ -199,10 +199,12 @@ def test_image_folder(tmp_path):
     assert images.x_train.shape == (4, 3, 16, 16) and images.y_train.tolist() == [0, 0, 1, 1]
     assert images.x_test[:, 2, 0, 0].tolist() == [0, 0, 200, 200]
     (tmp_path / "test/dog/0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    with pytest.raises(InputError, match="not an image folder"):
+    with pytest.raises(InputError, match="test/dog/0.png"):
         data.load_images(str(tmp_path), image_size=16)
-    with pytest.raises(InputError, match="not an image folder"):
-        data.load_images(str(tmp_path / "train"))
+    (tmp_path / "test/fox").mkdir()
+    (tmp_path / "test/dog/1.png").rename(tmp_path / "test/fox/1.png")
+    with pytest.raises(InputError, match="the test images have the labels fox, which no training image has"):
+        data.load_images(str(tmp_path), image_size=16, skip_broken=True)
 
 
 GOOD = {"x_train": np.zeros((4, 8, 8, 3), np.uint8), "y_train": np.arange(4) % 2, "x_test": np.zeros((2, 8, 8, 3), np.uint8)}

@@ -186,7 +186,7 @@ def test_nothing_private_leaves_a_client(npz, parts, grid, tmp_path, capfd, monk
             return BUSY
         if looks[-1] == (1, 102):  # an error that nobody expected
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(client_app, "load_unlabelled", lambda path, size: (tmp_path / "miller" / path.name).read_bytes())
+                patch.setattr(client_app, "load_unlabelled", lambda path, *how: (tmp_path / "miller" / path.name).read_bytes())
                 return answer()
         config = grid.contexts[message.metadata.dst_node_id].node_config | wrong.get(looks[-1], {})
         return client_app.app(message, Context(1, message.metadata.dst_node_id, config, RecordDict(), {}))

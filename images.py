@@ -1,0 +1,349 @@
+"""Image files as uint8 arrays: which files are images, how their values become 8 bits, and the decoding of many.
+
+Pillow and torchvision decode; only the rules are here. docs/data.md states them for users. The part of an error before its brackets may
+leave a party's machine (see flower/), so a file's name, which may be a patient's, stands in the brackets.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from options import checked
+from runtime.cli import RANK, InputError, first_line
+
+
+def note(text: str) -> None:
+    """Say something about the user's images, on one line of stderr; of several processes only the first says it."""
+    if RANK == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+IMAGES = {
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx"),
+    *(".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+}
+SPLITS = ("train", "test")
+# images that nothing here decodes: they are refused as broken ones are, not passed over
+UNDECODED = {
+    *(".arw", ".cr2", ".cr3", ".czi", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jxl", ".mha", ".mhd", ".mrxs", ".ndpi", ".nef"),
+    *(".nii", ".nii.gz", ".nrrd", ".psd", ".scn", ".svg", ".svs"),
+}
+BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"BM")  # of an image whose name does not end as one
+# what a system, a notebook, an editor, a browser or a file server leaves in a folder, in small letters
+LEFTOVERS = (
+    *(".*", "~$*", "*~", "*.tmp", "*.part", "*.partial", "*.crdownload", "thumbs.db", "ehthumbs*.db", "desktop.ini", "icon\r"),
+    *("__macosx", "__pycache__", "@eadir", "@__thumb", "#recycle", "#snapshot", "$recycle.bin", "recycler", "lost+found"),
+    *("system volume information", "network trash folder", "temporary items"),
+)
+
+
+class Found(NamedTuple):
+    """The image files under a folder in the order of their paths, and how many files of which kind were passed over."""
+
+    paths: list[Path]
+    passed_over: Counter[str]
+
+
+def find_images(folder: Path) -> Found:
+    """All image files under a folder, each once, however many links lead to it; links are followed.
+
+    Leftovers of systems and files that are no images are counted. Raises InputError if the folder or one inside cannot be listed.
+    """
+    paths, passed_over, known, links = [], Counter(), set(), []
+
+    def visit(place: Path) -> None:
+        for name in listing(place):
+            entry = place / name
+            if is_leftover(name):
+                passed_over["leftovers of a system"] += 1
+            elif not entry.is_dir() and not is_image(entry):
+                passed_over[f"{entry.suffix.lower() or 'other'} files"] += 1
+            elif entry.is_symlink():
+                links.append(entry)
+            else:
+                take(entry)
+
+    def take(entry: Path) -> None:
+        if entry.resolve() in known:
+            passed_over["links to what is read already"] += 1
+            return
+        known.add(entry.resolve())
+        visit(entry) if entry.is_dir() else paths.append(entry)
+
+    take(folder)
+    while links:  # after what lies here, and those near the top first: a link may lead to what has another place of its own
+        links.sort(key=lambda link: (len(link.parts), link.is_dir(), link), reverse=True)
+        take(links.pop())
+    return Found(sorted(paths), passed_over)
+
+
+def listing(folder: Path) -> list[str]:
+    """The names in a folder, sorted. Raises InputError where it cannot be read, since its images would else be left out."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"a folder of images cannot be listed ({folder}: {error.strerror})") from None
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name was left by a system and is no part of a data set."""
+    return any(fnmatch(name.lower(), pattern) for pattern in LEFTOVERS)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is meant as an image: by the end of its name, else by its first bytes."""
+    name = path.name.lower()
+    if path.suffix.lower() in IMAGES or any(map(name.endswith, UNDECODED)):
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(12).startswith(BEGINNINGS)
+    except OSError:
+        return False
+
+
+class Split(NamedTuple):
+    """The training or the test images of a source: files, or uint8 `[N, 3, S, S]`; what each is labelled, if so, and the file's name."""
+
+    images: list[Path] | Tensor
+    labels: Sequence[str] | np.ndarray | None = None
+    names: Sequence[str] = ()
+
+
+def find_splits(path: Path) -> list[Split]:
+    """The training and test images of a folder; says on one line what was passed over.
+
+    The training images are those under PATH/train if that is there, else all; the test images are those under PATH/test. Where all of them
+    lie in sub-folders, of which there are several, these are the classes. Raises InputError if there is no image.
+    """
+    folders = {name.lower(): path / name for name in listing(path) if (path / name).is_dir()} if path.is_dir() else {}
+    train, test = (folders.get(name) for name in SPLITS)
+    if test and not train:
+        raise InputError(f"{path} has a folder test and no folder train")
+    passed_over, splits = Counter(), []
+    for folder in (train or path, test):
+        found = find_images(folder) if folder and folder.is_dir() else Found([], Counter())
+        passed_over += found.passed_over
+        names = [image.relative_to(path).as_posix() for image in found.paths]
+        splits.append(Split(found.paths, classes_of(folder, found.paths, at_least=2 if folder is not test else 1), names))
+    if train:
+        outside = [path / name for name in listing(path) if path / name not in (train, test) and not is_leftover(name)]
+        passed_over["images beside train and test"] = sum(len(find_images(p).paths) if p.is_dir() else is_image(p) for p in outside)
+    if counts := [f"{count} {kind}" for kind, count in sorted(passed_over.items()) if count]:
+        note(f"{path}: passed over {', '.join(counts)}")
+    if not splits[0].images:
+        raise InputError(f"{train or path} is neither a file PATH.npz nor a folder with images in it")
+    return splits
+
+
+def classes_of(folder: Path, paths: list[Path], at_least: int) -> list[str] | None:
+    """The class of each image: the name of the sub-folder that it lies in; None unless all lie in one, of `at_least` so many."""
+    places = [path.relative_to(folder).parts for path in paths]
+    loose = [path for path, parts in zip(paths, places) if len(parts) == 1]
+    if 0 < len(loose) < len(paths):
+        note(f"{folder}: read without labels, since {len(loose)} images lie beside its sub-folders ({loose[0].name})")
+    return None if loose or len({parts[0] for parts in places}) < at_least else [parts[0] for parts in places]
+
+
+# ------------------------------------------------------------------------------------------------------------ pixels
+
+PixelRange = tuple[float, float]  # the values that become 0 and 255, of images above 8 bits
+SIXTEEN_BITS: PixelRange = (0.0, 65535.0)
+
+
+class Decoded(NamedTuple):
+    """An image as it is in its file, upright: a Pillow image of 8 bits a channel, or more as values `[H, W]`.
+
+    reduced: whether these 8 bits are the upper ones of more. frames: whether the file holds further images.
+    """
+
+    image: Image.Image | None
+    values: np.ndarray | None
+    reduced: bool
+    frames: bool
+
+
+def read_file(path: Path) -> Decoded:
+    """Decode one file; whatever is wrong with it, Pillow's errors of many types included, is raised."""
+    if any(map(path.name.lower().endswith, UNDECODED)):
+        raise ValueError(f"nothing here decodes {path.suffix}; convert it to PNG")
+    with Image.open(path) as file:
+        deep, frames = has_deep_channels(file, path), getattr(file, "is_animated", False)
+        file.load()
+        image = upright(file)
+        if not image.mode.startswith(("I", "F")):
+            return Decoded(on_white(image), None, deep, frames)
+        values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    return Decoded(None, values, False, frames)
+
+
+def has_deep_channels(file: Image.Image, path: Path) -> bool:
+    """Whether an opened file has more than 8 bits a channel, which Pillow may be about to reduce without a word."""
+    if file.format in ("AVIF", "JPEG2000"):  # whose plugins do not say it: the formats' own headers do
+        with path.open("rb") as opened:
+            head = opened.read(1 << 16)
+        box, sizes = head.find(b"av1C"), head.find(b"\xff\x4f\xff\x51")
+        return head[box + 6] & 0x40 > 0 if file.format == "AVIF" else head[sizes + 42] & 0x7F > 7
+    codecs = [(tile[0], tile[3] if isinstance(tile[3], tuple) else (tile[3],)) for tile in file.tile]
+    return any(
+        "16" in name or any(";16" in str(a) for a in arguments) or (name.startswith("ppm") and arguments[1] > 255)
+        for name, arguments in codecs
+    )
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; a damaged EXIF block says nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's reader of EXIF raises errors of many types
+        return image
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An 8-bit image of any mode as RGB; what is transparent is put on white."""
+    if image.mode == "LAB":
+        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if "transparency" in image.info or image.mode[-1] in "Aa":
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def eight_bits(values: np.ndarray, low: float, high: float) -> Image.Image:
+    """Values `[H, W]` as a grey image: low becomes 0, high 255."""
+    return Image.fromarray(((values.astype(np.float64) - low) * (255 / (high - low or 1))).clip(0, 255).round().astype(np.uint8))
+
+
+def choose_range(low: float, high: float, whole: bool) -> PixelRange:
+    """The range of values that becomes 0..255, for a set whose values lie in low..high. whole: they are whole numbers.
+
+    That of 16 bits if they are whole numbers that use its upper half, else low..high: scanners and cameras often leave upper bits empty.
+    """
+    return SIXTEEN_BITS if whole and low >= 0 and SIXTEEN_BITS[1] / 2 < high <= SIXTEEN_BITS[1] else (low, high)
+
+
+# ------------------------------------------------------------------------------------------------------- many images
+
+
+class Report(NamedTuple):
+    """What decoding a set found: the indices of images that were left out, and lines to say."""
+
+    broken: list[int]
+    notes: list[str]
+
+
+@cache
+def square(size: int) -> Callable[[Image.Image], Image.Image]:
+    """A transform that resizes an image's shorter side to `size` pixels and cuts out the centre."""
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    return Compose([Resize(size), CenterCrop(size)])
+
+
+def decode(
+    folder: Path, paths: Sequence[Path], out: np.ndarray, pixel_range: PixelRange | None = None, skip_broken: bool = False
+) -> Report:  # fmt: skip
+    """Decode image files into `out`, uint8 `[N, 3, S, S]`, in parallel. Images that are left out have no row, and the last rows are unused.
+
+    Images above 8 bits are scaled by `pixel_range`, by default by that of `choose_range` over all of them. folder: their place, for errors.
+    Raises InputError for images that cannot be read, unless `skip_broken`, and for a range that needs bits which Pillow has dropped.
+    """
+    transform = square(out.shape[-1])
+    deep: dict[int, tuple[float, float, bool]] = {}  # the lowest and highest value of an image above 8 bits; whether they are whole
+    broken: dict[int, Exception] = {}
+    reduced, several, waiting = set(), [], []
+
+    def work(index: int) -> None:
+        try:
+            image, values, is_reduced, frames = read_file(paths[index])
+            if is_reduced:
+                values = np.asarray(image).astype(np.uint16) * 257
+                reduced.add(index)
+            if values is not None:
+                deep[index] = values.min().item(), values.max().item(), values.dtype.kind in "iu"
+                if image is None and pixel_range is None:
+                    return waiting.append(index)
+                image = image or eight_bits(values, *pixel_range)
+            out[index] = np.asarray(transform(image.convert("RGB"))).transpose(2, 0, 1)
+            several.extend([index] * frames)
+        except Exception as error:  # Pillow raises errors of many types
+            broken[index] = error
+
+    in_parallel(work, range(len(paths)), f"reading {folder}")
+    notes = []
+    if deep:
+        lows, highs, whole = zip(*deep.values())
+        pixel_range = pixel_range or choose_range(min(lows), max(highs), all(whole))
+        given = "values {:g} to {:g} become 0 to 255, --pixel-range=LOW,HIGH chooses others".format(*pixel_range)
+        notes.append(f"{folder}: {len(deep)} images have more than 8 bits: {given}")
+        if reduced and pixel_range != SIXTEEN_BITS:
+            raise InputError(
+                f"{folder} holds {len(reduced)} images of more than 8 bits of which Pillow gives only the upper 8 "
+                f"({paths[min(reduced)]}), and their values need the others: convert them to 8 bits"
+            )
+        in_parallel(work, sorted(waiting), f"scaling {folder}")
+    if several:
+        notes.append(f"{folder}: {len(several)} files hold several frames, of which the first is read")
+    if broken and not skip_broken:
+        first = min(broken)
+        others = f", and {len(broken) - 1} others" * (len(broken) > 1)
+        reason = f"{paths[first]}: {first_line(broken[first])}{others}"
+        raise InputError(f"{folder} holds an image that cannot be read ({reason}); --skip-broken leaves it out")
+    if broken:
+        notes.append(f"{folder}: {len(broken)} images cannot be read and are left out")
+        kept = [index for index in range(len(paths)) if index not in broken]
+        for row, index in enumerate(kept):
+            out[row] = out[index]
+    return Report(sorted(broken), notes)
+
+
+def in_parallel(work: Callable[[int], object], indices: Sequence[int], title: str) -> None:
+    """Call `work` with each index, in as many threads as there are processors, for Pillow and numpy leave the interpreter to others."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for _ in tqdm(pool.map(work, indices), total=len(indices), desc=title, unit="image", leave=False, disable=not sys.stderr.isatty()):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def decode_splits(
+    path: Path, splits: Sequence[Split], size: int, pixel_range: str | None = None, skip_broken: bool = False
+) -> list[Split]:  # fmt: skip
+    """Decode the files of all splits, so that the same range of values becomes 0..255 in each. path: their place, for errors.
+
+    pixel_range: LOW,HIGH, of images above 8 bits the values that become 0 and 255. skip_broken: leave out images that cannot be read.
+    Raises InputError for them otherwise, and if no training image is left.
+    """
+    paths = [image for split in splits for image in split.images]
+    x = np.empty((len(paths), 3, size, size), np.uint8)
+    report = decode(path, paths, x, pixel_range and tuple(map(float, checked("pixel_range", pixel_range).split(","))), skip_broken)
+    for line in report.notes:
+        note(line)
+    broken, decoded, first, row = set(report.broken), [], 0, 0
+    for split in splits:
+        kept = [k for k in range(len(split.images)) if first + k not in broken]
+        labels = None if split.labels is None else [split.labels[k] for k in kept]
+        decoded.append(Split(torch.from_numpy(x[row : row + len(kept)]), labels, [split.names[k] for k in kept]))
+        first, row = first + len(split.images), row + len(kept)
+    if not len(decoded[0].images):
+        raise InputError(f"{path} has no training image that can be read")
+    return decoded
