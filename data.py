@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import ops
-from images import Split, decode_splits, find_splits
+from images import INSTEAD_OF_TEST, SPLITS, Split, decode_splits, find_splits, note
 from options import CIFAR_CLASSES, Data
 from runtime.cli import InputError, first_line, locked
 
@@ -89,51 +89,102 @@ def load_dataset(options: Data, option: str = "--dataset") -> Images:
 
 
 def load_npz(path: Path) -> Images:
-    """Load x_train, y_train, x_test, y_test from an .npz: uint8 `[N, S, S, 3]` or grey `[N, S, S]`, and integer labels `[N]`."""
-    arrays = read_arrays(path, "x_train", "y_train", "x_test", "y_test")
-    for split, x, y in (("train", *arrays[:2]), ("test", *arrays[2:])):
-        check_images(path, f"x_{split}", x)
-        if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1] or y.min() < 0:
-            raise InputError(f"{path}: y_{split} is {y.dtype} {list(y.shape)}, it wants one class 0, 1, ... for each of {len(x)} images")
-    if arrays[0].shape[1:3] != arrays[2].shape[1:3]:
-        raise InputError(f"{path}: x_train is {arrays[0].shape[1]} pixels wide and x_test {arrays[2].shape[1]}, they want the same")
-    if set(np.unique(arrays[1])) != set(range(int(arrays[1].max()) + 1)) or arrays[3].max() > arrays[1].max():
-        raise InputError(f"{path}: y_train must hold every class 0..C-1 and y_test no other")
-    return to_images(path, Split(channels_first(arrays[0]), arrays[1]), Split(channels_first(arrays[2]), arrays[3]))
+    """Load an .npz, see `read_npz`."""
+    return to_images(path, *read_npz(path))
 
 
-def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
-    """The arrays of these names in an .npz."""
+def read_npz(path: Path, splits: Sequence[str] = SPLITS) -> list[Split]:
+    """The training and the test images of an .npz: x_train, y_train, x_test, y_test, or train_images, train_labels and so on.
+
+    Images are uint8 `[N, S, S, 3]`, or grey `[N, S, S]` or `[N, S, S, 1]`; labels are whole numbers or text, `[N]` or `[N, 1]`, and may be
+    missing; so may test images, in whose place those of `val` or `valid` are taken. splits: which are read. Raises InputError for an array
+    of another form.
+    """
+    keys = {name: (f"x_{name}", f"{name}_images", f"y_{name}", f"{name}_labels") for name in (*SPLITS, *INSTEAD_OF_TEST)}
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return [archive[key] for key in keys]
+            found = {name: [k for k in names if k in archive.files] for name, names in keys.items()}
+            if not any(key in keys["train"][:2] for key in found["train"]):
+                raise InputError(f"{path} has no array x_train or train_images; it has {some(archive.files) or 'none'}")
+            test = next((name for name in keys if name != "train" and found[name]), "test")
+            if test != "test" and "test" in splits:
+                note(f"{path}: the {test} images are taken as test images, since it has none")
+            chosen = [name for name in ("train", test) if name == "train" or "test" in splits]
+            arrays = {key: archive[key] for name in chosen for key in found[name]}
+            unread = sorted(set(archive.files) - set(arrays))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"data set {path} does not exist") from None
-    except KeyError as error:
-        raise InputError(f"{path} has no array {error.args[0].split()[0]}; it wants {', '.join(keys)}") from None
     except Exception as error:  # a damaged archive makes numpy raise errors of many types, even a tokenizer's
-        raise InputError(f"{path} is not a readable .npz of plain arrays ({first_line(error)})") from None
+        hint = "; text needs `.astype(str)` before it is saved" * ("Object arrays" in str(error))
+        raise InputError(f"{path} is not a readable .npz of plain arrays ({first_line(error)}){hint}") from None
+    if unread:
+        note(f"{path}: arrays that are not read: {some(unread)}")
+    return [as_split(path, {key: arrays[key] for key in found[name]}, name) for name in chosen]
 
 
-def check_images(path: Path, name: str, x: np.ndarray) -> None:
-    grey = x.ndim == 3
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or not (grey or x.shape[3] == 3) or x.shape[1] != x.shape[2] or x.size == 0:
-        raise InputError(f"{path}: {name} is {x.dtype} {list(x.shape)}, it wants uint8 [N, S, S, 3] or [N, S, S]")
+def as_split(path: Path, arrays: dict[str, np.ndarray], name: str) -> Split:
+    """A split from its arrays, by their names: images, or labels, or both."""
+    x = next((key for key in arrays if "x_" in key or "_images" in key), None)
+    y = next((key for key in arrays if key != x), None)
+    if x is None:
+        if y:
+            raise InputError(f"{path} has the labels {y} and no images x_{name} or {name}_images")
+        return Split([])
+    images = as_images(path, x, arrays[x])
+    return Split(images, y and as_labels(path, y, arrays[y], len(images)))
+
+
+def as_images(path: Path, name: str, x: np.ndarray) -> Tensor:
+    """Images of an array as uint8 `[N, 3, S, S]`. Raises InputError if it is of another form, with the expression that converts it."""
+    if x.dtype == np.uint8 and x.size and x.ndim in (3, 4) and x.shape[3:] in ((), (1,), (3,)) and x.shape[1] == x.shape[2]:
+        return channels_first(x)
+    if x.dtype != np.uint8 and x.size:
+        whole, low, high = x.dtype.kind in "biu", x.min(), x.max()
+        scaled = "(255 * x).round()" if low >= 0 and high <= 1 and not whole else "numpy.interp(x, (x.min(), x.max()), (0, 255)).round()"
+        how = f"`{'255 * x' if x.dtype == bool else 'x.round()' if low >= 0 and 1 < high <= 255 else scaled}`, then `.astype(numpy.uint8)`"
+    elif x.ndim == 4 and x.shape[1] in (1, 3):
+        how = "`x.transpose(0, 2, 3, 1)`"
+    elif x.ndim == 4 and x.shape[3] in (2, 4):
+        how = "`x[..., :-1]`, without the transparency"
+    elif x.ndim == 5:
+        how = "a volume's slices are images, `x.reshape(-1, *x.shape[2:])`"
+    else:
+        how = "cut or resize each image to a square"
+    need = "needs uint8 [N, S, S, 3], [N, S, S, 1] or [N, S, S]"
+    raise InputError(f"{path}: {name} is {x.dtype} {list(x.shape)}, it {need}" + f": {how}" * (x.size > 0))
+
+
+def as_labels(path: Path, name: str, y: np.ndarray, count: int) -> np.ndarray:
+    """Labels of an array, `[N]`. Raises InputError unless there is one whole number from 0, or one text, for each of `count` images."""
+    if y.ndim == 2 and y.shape[1] > 1:
+        raise InputError(
+            f"{path}: {name} is {y.dtype} {list(y.shape)}, several labels for an image (multi-label), where one is needed: "
+            "`y.argmax(1)` if each row has a single 1, else leave the labels out"
+        )
+    y = y.reshape(len(y)) if y.ndim == 2 and y.shape[1] == 1 else y
+    if y.dtype.kind not in "biuSU" or y.shape != (count,):
+        raise InputError(
+            f"{path}: {name} is {y.dtype} {list(y.shape)}, it needs one label, a whole number or text, for each of {count} images"
+        )
+    if y.dtype.kind == "i" and y.min() < 0:
+        raise InputError(f"{path}: {name} holds {some(np.unique(y))}; a label below 0 often says that there is none: leave such images out")
+    return np.char.decode(y) if y.dtype.kind == "S" else y.astype(int) if y.dtype == bool else y
 
 
 def load_unlabelled(path: Path, size: int, pixel_range: str | None = None, skip_broken: bool = False) -> Tensor:
-    """A party's own training images, uint8 `[N, 3, S, S]`: x_train of an .npz, or all images under PATH/train, or under PATH.
+    """A party's own training images, uint8 `[N, 3, S, S]`: those of `load_images` from an .npz or a folder.
 
     Neither labels nor test images need to be there. A folder's images are resized to `size` pixels; those of an .npz must have it.
     Raises InputError if they are missing, unreadable or of another form.
     """
     if path.suffix != ".npz":
         return decode_splits(path, find_splits(path)[:1], size, pixel_range, skip_broken)[0].images
-    (x,) = read_arrays(path, "x_train")
-    check_images(path, "x_train", x)
-    if x.shape[1] != size:
-        raise InputError(f"{path}: x_train is {x.shape[1]} pixels wide, the federation's images are {size}")
-    return channels_first(x)
+    x = read_npz(path, ["train"])[0].images
+    if x.shape[2] != size:
+        raise InputError(f"{path}: the images are {x.shape[2]} pixels wide, the federation's are {size}")
+    return x
 
 
 def load_cifar(name: str, root: Path) -> Images:
@@ -152,9 +203,8 @@ def load_cifar(name: str, root: Path) -> Images:
         raise InputError(
             f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): put {name}.npz there, or choose --data-root"
         ) from None
-    return to_images(root, *(Split(channels_first(split.data), np.array(split.targets)) for split in (train, test)))._replace(
-        classes=train.classes
-    )
+    splits = (Split(channels_first(split.data), np.array(split.targets)) for split in (train, test))
+    return to_images(root, *splits)._replace(classes=train.classes)
 
 
 def load_folder(path: Path, size: int, pixel_range: str | None = None, skip_broken: bool = False) -> Images:
@@ -164,16 +214,21 @@ def load_folder(path: Path, size: int, pixel_range: str | None = None, skip_brok
 
 
 def channels_first(x: np.ndarray) -> Tensor:
-    """uint8 `[N, S, S, 3]` or grey `[N, S, S]` -> `[N, 3, S, S]`."""
-    x = x if x.ndim == 4 else np.repeat(x[..., None], 3, axis=3)
+    """uint8 `[N, S, S, 3]`, or grey `[N, S, S]` or `[N, S, S, 1]` -> `[N, 3, S, S]`."""
+    x = np.broadcast_to(x if x.ndim == 4 else x[..., None], (*x.shape[:3], 3))
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
 def to_images(source: Path, train: Split, test: Split) -> Images:
     """The image set of two splits, whose classes are the sorted labels of the training images.
 
-    Raises InputError if a test image has another.
+    Raises InputError if a test image has another label, or another size.
     """
+    if not len(test.images):
+        test = Split(train.images[:0])
+    if train.images.shape[1:] != test.images.shape[1:]:
+        widths = train.images.shape[2], test.images.shape[2]
+        raise InputError(f"{source}: the training images are {widths[0]} pixels wide and the test images {widths[1]}, they need the same")
     classes, numbers = number_labels(source, train.labels, test.labels)
     return Images(train.images, numbers[0], test.images, numbers[1], len(classes), classes, (train.names, test.names))
 
@@ -182,6 +237,8 @@ def number_labels(source: Path, *labels: Sequence[str] | np.ndarray | None) -> t
     """The classes, and the number of each image's class, int64 `[N]`, for the labels of the training and the test images."""
     train, test = (np.array([] if split is None else split) for split in labels)
     classes, y_train = np.unique(train, return_inverse=True)
+    if classes.dtype.kind in "iu" and len(classes) <= classes.max(initial=0):
+        note(f"{source}: the labels {some(classes)} are read as the classes 0 to {len(classes) - 1}")
     if unknown := sorted(set(test) - set(classes)) if len(train) else []:
         raise InputError(f"{source}: the test images have the labels {some(unknown)}, which no training image has")
     y_test = np.searchsorted(classes, test) if len(train) else np.array([])
@@ -234,7 +291,8 @@ def partition(
                 break
     smallest = min(range(clients), key=lambda k: len(result[k]))
     if len(result[smallest]) < at_least:
-        raise InputError(f"client {smallest} has {len(result[smallest])} images, a batch wants {at_least}: lower --batch-size or --clients")
+        remedy = "lower --batch-size or --clients, or raise --alpha" if kind == "dirichlet" else "lower --batch-size or --clients"
+        raise InputError(f"client {smallest} has {len(result[smallest])} images, a batch wants {at_least}: {remedy}")
     return result
 
 

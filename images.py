@@ -39,6 +39,7 @@ IMAGES = {
     *(".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 }
 SPLITS = ("train", "test")
+INSTEAD_OF_TEST = ("val", "valid", "validation")  # these images are the test images where there are no others
 # images that nothing here decodes: they are refused as broken ones are, not passed over
 UNDECODED = {
     *(".arw", ".cr2", ".cr3", ".czi", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jxl", ".mha", ".mhd", ".mrxs", ".ndpi", ".nef"),
@@ -129,13 +130,17 @@ class Split(NamedTuple):
 def find_splits(path: Path) -> list[Split]:
     """The training and test images of a folder; says on one line what was passed over.
 
-    The training images are those under PATH/train if that is there, else all; the test images are those under PATH/test. Where all of them
-    lie in sub-folders, of which there are several, these are the classes. Raises InputError if there is no image.
+    The training images are those under PATH/train if that is there, else all; the test images are those under PATH/test, or PATH/val if
+    there is none. Where all of them lie in sub-folders, of which there are several, these are the classes. Raises InputError if there is no
+    image.
     """
     folders = {name.lower(): path / name for name in listing(path) if (path / name).is_dir()} if path.is_dir() else {}
-    train, test = (folders.get(name) for name in SPLITS)
+    train, test = folders.get("train"), folders.get("test")
     if test and not train:
         raise InputError(f"{path} has a folder test and no folder train")
+    if train and not test and (instead := next(filter(None, map(folders.get, INSTEAD_OF_TEST)), None)):
+        note(f"{path}: the {instead.name} images are taken as test images, since it has none")
+        test = instead
     passed_over, splits = Counter(), []
     for folder in (train or path, test):
         found = find_images(folder) if folder and folder.is_dir() else Found([], Counter())

@@ -107,7 +107,7 @@ def test_iid_is_even_and_dirichlet_is_not():
         (5, "classes", {"classes_per_client": 11}, "--classes-per-client got 11"),
         (3, "classes", {"classes_per_client": 2}, "leave some of 10 classes to nobody"),
         (5, "iid", {"at_least": 101}, "5 clients want 101 images each, there are 500"),
-        (20, "dirichlet", {"alpha": 0.01, "at_least": 20}, "a batch wants 20"),
+        (20, "dirichlet", {"alpha": 0.01, "at_least": 20}, "a batch wants 20: lower --batch-size or --clients, or raise --alpha"),
     ],
 )
 def test_partitions_that_cannot_be_are_refused(clients, kind, more, words):
@@ -214,23 +214,83 @@ GOOD["y_test"] = np.arange(2)
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"x_train": np.zeros((4, 8, 8, 3))}, "x_train is float64"),
-        ({"x_train": np.zeros((4, 8, 9, 3), np.uint8)}, "wants uint8"),
-        ({"x_test": np.zeros((2, 3, 8, 8), np.uint8)}, r"x_test is uint8 \[2, 3, 8, 8\]"),
-        ({"x_test": np.zeros((2, 9, 9, 3), np.uint8)}, "want the same"),
+        (
+            {"x_train": np.linspace(0, 1, 4 * 64).reshape(4, 8, 8)},
+            r"x_train is float64 \[4, 8, 8\], .*`\(255 \* x\).round\(\)`, then `.astype",
+        ),
+        ({"x_train": np.full((4, 8, 8, 3), 200.0, np.float32)}, "x_train is float32 .*`x.round"),
+        ({"x_train": np.full((4, 8, 8), 60000, np.uint16)}, "x_train is uint16 .*x.max"),
+        ({"x_train": np.ones((4, 8, 8), bool)}, r"x_train is bool .*`255 \* x`"),
+        ({"x_train": np.zeros((4, 8, 9, 3), np.uint8)}, "needs uint8 .* cut or resize each image to a square"),
+        ({"x_train": np.zeros((4, 8, 8, 4), np.uint8)}, "x_train is uint8 .* without the transparency"),
+        ({"x_train": np.zeros((4, 8, 8, 8, 1), np.uint8)}, "x_train is uint8 .* a volume's slices"),
+        ({"x_test": np.zeros((2, 3, 8, 8), np.uint8)}, r"x_test is uint8 \[2, 3, 8, 8\].*transpose"),
+        ({"x_test": np.zeros((2, 9, 9, 3), np.uint8)}, "the training images are 8 pixels wide and the test images 9, they need the same"),
         ({"x_train": np.zeros((0, 8, 8, 3), np.uint8), "y_train": np.zeros(0, int)}, "x_train is uint8"),
         ({"y_train": np.arange(3)}, "for each of 4 images"),
-        ({"y_train": np.array([0, 1, 0, -1])}, "y_train"),
-        ({"y_train": np.array([0, 2, 0, 2])}, "every class"),
-        ({"y_test": np.array([0, 2])}, "y_test no other"),
-        ({"y_test": None}, "has no array y_test"),
-        ({"y_train": np.array([0, 1, {}, 1], dtype=object)}, "not a readable .npz"),
+        ({"y_train": np.array([0, 0.5, 1, 1])}, "y_train is float64"),
+        ({"y_train": np.array([0, 1, 0, -1])}, "y_train holds -1, 0, 1; a label below 0"),
+        ({"y_train": np.eye(4, dtype=int)}, r"y_train is int64 \[4, 4\], several labels for an image \(multi-label\)"),
+        ({"y_test": np.array([0, 2])}, "the test images have the labels 2, which no training image has"),
+        ({"y_test": np.array(["cat", "dog"])}, "the test images have the labels cat, dog"),
+        ({"x_test": None}, "has the labels y_test and no images x_test or test_images"),
+        ({"x_train": None}, "has no array x_train or train_images; it has y_train, x_test, y_test"),
+        ({"y_train": np.array([0, 1, {}, 1], dtype=object)}, "not a readable .npz.*text needs `.astype"),
     ],
 )
 def test_npz_of_another_form_is_refused(change, words, tmp_path):
     np.savez(tmp_path / "bad.npz", **{k: v for k, v in (GOOD | change).items() if v is not None})
     with pytest.raises(InputError, match=words):
         data.load_npz(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("change", range(4))
+def test_the_expression_in_a_refusal_converts_the_array(change, tmp_path):
+    """What a refusal of an array says, done with it, makes an .npz that is read with the same image, black to white."""
+    ramp = np.linspace(0, 1, 64).reshape(1, 8, 8)
+    x = [ramp, (ramp * 255).astype(np.float32), (ramp * 4095).astype(np.uint16), (ramp * 65535 - 32768).astype(np.int16)][change]
+    np.savez(tmp_path / "x.npz", x_train=x)
+    with pytest.raises(InputError) as refusal:
+        data.load_npz(tmp_path / "x.npz")
+    convert = str(refusal.value).split("`")[1]
+    np.savez(tmp_path / "x.npz", x_train=eval(convert, {"x": x, "numpy": np}).astype(np.uint8))
+    assert np.abs(data.load_npz(tmp_path / "x.npz").x_train[0, 0].numpy() - 255 * ramp[0]).max() <= 1
+
+
+def test_medmnist_is_read_as_it_is_downloaded(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    arrays = {f"{split}_images": rng.integers(0, 256, (n, 28, 28), np.uint8) for split, n in (("train", 9), ("val", 3), ("test", 6))}
+    labels = {f"{split}_labels": (np.arange(n) % 3)[:, None].astype(np.uint8) for split, n in (("train", 9), ("val", 3), ("test", 6))}
+    np.savez(tmp_path / "medmnist.npz", **arrays, **labels)
+    images = data.load_images(str(tmp_path / "medmnist.npz"))
+    assert torch.equal(images.x_test[:, 1], torch.from_numpy(arrays["test_images"])) and images.x_train.shape == (9, 3, 28, 28)
+    assert images.y_train.tolist() == [0, 1, 2] * 3 and images.y_test.tolist() == [0, 1, 2] * 2
+    assert capsys.readouterr().err == f"{tmp_path}/medmnist.npz: arrays that are not read: val_images, val_labels\n"
+    del arrays["test_images"], labels["test_labels"]
+    np.savez(tmp_path / "medmnist.npz", **arrays, **labels)
+    assert torch.equal(data.load_npz(tmp_path / "medmnist.npz").x_test[:, 0], torch.from_numpy(arrays["val_images"]))
+    assert "the val images are taken as test images, since it has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "labels, classes, said",
+    [
+        (np.array([1, 4, 2, 3]), ["1", "2", "3", "4"], "the labels 1, 2, 3, 4 are read as the classes 0 to 3"),
+        (np.array([[10], [30], [10], [20]]), ["10", "20", "30"], "the labels 10, 20, 30 are read as the classes 0 to 2"),
+        (np.array(["dog", "cat", "dog", "eel"]), ["cat", "dog", "eel"], ""),
+        (np.array([b"dog", b"cat", b"dog", b"eel"]), ["cat", "dog", "eel"], ""),
+        (np.array([True, False, True, True]), ["0", "1"], ""),
+        (np.array([0, 1, 2, 1], np.uint8), ["0", "1", "2"], ""),
+    ],
+)
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 8, 8, 1), (4, 8, 8, 3)])
+def test_labels_of_any_kind_are_numbered_in_their_order(labels, classes, said, shape, tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", x_train=np.zeros(shape, np.uint8), y_train=labels, x_test=np.zeros(shape, np.uint8)[:1], y_test=labels[:1])
+    images = data.load_npz(tmp_path / "x.npz")
+    assert images.classes == classes and images.num_classes == len(classes) and said in capsys.readouterr().err
+    names = [classes[k] for k in images.y_train]
+    assert names == [n.decode() if isinstance(n, bytes) else str(int(n) if isinstance(n, np.bool) else n) for n in labels.flatten()]
+    assert images.y_test[0] == images.y_train[0]
 
 
 def test_damaged_npz_is_refused(npz, tmp_path):
