@@ -49,48 +49,90 @@ class Images(NamedTuple):
     x_test: Tensor
     y_test: Tensor
     num_classes: int
-    classes: Sequence[str] = ()  # their names, where the source has them
-    names: tuple[Sequence[str], Sequence[str]] = ((), ())  # the files of the training and the test images, where the source has them
+    classes: Sequence[str] = ()  # the name of each
+    names: tuple[Sequence[str], Sequence[str]] = ((), ())  # the files of the training and the test images, where these are files
 
     def to(self, device: torch.device) -> Images:
         return self._replace(**{name: getattr(self, name).to(device) for name in ("x_train", "y_train", "x_test", "y_test")})
 
 
-def load_images(
-    name: str, root: Path = Path("~/.cache/fedu"), image_size: int = 32, option: str = "--dataset",
-    pixel_range: str | None = None, skip_broken: bool = False,
-) -> Images:  # fmt: skip
-    """Load `fashion` (embedded), `cifar10`, `cifar100`, a file PATH.npz or a folder PATH/{train,test}/CLASS/*.
+def lacks(images: Images, test: bool = True) -> str:
+    """What the set lacks of training labels and, with `test`, of labelled test images, in words; empty if it has them."""
+    if not len(images.y_train):
+        return "the data set has no labels"
+    if test and not len(images.y_test):
+        return "the test images have no labels" if len(images.x_test) else "the data set has no test images (--holdout 0.1 makes some)"
+    return ""
 
-    CIFAR is taken from `root`: first `<name>.npz`, else torchvision's verified archive, downloaded if it is not there. image_size,
-    pixel_range, skip_broken: how a folder's images are read, see `load_folder`. option: that named the source, for an error.
-    Raises InputError if the source is missing, unreadable or of another form.
-    """
-    root = root.expanduser()
-    if name == "fashion":
-        return load_npz(ASSETS / "fashion.npz")
-    if name in CIFAR_CLASSES:
-        images = load_npz(root / f"{name}.npz") if (root / f"{name}.npz").exists() else load_cifar(name, root)
-        if images.num_classes != CIFAR_CLASSES[name]:
-            raise InputError(f"{root / name}.npz holds {images.num_classes} classes, {name} has {CIFAR_CLASSES[name]}")
-        return images
-    if name.endswith(".npz"):
-        return load_npz(Path(name).expanduser())
-    if Path(name).expanduser().is_dir():
-        return load_folder(Path(name).expanduser(), image_size, pixel_range, skip_broken)
-    raise InputError(f"{option} got {name!r}; it needs fashion, cifar10, cifar100, a file PATH.npz or an image folder")
+
+def require(images: Images, what: str, test: bool = True) -> None:
+    """Raises InputError if the set lacks the labels, or with `test` the labelled test images, that `what` needs."""
+    if lack := lacks(images, test):
+        raise InputError(
+            f"{what} needs labels{' and test images' * test}, and {lack}" + "; --partition iid needs none" * ("--part" in what)
+        )
 
 
 def load_dataset(options: Data, option: str = "--dataset") -> Images:
     """Load the images that the options name, on the CPU, see `load_images`. option: that named them, for an error."""
     return load_images(
-        options.dataset, Path(options.data_root), options.image_size, option, options.pixel_range, options.skip_broken
+        options.dataset, Path(options.data_root), options.image_size, option,
+        pixel_range=options.pixel_range, skip_broken=options.skip_broken, holdout=options.holdout,
     )  # fmt: skip
+
+
+def load_images(
+    name: str, root: Path = Path("~/.cache/fedu"), image_size: int = 32, option: str = "--dataset", *,
+    pixel_range: str | None = None, skip_broken: bool = False, holdout: float = 0.0,
+) -> Images:  # fmt: skip
+    """Load `fashion` (embedded), `cifar10`, `cifar100`, a file PATH.npz (see `read_npz`) or a folder of images (see `find_splits`).
+
+    CIFAR is taken from `root`: first `<name>.npz`, else torchvision's verified archive, downloaded if it is not there. image_size,
+    pixel_range, skip_broken: how a folder's images are decoded, see `decode_splits`. holdout: the fraction of each class that becomes test
+    images. option: that named the source, for an error. Raises InputError if the source is missing, unreadable or of another form.
+    """
+    root, path = root.expanduser(), Path(name).expanduser()
+    if name == "fashion":
+        path = ASSETS / "fashion.npz"
+    elif name in CIFAR_CLASSES:
+        path = root / f"{name}.npz"
+    if name in CIFAR_CLASSES and not path.exists():
+        splits = read_cifar(name, root)
+    elif path.suffix == ".npz":
+        splits = read_npz(path)
+    elif path.is_dir():
+        splits = find_splits(path)
+    else:
+        raise InputError(f"{option} got {name!r}; it needs fashion, cifar10, cifar100, a file PATH.npz or an image folder")
+    if holdout:
+        splits = hold_out(path, *splits, holdout)
+    if isinstance(splits[0].images, list):
+        splits = decode_splits(path, splits, image_size, pixel_range, skip_broken)
+    images = to_images(path, *splits)
+    if images.num_classes != CIFAR_CLASSES.get(name, images.num_classes):
+        raise InputError(f"{path} holds {images.num_classes} classes, {name} has {CIFAR_CLASSES[name]}")
+    return images
 
 
 def load_npz(path: Path) -> Images:
     """Load an .npz, see `read_npz`."""
     return to_images(path, *read_npz(path))
+
+
+def hold_out(source: Path, train: Split, test: Split, fraction: float) -> list[Split]:
+    """Make a fraction of each class's training images test images, at least one of a class that has several, whatever the seed.
+
+    Raises InputError if there are test images already, or no labels, without which test images measure nothing.
+    """
+    if len(test.images):
+        raise InputError(f"--holdout got {fraction:g}, and {source} has test images of its own")
+    if train.labels is None:
+        raise InputError(f"--holdout got {fraction:g}, and {source} has no labels, without which test images measure nothing")
+    rng, labels = np.random.default_rng([*b"holdout"]), np.array(train.labels)
+    members = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+    counts = [min(len(m) - 1, max(1, round(fraction * len(m)))) for m in members]
+    held = np.concatenate([m[:count] for m, count in zip(members, counts)])
+    return [train.take(np.setdiff1d(np.arange(len(labels)), held)), train.take(np.sort(held))]
 
 
 def read_npz(path: Path, splits: Sequence[str] = SPLITS) -> list[Split]:
@@ -174,7 +216,7 @@ def as_labels(path: Path, name: str, y: np.ndarray, count: int) -> np.ndarray:
 
 
 def load_unlabelled(path: Path, size: int, pixel_range: str | None = None, skip_broken: bool = False) -> Tensor:
-    """A party's own training images, uint8 `[N, 3, S, S]`: those of `load_images` from an .npz or a folder.
+    """A party's own training images, uint8 `[N, 3, S, S]`, from an .npz or a folder, read as a data set's are.
 
     Neither labels nor test images need to be there. A folder's images are resized to `size` pixels; those of an .npz must have it.
     Raises InputError if they are missing, unreadable or of another form.
@@ -187,8 +229,8 @@ def load_unlabelled(path: Path, size: int, pixel_range: str | None = None, skip_
     return x
 
 
-def load_cifar(name: str, root: Path) -> Images:
-    """Load CIFAR-10 or -100 through torchvision, whose archive is verified by checksum before it is opened."""
+def read_cifar(name: str, root: Path) -> list[Split]:
+    """CIFAR-10 or -100 through torchvision, whose archive is verified by checksum before it is opened."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
@@ -203,14 +245,7 @@ def load_cifar(name: str, root: Path) -> Images:
         raise InputError(
             f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): put {name}.npz there, or choose --data-root"
         ) from None
-    splits = (Split(channels_first(split.data), np.array(split.targets)) for split in (train, test))
-    return to_images(root, *splits)._replace(classes=train.classes)
-
-
-def load_folder(path: Path, size: int, pixel_range: str | None = None, skip_broken: bool = False) -> Images:
-    """Load a folder of image files, see `images.find_splits` for its forms and `images.decode_splits` for its pixels."""
-    train, test = decode_splits(path, find_splits(path), size, pixel_range, skip_broken)
-    return to_images(path, train, test)
+    return [Split(channels_first(split.data), np.array(split.targets)) for split in (train, test)]
 
 
 def channels_first(x: np.ndarray) -> Tensor:
@@ -251,6 +286,17 @@ def some(values: Sequence[object], most: int = 10) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ partition
+
+
+def client_indices(images: Images, private: np.ndarray, clients: int, kind: str, *how: object, at_least: int) -> list[np.ndarray]:
+    """The training images of each client, as indices, disjoint and sorted, by a `partition` of the images that are private.
+
+    private: indices of the images that clients may have, sorted. Raises InputError if the set lacks the labels that this needs.
+    """
+    if kind != "iid":
+        require(images, f"--partition {kind}, unlike iid,", test=False)
+    labels = images.y_train if len(images.y_train) else torch.zeros(len(images.x_train), dtype=torch.int64)
+    return [private[part] for part in partition(labels.cpu().numpy()[private], clients, kind, *how, at_least=at_least)]
 
 
 def partition(

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 from tqdm import trange
 
-from data import Images, balanced_subset, keyed_generator, load_dataset
+from data import Images, balanced_subset, keyed_generator, load_dataset, require
 from models import build_head, extract_features, feature_dim, load_encoders
 from report.export import export_encoders
 from report.figures import plot, plot_against
@@ -66,10 +66,13 @@ def main(options: argparse.Namespace) -> None:
     for run in runs:
         trained_on = read_options(run)
         dataset, root = options.transfer or trained_on["dataset"], options.data_root or trained_on["data_root"]
-        source = Data(**{f.name: trained_on[f.name] for f in fields(Data)} | {"dataset": dataset, "data_root": root})
+        same = ("image_size", "skip_broken") if options.transfer else (f.name for f in fields(Data))
+        source = Data(**{name: trained_on[name] for name in same} | {"dataset": dataset, "data_root": root})
         encoders = [encoder.to(device) for encoder in load_encoders(run)]
         images = load_dataset(source, "--transfer" if options.transfer else "--dataset").to(device)
         modules = [{"backbone": e.backbone, "projector": e, "pixels": nn.Flatten()}[options.features] for e in encoders]
+        if options.task != "export":
+            require(images, f"--{options.task}")
         if options.task == "export":
             return print(export_features(modules, images, options.export))
         result = {"dataset": dataset, "seed": options.seed}
@@ -204,14 +207,17 @@ def train_classifier(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: fl
 
 
 def export_features(modules: list[nn.Module], images: Images, path: Path) -> str:
-    """Write `train` and `test` `[N, d]`, float32, and `y_train`, `y_test`; returns a line about it.
+    """Write `train` and `test` `[N, d]`, float32, with `y_train` and `y_test` of labelled images and `names_train`, `names_test` of files.
 
-    With several modules, as of `single`, the features are `[modules, N, d]`.
+    With several modules, as of `single`, the features are `[modules, N, d]`. Returns a line about the file.
     """
     arrays = {}
-    for split, x, y in (("train", images.x_train, images.y_train), ("test", images.x_test, images.y_test)):
-        features = torch.stack([extract_features(module, x).cpu() for module in modules])
-        arrays |= {split: features[0].numpy() if len(modules) == 1 else features.numpy(), f"y_{split}": y.cpu().numpy()}
+    for split, x, y, names in (("train", images.x_train, images.y_train, 0), ("test", images.x_test, images.y_test, 1)):
+        if len(x):
+            features = torch.stack([extract_features(module, x).cpu() for module in modules])
+            arrays[split] = features[0].numpy() if len(modules) == 1 else features.numpy()
+        arrays |= {f"y_{split}": y.cpu().numpy()} if len(y) else {}
+        arrays |= {f"names_{split}": np.array(images.names[names])} if len(images.names[names]) else {}
     write_atomic(path, lambda file: np.savez(file, **arrays))
     return f"{path} holds " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Images, keyed_generator, partition
+from data import Images, client_indices, keyed_generator, require
 from models import Encoder, Objective, Segment, conv_segments
 from options import METHODS, Options
 from runtime.bank import Row
@@ -141,15 +141,16 @@ class Federation:
 def build(options: Options, images: Images) -> Federation:
     """The federation of a method: its servers with their clients. All start from the same network, which the seed initialises."""
     method, device = METHODS[options.method], images.x_train.device
-    order = np.random.default_rng([options.seed, *b"public"]).permutation(len(images.y_train))
+    if method.uses_labels:
+        require(images, f"--method {options.method}", test=False)
+    order = np.random.default_rng([options.seed, *b"public"]).permutation(len(images.x_train))
     count = max(options.batch_size, round(method.public * len(order))) if method.public else 0
     public, private = np.sort(order[:count]), np.sort(order[count:])
-    clients_and_kind = (1, "iid") if method.servers == "pooled" else (options.clients, options.partition)
-    parts = partition(
-        images.y_train.cpu().numpy()[private], *clients_and_kind, options.seed,
-        options.classes_per_client, options.alpha, at_least=options.batch_size,
-    )  # fmt: skip
-    clients = [Client(k, torch.from_numpy(private[part]).to(device)) for k, part in enumerate(parts)]
+    num_clients, kind = (1, "iid") if method.servers == "pooled" else (options.clients, options.partition)
+    parts = client_indices(
+        images, private, num_clients, kind, options.seed, options.classes_per_client, options.alpha, at_least=options.batch_size
+    )
+    clients = [Client(k, torch.from_numpy(part).to(device)) for k, part in enumerate(parts)]
     groups = [[client] for client in clients] if method.servers == "each" else [clients]
     return assemble(options, groups, images.x_train, images.y_train, torch.from_numpy(public).to(device))
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 import ops
-from data import Images, load_dataset
+from data import Images, lacks, load_dataset
 from eval import knn
 from federation import Client, Federation, Server, Start, Turn, build, draw_turns, find, most_uploads
 from models import Objective, save_encoders
@@ -349,6 +349,8 @@ def introduce(options: Options, images: Images, federation: Federation, record: 
         print(f"{record.out}: continuing after {record.first} of {record.rounds} rounds")
     device = describe_device(images.x_train.device)
     print(f"{options.method} on {options.dataset}: {len(images.x_train)} images, {federation.describe()}, {device}")
+    if options.knn_every and lacks(images):
+        print(f"The kNN column stays empty: {lacks(images)}.")
     print(TABLE_HEADER, flush=True)
 
 
@@ -361,7 +363,7 @@ def show_round(log: Callable[[dict], None] | None, row: dict, seconds_left: floa
 
 def measured_knn(options: Options, round_: int, federation: Federation, images: Images) -> float | None:
     """The kNN accuracy of the servers' backbones, 0 to 1, or None in a round without a measurement."""
-    due = options.knn_every and ((round_ + 1) % options.knn_every == 0 or round_ + 1 == options.rounds)
+    due = options.knn_every and not lacks(images) and ((round_ + 1) % options.knn_every == 0 or round_ + 1 == options.rounds)
     return mean([knn(federation.load(server).backbone, images) for server in federation.servers]) if due else None
 
 

@@ -126,6 +126,14 @@ class Split(NamedTuple):
     labels: Sequence[str] | np.ndarray | None = None
     names: Sequence[str] = ()
 
+    def take(self, indices: Sequence[int]) -> Split:
+        """The split of some of its images."""
+
+        def chosen(values: Sequence | np.ndarray | Tensor | None) -> Sequence | np.ndarray | Tensor | None:
+            return values[np.asarray(indices)] if isinstance(values, np.ndarray | Tensor) else values and [values[k] for k in indices]
+
+        return Split(*map(chosen, self))
+
 
 def find_splits(path: Path) -> list[Split]:
     """The training and test images of a folder; says on one line what was passed over.
@@ -346,8 +354,7 @@ def decode_splits(
     broken, decoded, first, row = set(report.broken), [], 0, 0
     for split in splits:
         kept = [k for k in range(len(split.images)) if first + k not in broken]
-        labels = None if split.labels is None else [split.labels[k] for k in kept]
-        decoded.append(Split(torch.from_numpy(x[row : row + len(kept)]), labels, [split.names[k] for k in kept]))
+        decoded.append(split.take(kept)._replace(images=torch.from_numpy(x[row : row + len(kept)])))
         first, row = first + len(split.images), row + len(kept)
     if not len(decoded[0].images):
         raise InputError(f"{path} has no training image that can be read")

@@ -126,6 +126,10 @@ class Data:
         shown="0,65535 if whole numbers use its upper half, else the set's lowest and highest",
     )  # fmt: skip
     skip_broken: bool = option(False, "leave out a folder's images that cannot be read")
+    holdout: float = option(
+        0.0, "fraction of the labelled training images, the same of each class, that become test images where there are none",
+        type=number(float, 0, 0.9),
+    )  # fmt: skip
     partition: str = option("classes", "how the images are partitioned over the clients", ("classes", "iid", "dirichlet"))
     classes_per_client: int | None = option(None, "classes of each client, for --partition classes", type=COUNT, shown="1/K of the classes")
     alpha: float = option(0.5, "concentration of --partition dirichlet; smaller: clients differ more", type=number(float, 1e-3, 1e6))
@@ -256,9 +260,7 @@ class Options(Host, Training, Clients, Exchange, Data):
             "classes_per_client": (self.partition != "classes", "--partition classes"),
             "alpha": (self.partition != "dirichlet", "--partition dirichlet"),
             "clients_per_round": (row.servers == "pooled", "a method with more than one client"),
-            **dict.fromkeys(
-                FOLDER_OPTIONS, (self.dataset in ("fashion", *CIFAR_CLASSES) or self.dataset.endswith(".npz"), "a folder of images")
-            ),
+            **dict.fromkeys(FOLDER_OPTIONS, (not is_folder, "a folder of images")),
         }
         for name in given:
             changes_nothing, where = goes_with.get(name, (False, ""))

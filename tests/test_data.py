@@ -9,7 +9,9 @@ from conftest import refused, run
 from PIL import Image
 
 import data
+import eval as evaluation
 import ops
+from options import parse_evaluation
 from runtime.cli import InputError, locked
 
 CPU = torch.device("cpu")
@@ -318,3 +320,97 @@ def test_an_image_folder_is_resized(tmp_path):
 @pytest.mark.parametrize("arguments, words", [([], "got 0 arguments, wants FOLDER"), (["absent"], "absent/train-images-idx3-ubyte.gz")])
 def test_making_fashion_without_its_files_is_refused(command, tmp_path, arguments, words):
     assert refused(command("assets/make_fashion.py", *arguments, cwd=tmp_path), words)
+
+
+# ------------------------------------------------------------------------------------------- without labels or test images
+
+SMALL = ["--encoder", "tiny", "--clients", "2", "--rounds", "1", "--local-epochs", "1", "--batch-size", "4", "--device", "cpu"]
+
+
+def colours(folder, *names):
+    """Images of 16 pixels, each of a colour of its own."""
+    for k, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (10 * k, 100, 200)).save(folder / name)
+    return folder
+
+
+def unlabelled(kind, folder):
+    names = [f"{k:02}.png" for k in range(10)]
+    if kind == "npz":
+        np.savez(folder / "x.npz", x_train=np.zeros((10, 16, 16, 3), np.uint8))
+        return folder / "x.npz", []
+    place = {"flat": "", "train": "train/", "one folder": "images/", "nested": ""}[kind]
+    files = [place + ("deep/" * (k % 2) if kind == "nested" else "") + name for k, name in enumerate(names)]
+    return colours(folder / "x", *files), sorted(files)
+
+
+@pytest.mark.parametrize("kind", ["flat", "train", "one folder", "nested", "npz"])
+def test_images_without_labels_train_and_are_exported_with_their_names(kind, tmp_path, capsys):
+    path, names = unlabelled(kind, tmp_path)
+    options = ["--dataset", str(path), *SMALL]
+    result = run(tmp_path / "run", *options, "--partition", "iid", *(["--image-size", "16"] if names else []))
+    assert result["metrics"][0]["num_examples"] == [5, 5] and result["metrics"][0]["knn"] is None
+    assert "The kNN column stays empty: the data set has no labels." in capsys.readouterr().out
+    export = parse_evaluation([str(tmp_path / "run"), "--export", str(tmp_path / "features.npz")])
+    evaluation.main(export)
+    with np.load(tmp_path / "features.npz") as arrays:
+        assert set(arrays) == {"train", "names_train"} if names else set(arrays) == {"train"}
+        assert len(arrays["train"]) == 10 and (not names or arrays["names_train"].tolist() == names)
+    for task in (["--linear"], ["--knn"], ["--semi", "0.5"]):
+        with pytest.raises(InputError, match=f"{task[0]} needs labels and test images, and the data set has no labels"):
+            evaluation.main(parse_evaluation([str(tmp_path / "run"), *task]))
+    with pytest.raises(InputError, match="--partition classes, unlike iid, needs labels, and the data set has no labels"):
+        run(tmp_path / "other", *options)
+    with pytest.raises(InputError, match="--method fedavg-supervised needs labels"):
+        run(tmp_path / "other", *options, "--partition", "iid", "--method", "fedavg-supervised")
+    assert not (tmp_path / "other").exists()
+
+
+def test_test_images_that_are_missing_or_have_no_labels_are_said(tmp_path):
+    x, y = np.zeros((8, 16, 16, 3), np.uint8), np.arange(8) % 2
+    np.savez(tmp_path / "train.npz", x_train=x, y_train=y)
+    images = data.load_npz(tmp_path / "train.npz")
+    with pytest.raises(InputError, match=r"kNN needs labels and test images, .* has no test images \(--holdout 0.1 makes some\)"):
+        data.require(images, "kNN")
+    data.require(images, "fedavg-supervised", test=False)
+    np.savez(tmp_path / "test.npz", x_train=x, y_train=y, x_test=x)
+    assert data.lacks(data.load_npz(tmp_path / "test.npz")) == "the test images have no labels"
+    np.savez(tmp_path / "none.npz", x_train=x, x_test=x, y_test=y)
+    assert data.lacks(data.load_npz(tmp_path / "none.npz")) == "the data set has no labels"
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_holdout_keeps_a_share_of_each_class_as_test_images(kind, tmp_path):
+    values, labels = np.arange(50), np.repeat([0, 1, 2], [10, 39, 1])
+    if kind == "npz":
+        np.savez(tmp_path / "x.npz", x_train=np.broadcast_to(values[:, None, None], (50, 8, 8)).astype(np.uint8), y_train=labels)
+        path = tmp_path / "x.npz"
+    else:
+        path = tmp_path / "x"
+        for value, label in zip(values, labels):
+            (path / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), int(value)).save(path / str(label) / f"{value}.png")
+    images = data.load_images(str(path), image_size=8, holdout=0.2)
+    train, test = (x[:, 0, 0, 0].tolist() for x in (images.x_train, images.x_test))
+    assert images.y_test.bincount().tolist() == [2, 8] and images.y_train.bincount().tolist() == [8, 31, 1]
+    assert sorted(train + test) == values.tolist() and labels[train].tolist() == images.y_train.tolist()
+    assert labels[test].tolist() == images.y_test.tolist()
+    if kind == "folder":
+        assert images.names[1] == [f"{labels[k]}/{k}.png" for k in test]
+    assert torch.equal(data.load_images(str(path), image_size=8, holdout=0.2).x_test, images.x_test)
+
+
+def test_holdout_is_refused_where_it_makes_no_sense(npz, tmp_path):
+    with pytest.raises(InputError, match="--holdout got 0.1, and .* has test images of its own"):
+        data.load_images(str(npz), holdout=0.1)
+    with pytest.raises(InputError, match="--holdout got 0.1, and .* has no labels"):
+        data.load_images(str(colours(tmp_path, "0.png", "1.png")), holdout=0.1)
+
+
+def test_a_run_with_holdout_is_evaluated_on_it_and_transferred_without(npz, tmp_path):
+    path = colours(tmp_path / "x", *(f"{c}/{k}.png" for c in "ab" for k in range(8)))
+    result = run(tmp_path / "run", "--dataset", str(path), "--image-size", "16", "--holdout", "0.25", *SMALL, "--knn-every", "1")
+    assert sum(result["metrics"][0]["num_examples"]) == 12 and result["metrics"][0]["knn"] is not None
+    for more in ([], ["--transfer", str(npz)]):
+        evaluation.main(parse_evaluation([str(tmp_path / "run"), "--knn", *more]))

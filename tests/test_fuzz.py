@@ -13,7 +13,7 @@ from PIL import Image
 
 import eval as evaluation
 import fedu
-from data import load_folder, load_npz
+from data import load_images, load_npz
 from federation import build
 from options import Options
 from runtime.bank import Bank
@@ -76,8 +76,8 @@ def readers(npz, finished, tmp_path):
     places = {
         "npz": (tmp_path / "plain.npz", npz.read_bytes(), lambda: load_npz(tmp_path / "plain.npz")),
         "packed npz": (tmp_path / "packed.npz", None, lambda: load_npz(tmp_path / "packed.npz")),
-        "png": (folder / "train/a/0.png", None, lambda: load_folder(folder, 12)),
-        "jpeg": (folder / "test/b/0.jpeg", None, lambda: load_folder(folder, 12)),
+        "png": (folder / "train/a/0.png", None, lambda: load_images(str(folder), image_size=12)),
+        "jpeg": (folder / "test/b/0.jpeg", None, lambda: load_images(str(folder), image_size=12)),
         "checkpoint": (run / "checkpoint.pt", None, resume),
         "bank": (run / "bank.bin", None, resume),
         "config": (run / "config.json", None, lambda: Options(**read_config(run)["options"])),

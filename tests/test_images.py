@@ -65,7 +65,7 @@ REDUCED = ["rgb.tif", "rgb.ppm", "rgb.png", "la.png", "rgba.png"]  # of which Pi
 @pytest.mark.parametrize("kind", DEEP + REDUCED)
 def test_a_ramp_of_16_bits_keeps_its_256_levels_in_their_order(kind, tmp_path, capsys):
     write(tmp_path, RAMP, kind)
-    assert torch.equal(data.load_folder(tmp_path, 256).x_train[0], LEVELS)
+    assert torch.equal(data.load_images(str(tmp_path), image_size=256).x_train[0], LEVELS)
     assert "1 images have more than 8 bits: values 0 to 65535 become 0 to 255" in capsys.readouterr().err
 
 
@@ -73,7 +73,7 @@ def test_a_ramp_of_16_bits_keeps_its_256_levels_in_their_order(kind, tmp_path, c
 def test_values_of_12_bits_in_16_take_the_sets_own_range(kind, tmp_path, capsys):
     write(tmp_path, RAMP // 16 // 2 + 100, kind)  # 100..2147: the whole set's range, which its other image has not
     Image.fromarray(np.full((256, 256), 100 + 4080, np.uint16)).save(tmp_path / "white.png")
-    first, white = data.load_folder(tmp_path, 256).x_train.sort(0).values
+    first, white = data.load_images(str(tmp_path), image_size=256).x_train.sort(0).values
     assert "2 images have more than 8 bits: values 100 to 4180 become 0 to 255" in capsys.readouterr().err
     assert torch.equal(first[0, 0], torch.from_numpy((np.arange(256) * 257 // 32 / 16).round().astype(np.uint8))) and white.eq(255).all()
 
@@ -81,7 +81,7 @@ def test_values_of_12_bits_in_16_take_the_sets_own_range(kind, tmp_path, capsys)
 @pytest.mark.parametrize("kind", DEEP)
 def test_a_given_range_of_values(kind, tmp_path):
     write(tmp_path, RAMP // 16, kind)
-    x = data.load_folder(tmp_path, 256, "1000,3000").x_train[0, 0, 0].int()
+    x = data.load_images(str(tmp_path), image_size=256, pixel_range="1000,3000").x_train[0, 0, 0].int()
     expected = ((RAMP[0] // 16 - 1000.0) * 255 / 2000).clip(0, 255).round()
     assert x.tolist() == expected.astype(int).tolist() and x.min() == 0 and x.max() == 255
 
@@ -91,7 +91,7 @@ def test_colours_whose_lower_bits_pillow_drops_are_refused_where_they_matter(kin
     write(tmp_path, RAMP // 16, kind)
     for pixel_range in (None, "0,4095"):
         with pytest.raises(InputError, match="convert them to 8 bits"):
-            data.load_folder(tmp_path, 256, pixel_range)
+            data.load_images(str(tmp_path), image_size=256, pixel_range=pixel_range)
 
 
 @settings(max_examples=50, deadline=None)
@@ -108,7 +108,7 @@ def test_scaling_keeps_the_order_and_uses_all_of_0_to_255(values):
 def test_values_that_are_not_finite_are_refused(tmp_path):
     Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "nan.tif")
     with pytest.raises(InputError, match=r"cannot be read \(.*nan.tif: ValueError: it holds values that are not finite"):
-        data.load_folder(tmp_path, 8)
+        data.load_images(str(tmp_path), image_size=8)
 
 
 def modes():
@@ -137,7 +137,7 @@ def modes():
 def test_every_mode_of_8_bits_has_its_colour_and_lies_on_white(name, tmp_path):
     image, how, colour = modes()[name]
     image.save(tmp_path / name, **how)
-    pixel = data.load_folder(tmp_path, 8).x_train[0, :, 4, 4].int()
+    pixel = data.load_images(str(tmp_path), image_size=8).x_train[0, :, 4, 4].int()
     assert (pixel - torch.tensor(colour)).abs().max() <= 1, pixel
 
 
@@ -145,7 +145,7 @@ def test_alpha_of_16_bits_is_put_on_white(tmp_path):
     x = np.zeros((8, 8, 4), np.uint16)
     x[..., 3], x[0, :, 3] = 13107, 65535  # a fifth
     png16(tmp_path / "rgba.png", x)
-    read = data.load_folder(tmp_path, 8, "0,65535").x_train[0, 0]
+    read = data.load_images(str(tmp_path), image_size=8, pixel_range="0,65535").x_train[0, 0]
     assert read[0].eq(0).all() and read[1:].eq(204).all()
 
 
@@ -161,13 +161,13 @@ def test_exif_orientation_is_applied(kind, orientation, tmp_path):
     image, exif = Image.fromarray(stored.astype(np.uint16) * 257 if kind == "16.png" else stored), Image.Exif()
     exif[0x0112] = orientation
     image.save(tmp_path / f"x.{kind}", exif=exif)
-    read = data.load_folder(tmp_path, 16).x_train[0, 0].int()
+    read = data.load_images(str(tmp_path), image_size=16).x_train[0, 0].int()
     assert (read[[2, 2, 12], [2, 12, 2]] - torch.tensor([255, 128, 0])).abs().max() < 12, read
 
 
 def test_a_damaged_exif_block_does_not_spoil_an_image(tmp_path):
     Image.new("L", (8, 8), 9).save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert data.load_folder(tmp_path, 8).x_train.eq(9).all()
+    assert data.load_images(str(tmp_path), image_size=8).x_train.eq(9).all()
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -191,7 +191,7 @@ def test_links_are_followed_and_every_image_is_read_once(tmp_path, capsys):
     (party / "latest").symlink_to(party / "cat")
     assert data.load_unlabelled(party, 8)[:, 0, 0, 0].tolist() == [1, 3, 2]
     assert "passed over 4 links to what is read already" in capsys.readouterr().err
-    images = data.load_folder(party, 8)
+    images = data.load_images(str(party), image_size=8)
     assert images.classes == ["cat", "dog"] and images.y_train.tolist() == [0, 0, 1]
     assert images.names[0] == ["cat/1.png", "cat/linked.png", "dog/2.png"]
 
@@ -224,7 +224,7 @@ def test_what_systems_leave_is_neither_image_nor_class(place, tmp_path, capsys):
     for name in LEFT:
         (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place / name).write_bytes(b"no image")
-    images = data.load_folder(tmp_path, 8)
+    images = data.load_images(str(tmp_path), image_size=8)
     assert images.classes == ["cat", "dog"] and images.y_train.tolist() == images.y_test.tolist() == [0, 1]
     assert len(data.load_unlabelled(tmp_path, 8)) == 2
     if place:
@@ -238,11 +238,11 @@ def test_no_image_is_left_out_without_a_word(tmp_path, capsys):
     folder = tmp_path / "x"
     (folder / "train/a/unnamed").write_bytes((folder / "train/a/0.png").read_bytes())  # an image by its first bytes
     (folder / "train/labels.csv").write_text("file,label")
-    images = data.load_folder(folder, 8)
+    images = data.load_images(str(folder), image_size=8)
     assert images.names == (["train/a/0.png", "train/a/unnamed", "train/b/1.PNG", "train/b/deep/er/2.jpeg"], ["test/a/3.tif"])
     assert capsys.readouterr().err == f"{folder}: passed over 1 .csv files, 2 images beside train and test\n"
     put(folder / "train/stray.png")
-    assert data.load_folder(folder, 8).num_classes == 0
+    assert data.load_images(str(folder), image_size=8).num_classes == 0
     assert "read without labels, since 1 images lie beside its sub-folders (stray.png)" in capsys.readouterr().err
 
 
@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path):
     put(tmp_path / "a/0.png"), put(tmp_path / "b/0.png")
     (tmp_path / "b").chmod(0)
     with pytest.raises(InputError, match="cannot be listed"):
-        data.load_folder(tmp_path, 8)
+        data.load_images(str(tmp_path), image_size=8)
 
 
 def test_a_folder_that_the_system_refuses_to_list_is_named(tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def test_a_folder_that_the_system_refuses_to_list_is_named(tmp_path, monkeypatch
     listdir = os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: listdir(path) if Path(path) == tmp_path else listdir(tmp_path / "gone"))
     with pytest.raises(InputError, match=r"cannot be listed \(.*a: No such file"):
-        data.load_folder(tmp_path, 8)
+        data.load_images(str(tmp_path), image_size=8)
 
 
 @pytest.mark.parametrize("files", [[], ["readme.txt"], ["train/readme.txt"], ["test/0.png"]])
@@ -267,7 +267,7 @@ def test_folders_without_training_images_are_refused(files, tmp_path):
     for name in files:
         put(tmp_path / name) if name.endswith("png") else (put(tmp_path / "x.png").unlink(), (tmp_path / name).parent.mkdir(exist_ok=True))
     with pytest.raises(InputError, match="with images in it|no folder train"):
-        data.load_folder(tmp_path, 8)
+        data.load_images(str(tmp_path), image_size=8)
 
 
 # ------------------------------------------------------------------------------------------------- unreadable images
@@ -302,8 +302,8 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out_with_a_count(name, tm
         (folder / split / name).write_bytes(BROKEN[name](tmp_path))
     sentence = rf"{folder} holds an image that cannot be read \({folder}/train/a/{name}: .*, and 1 others\); --skip-broken leaves it out"
     with pytest.raises(InputError, match=sentence):
-        data.load_folder(folder, 8)
-    images = data.load_folder(folder, 8, skip_broken=True)
+        data.load_images(str(folder), image_size=8)
+    images = data.load_images(str(folder), image_size=8, skip_broken=True)
     assert "2 images cannot be read and are left out" in capsys.readouterr().err
     for x, y, names in ((images.x_train, images.y_train, images.names[0]), (images.x_test, images.y_test, images.names[1])):
         assert x[:, 0, 0, 0].tolist() == [0, 1, 10, 11] and y.tolist() == [0, 0, 1, 1] and len(names) == 4
@@ -315,12 +315,12 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out_with_a_count(name, tm
 def test_a_set_of_which_no_image_can_be_read_is_refused(tmp_path):
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(InputError, match="no training image that can be read"):
-        data.load_folder(tmp_path, 8, skip_broken=True)
+        data.load_images(str(tmp_path), image_size=8, skip_broken=True)
 
 
 def test_further_frames_of_a_file_are_said(tmp_path, capsys):
     frames = [Image.new("L", (8, 8), value) for value in (5, 6, 7)]
     for kind in ("gif", "tif"):
         frames[0].save(tmp_path / f"x.{kind}", save_all=True, append_images=frames[1:])
-    assert data.load_folder(tmp_path, 8).x_train.eq(5).all()
+    assert data.load_images(str(tmp_path), image_size=8).x_train.eq(5).all()
     assert "2 files hold several frames, of which the first is read" in capsys.readouterr().err
