@@ -7,7 +7,7 @@ processes, and nothing is decoded inside a loop. The files are the user's, so ev
 from __future__ import annotations
 
 import hashlib
-import urllib.error
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 import ops
-from images import INSTEAD_OF_TEST, SPLITS, Split, decode_splits, find_splits, note
+from images import note
 from options import CIFAR_CLASSES, Data
-from runtime.cli import InputError, first_line, locked
+from runtime.cli import InputError, first_line, write_atomic
+from sources import Split, decode_splits, find_parties, find_splits, read_cifar, read_npz, read_table, some
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -51,6 +52,8 @@ class Images(NamedTuple):
     num_classes: int
     classes: Sequence[str] = ()  # the name of each
     names: tuple[Sequence[str], Sequence[str]] = ((), ())  # the files of the training and the test images, where these are files
+    owners: Tensor = torch.empty(0, dtype=torch.int64)  # where the data say it: the party of each training image `[N]`, -1 for nobody
+    parties: Sequence[str] = ()  # their names
 
     def to(self, device: torch.device) -> Images:
         return self._replace(**{name: getattr(self, name).to(device) for name in ("x_train", "y_train", "x_test", "y_test")})
@@ -78,18 +81,20 @@ def load_dataset(options: Data, option: str = "--dataset") -> Images:
     return load_images(
         options.dataset, Path(options.data_root), options.image_size, option,
         pixel_range=options.pixel_range, skip_broken=options.skip_broken, holdout=options.holdout,
+        partition=options.partition,
     )  # fmt: skip
 
 
 def load_images(
     name: str, root: Path = Path("~/.cache/fedu"), image_size: int = 32, option: str = "--dataset", *,
-    pixel_range: str | None = None, skip_broken: bool = False, holdout: float = 0.0,
+    pixel_range: str | None = None, skip_broken: bool = False, holdout: float = 0.0, partition: str = "",
 ) -> Images:  # fmt: skip
     """Load `fashion` (embedded), `cifar10`, `cifar100`, a file PATH.npz (see `read_npz`) or a folder of images (see `find_splits`).
 
     CIFAR is taken from `root`: first `<name>.npz`, else torchvision's verified archive, downloaded if it is not there. image_size,
     pixel_range, skip_broken: how a folder's images are decoded, see `decode_splits`. holdout: the fraction of each class that becomes test
-    images. option: that named the source, for an error. Raises InputError if the source is missing, unreadable or of another form.
+    images. partition: `folders`, if there is one for each party, or a file with their images. option: that named the source, for an error.
+    Raises InputError if the source is missing, unreadable or of another form.
     """
     root, path = root.expanduser(), Path(name).expanduser()
     if name == "fashion":
@@ -101,7 +106,7 @@ def load_images(
     elif path.suffix == ".npz":
         splits = read_npz(path)
     elif path.is_dir():
-        splits = find_splits(path)
+        splits = find_parties(path) if partition == "folders" else find_splits(path)
     else:
         raise InputError(f"{option} got {name!r}; it needs fashion, cifar10, cifar100, a file PATH.npz or an image folder")
     if holdout:
@@ -111,7 +116,7 @@ def load_images(
     images = to_images(path, *splits)
     if images.num_classes != CIFAR_CLASSES.get(name, images.num_classes):
         raise InputError(f"{path} holds {images.num_classes} classes, {name} has {CIFAR_CLASSES[name]}")
-    return images
+    return read_partition(Path(partition).expanduser(), images) if partition.endswith((".json", ".csv")) else images
 
 
 def load_npz(path: Path) -> Images:
@@ -135,86 +140,6 @@ def hold_out(source: Path, train: Split, test: Split, fraction: float) -> list[S
     return [train.take(np.setdiff1d(np.arange(len(labels)), held)), train.take(np.sort(held))]
 
 
-def read_npz(path: Path, splits: Sequence[str] = SPLITS) -> list[Split]:
-    """The training and the test images of an .npz: x_train, y_train, x_test, y_test, or train_images, train_labels and so on.
-
-    Images are uint8 `[N, S, S, 3]`, or grey `[N, S, S]` or `[N, S, S, 1]`; labels are whole numbers or text, `[N]` or `[N, 1]`, and may be
-    missing; so may test images, in whose place those of `val` or `valid` are taken. splits: which are read. Raises InputError for an array
-    of another form.
-    """
-    keys = {name: (f"x_{name}", f"{name}_images", f"y_{name}", f"{name}_labels") for name in (*SPLITS, *INSTEAD_OF_TEST)}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {name: [k for k in names if k in archive.files] for name, names in keys.items()}
-            if not any(key in keys["train"][:2] for key in found["train"]):
-                raise InputError(f"{path} has no array x_train or train_images; it has {some(archive.files) or 'none'}")
-            test = next((name for name in keys if name != "train" and found[name]), "test")
-            if test != "test" and "test" in splits:
-                note(f"{path}: the {test} images are taken as test images, since it has none")
-            chosen = [name for name in ("train", test) if name == "train" or "test" in splits]
-            arrays = {key: archive[key] for name in chosen for key in found[name]}
-            unread = sorted(set(archive.files) - set(arrays))
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"data set {path} does not exist") from None
-    except Exception as error:  # a damaged archive makes numpy raise errors of many types, even a tokenizer's
-        hint = "; text needs `.astype(str)` before it is saved" * ("Object arrays" in str(error))
-        raise InputError(f"{path} is not a readable .npz of plain arrays ({first_line(error)}){hint}") from None
-    if unread:
-        note(f"{path}: arrays that are not read: {some(unread)}")
-    return [as_split(path, {key: arrays[key] for key in found[name]}, name) for name in chosen]
-
-
-def as_split(path: Path, arrays: dict[str, np.ndarray], name: str) -> Split:
-    """A split from its arrays, by their names: images, or labels, or both."""
-    x = next((key for key in arrays if "x_" in key or "_images" in key), None)
-    y = next((key for key in arrays if key != x), None)
-    if x is None:
-        if y:
-            raise InputError(f"{path} has the labels {y} and no images x_{name} or {name}_images")
-        return Split([])
-    images = as_images(path, x, arrays[x])
-    return Split(images, y and as_labels(path, y, arrays[y], len(images)))
-
-
-def as_images(path: Path, name: str, x: np.ndarray) -> Tensor:
-    """Images of an array as uint8 `[N, 3, S, S]`. Raises InputError if it is of another form, with the expression that converts it."""
-    if x.dtype == np.uint8 and x.size and x.ndim in (3, 4) and x.shape[3:] in ((), (1,), (3,)) and x.shape[1] == x.shape[2]:
-        return channels_first(x)
-    if x.dtype != np.uint8 and x.size:
-        whole, low, high = x.dtype.kind in "biu", x.min(), x.max()
-        scaled = "(255 * x).round()" if low >= 0 and high <= 1 and not whole else "numpy.interp(x, (x.min(), x.max()), (0, 255)).round()"
-        how = f"`{'255 * x' if x.dtype == bool else 'x.round()' if low >= 0 and 1 < high <= 255 else scaled}`, then `.astype(numpy.uint8)`"
-    elif x.ndim == 4 and x.shape[1] in (1, 3):
-        how = "`x.transpose(0, 2, 3, 1)`"
-    elif x.ndim == 4 and x.shape[3] in (2, 4):
-        how = "`x[..., :-1]`, without the transparency"
-    elif x.ndim == 5:
-        how = "a volume's slices are images, `x.reshape(-1, *x.shape[2:])`"
-    else:
-        how = "cut or resize each image to a square"
-    need = "needs uint8 [N, S, S, 3], [N, S, S, 1] or [N, S, S]"
-    raise InputError(f"{path}: {name} is {x.dtype} {list(x.shape)}, it {need}" + f": {how}" * (x.size > 0))
-
-
-def as_labels(path: Path, name: str, y: np.ndarray, count: int) -> np.ndarray:
-    """Labels of an array, `[N]`. Raises InputError unless there is one whole number from 0, or one text, for each of `count` images."""
-    if y.ndim == 2 and y.shape[1] > 1:
-        raise InputError(
-            f"{path}: {name} is {y.dtype} {list(y.shape)}, several labels for an image (multi-label), where one is needed: "
-            "`y.argmax(1)` if each row has a single 1, else leave the labels out"
-        )
-    y = y.reshape(len(y)) if y.ndim == 2 and y.shape[1] == 1 else y
-    if y.dtype.kind not in "biuSU" or y.shape != (count,):
-        raise InputError(
-            f"{path}: {name} is {y.dtype} {list(y.shape)}, it needs one label, a whole number or text, for each of {count} images"
-        )
-    if y.dtype.kind == "i" and y.min() < 0:
-        raise InputError(f"{path}: {name} holds {some(np.unique(y))}; a label below 0 often says that there is none: leave such images out")
-    return np.char.decode(y) if y.dtype.kind == "S" else y.astype(int) if y.dtype == bool else y
-
-
 def load_unlabelled(path: Path, size: int, pixel_range: str | None = None, skip_broken: bool = False) -> Tensor:
     """A party's own training images, uint8 `[N, 3, S, S]`, from an .npz or a folder, read as a data set's are.
 
@@ -229,31 +154,6 @@ def load_unlabelled(path: Path, size: int, pixel_range: str | None = None, skip_
     return x
 
 
-def read_cifar(name: str, root: Path) -> list[Split]:
-    """CIFAR-10 or -100 through torchvision, whose archive is verified by checksum before it is opened."""
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            train, test = (cifar(root, train=split) for split in (True, False))
-        except RuntimeError:  # it is not there
-            with locked(root):  # one of several processes downloads it, and the others then find it
-                train, test = (cifar(root, train=split, download=True) for split in (True, False))
-    except (urllib.error.URLError, RuntimeError, OSError) as error:
-        raise InputError(
-            f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): put {name}.npz there, or choose --data-root"
-        ) from None
-    return [Split(channels_first(split.data), np.array(split.targets)) for split in (train, test)]
-
-
-def channels_first(x: np.ndarray) -> Tensor:
-    """uint8 `[N, S, S, 3]`, or grey `[N, S, S]` or `[N, S, S, 1]` -> `[N, 3, S, S]`."""
-    x = np.broadcast_to(x if x.ndim == 4 else x[..., None], (*x.shape[:3], 3))
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-
-
 def to_images(source: Path, train: Split, test: Split) -> Images:
     """The image set of two splits, whose classes are the sorted labels of the training images.
 
@@ -264,8 +164,15 @@ def to_images(source: Path, train: Split, test: Split) -> Images:
     if train.images.shape[1:] != test.images.shape[1:]:
         widths = train.images.shape[2], test.images.shape[2]
         raise InputError(f"{source}: the training images are {widths[0]} pixels wide and the test images {widths[1]}, they need the same")
+    if isinstance(train.labels, list) and len(set(train.labels)) < 2:  # one folder with all images says nothing about them
+        train = train._replace(labels=None)
     classes, numbers = number_labels(source, train.labels, test.labels)
-    return Images(train.images, numbers[0], test.images, numbers[1], len(classes), classes, (train.names, test.names))
+    images = Images(train.images, numbers[0], test.images, numbers[1], len(classes), classes, (train.names, test.names))
+    if train.owners is None:
+        return images
+    parties = sorted({str(owner) for owner in train.owners}, key=in_order)
+    number = {party: k for k, party in enumerate(parties)}
+    return images._replace(owners=torch.tensor([number[str(owner)] for owner in train.owners]), parties=parties)
 
 
 def number_labels(source: Path, *labels: Sequence[str] | np.ndarray | None) -> tuple[list[str], list[Tensor]]:
@@ -280,23 +187,83 @@ def number_labels(source: Path, *labels: Sequence[str] | np.ndarray | None) -> t
     return [str(c) for c in classes], [torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test)]
 
 
-def some(values: Sequence[object], most: int = 10) -> str:
-    """At most so many values in words."""
-    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} others" if len(values) > most else "")
-
-
 # ------------------------------------------------------------------------------------------------------ partition
 
 
 def client_indices(images: Images, private: np.ndarray, clients: int, kind: str, *how: object, at_least: int) -> list[np.ndarray]:
-    """The training images of each client, as indices, disjoint and sorted, by a `partition` of the images that are private.
+    """The training images of each client, as indices, disjoint and sorted: as the data say, else by a `partition` of the private images.
 
-    private: indices of the images that clients may have, sorted. Raises InputError if the set lacks the labels that this needs.
+    private: indices of the images that clients may have, sorted. Raises InputError if the set lacks the labels or parties that this needs,
+    or a client has fewer than `at_least` images.
     """
-    if kind != "iid":
+    if kind in ("classes", "dirichlet"):
         require(images, f"--partition {kind}, unlike iid,", test=False)
-    labels = images.y_train if len(images.y_train) else torch.zeros(len(images.x_train), dtype=torch.int64)
-    return [private[part] for part in partition(labels.cpu().numpy()[private], clients, kind, *how, at_least=at_least)]
+    if kind in ("classes", "dirichlet", "iid"):
+        labels = images.y_train if len(images.y_train) else torch.zeros(len(images.x_train), dtype=torch.int64)
+        return [private[part] for part in partition(labels.cpu().numpy()[private], clients, kind, *how, at_least=at_least)]
+    if not len(images.owners):
+        needs = "a folder" if kind == "folders" else "the array client_train of an .npz or the column party of --labels"
+        raise InputError(f"--partition {kind} needs {needs}, and the data set does not have it")
+    if clients != len(images.parties):
+        raise InputError(f"--clients got {clients}, and --partition {kind} has {len(images.parties)} parties: {some(images.parties)}")
+    parts = [private[images.owners.numpy()[private] == k] for k in range(clients)]
+    smallest = min(range(clients), key=lambda k: len(parts[k]))
+    if len(parts[smallest]) < at_least:
+        who = f"client {smallest} ({images.parties[smallest]})"
+        raise InputError(f"{who} has {len(parts[smallest])} images, a batch needs {at_least}: lower --batch-size or leave it out")
+    note(f"clients 0 to {clients - 1} are {some(images.parties)}")
+    return parts
+
+
+def count_classes(images: Images, parts: Sequence[Tensor]) -> np.ndarray:
+    """The number of images of each class that each client has, `[K, C]`; without labels `[K, 1]`. parts: the clients' indices."""
+    if not len(images.y_train):
+        return np.array([[len(part)] for part in parts])
+    return np.stack([images.y_train[part].bincount(minlength=images.num_classes).cpu().numpy() for part in parts])
+
+
+def save_partition(path: Path, parts: Sequence[Tensor]) -> None:
+    """Write the clients' indices as the JSON that `read_partition` reads."""
+    content = json.dumps([part.tolist() for part in parts]).encode()
+    write_atomic(path, lambda file: file.write(content))
+
+
+def read_partition(path: Path, images: Images) -> Images:
+    """The images with the parties that a file says: a JSON list with each client's list of indices, or a CSV with columns file and party.
+
+    Says how many training images belong to nobody. Raises InputError if the file is of another form, or an image has several parties.
+    """
+    total, owners = len(images.x_train), {}
+    if path.suffix == ".json":
+        try:
+            lists = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"--partition {path} cannot be read ({first_line(error)})") from None
+        if not isinstance(lists, list) or not all(isinstance(k, list) and all(type(i) is int for i in k) for k in lists):
+            raise InputError(f"--partition {path} needs a list with one list of whole numbers for each client")
+        pairs = [(index, str(k)) for k, indices in enumerate(lists) for index in indices]
+        parties = [str(k) for k in range(len(lists))]
+    else:
+        place = {name: index for index, name in enumerate(images.names[0])}
+        rows = read_table(path, "--partition", "file", "party")
+        if unknown := [row["file"] for row in rows if row["file"] not in place]:
+            raise InputError(f"--partition {path} names {len(unknown)} files that are no training images ({unknown[0]})")
+        pairs = [(place[row["file"]], row["party"]) for row in rows]
+        parties = sorted({party for _, party in pairs}, key=in_order)
+    for index, party in pairs:
+        if not 0 <= index < total:
+            raise InputError(f"--partition {path} has the index {index}, and there are {total} training images, counted from 0")
+        if index in owners:
+            raise InputError(f"--partition {path} gives the image {index} to {owners[index]} and to {party}")
+        owners[index] = party
+    if len(owners) < total:
+        note(f"{path}: {total - len(owners)} of {total} training images belong to nobody")
+    return images._replace(owners=torch.tensor([parties.index(owners[i]) if i in owners else -1 for i in range(total)]), parties=parties)
+
+
+def in_order(name: str) -> tuple[int, str]:
+    """Sorts names of digits by their value, others by the alphabet."""
+    return (len(name), name) if name.isdecimal() else (0, name)
 
 
 def partition(

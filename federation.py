@@ -144,6 +144,8 @@ def build(options: Options, images: Images) -> Federation:
     if method.uses_labels:
         require(images, f"--method {options.method}", test=False)
     order = np.random.default_rng([options.seed, *b"public"]).permutation(len(images.x_train))
+    if len(images.owners):
+        order = order[images.owners.numpy()[order] >= 0]
     count = max(options.batch_size, round(method.public * len(order))) if method.public else 0
     public, private = np.sort(order[:count]), np.sort(order[count:])
     num_clients, kind = (1, "iid") if method.servers == "pooled" else (options.clients, options.partition)

@@ -36,11 +36,11 @@ import torch
 from torch import Tensor
 
 import ops
-from data import Images, lacks, load_dataset
+from data import Images, count_classes, lacks, load_dataset, save_partition
 from eval import knn
 from federation import Client, Federation, Server, Start, Turn, build, draw_turns, find, most_uploads
 from models import Objective, save_encoders
-from report.figures import plot
+from report.figures import plot, plot_partition
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
 from report.runs import Run, load  # noqa: F401  # load is for notebooks
 from report.tables import mean
@@ -308,6 +308,13 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
     with ranks.process_group(device):
         images = load_dataset(options).to(device)
         federation = build(options, images)
+        parts = [client.indices for client in federation.clients]
+        if options.save_partition and not RANK:
+            save_partition(Path(options.save_partition), parts)
+        if options.dry_run:
+            print("\n".join(f"client {k}: {len(part)} images" for k, part in enumerate(parts)))
+            plot_partition(count_classes(images, parts), images.classes, Path("partition.png"))
+            return Run(out, [])
         prepare(federation, options)
         if RANK:
             ranks.serve(partial(train_client, options, federation, None), federation.networks)
@@ -322,6 +329,7 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
                 announce = partial(announce_time, record.rounds - round_) if round_ == record.first and device.type == "cpu" else None
                 row = run_round(options, federation, bank, uploads, round_, announce)
                 record.write(row | {"knn": measured_knn(options, round_, federation, images)})
+            plot_partition(count_classes(images, parts), images.classes, out / "partition.png")
             return finish(options, federation, record)
 
 

@@ -1,6 +1,6 @@
 """Image files as uint8 arrays: which files are images, how their values become 8 bits, and the decoding of many.
 
-Pillow and torchvision decode; only the rules are here. docs/data.md states them for users. The part of an error before its brackets may
+Pillow and torchvision decode; only the rules are here, which docs/data.md states for users. The part of an error before its brackets may
 leave a party's machine (see flower/), so a file's name, which may be a patient's, stands in the brackets.
 """
 
@@ -17,12 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageOps
-from torch import Tensor
 from tqdm import tqdm
 
-from options import checked
 from runtime.cli import RANK, InputError, first_line
 
 
@@ -38,8 +35,6 @@ IMAGES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx"),
     *(".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 }
-SPLITS = ("train", "test")
-INSTEAD_OF_TEST = ("val", "valid", "validation")  # these images are the test images where there are no others
 # images that nothing here decodes: they are refused as broken ones are, not passed over
 UNDECODED = {
     *(".arw", ".cr2", ".cr3", ".czi", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jxl", ".mha", ".mhd", ".mrxs", ".ndpi", ".nef"),
@@ -117,61 +112,6 @@ def is_image(path: Path) -> bool:
             return file.read(12).startswith(BEGINNINGS)
     except OSError:
         return False
-
-
-class Split(NamedTuple):
-    """The training or the test images of a source: files, or uint8 `[N, 3, S, S]`; what each is labelled, if so, and the file's name."""
-
-    images: list[Path] | Tensor
-    labels: Sequence[str] | np.ndarray | None = None
-    names: Sequence[str] = ()
-
-    def take(self, indices: Sequence[int]) -> Split:
-        """The split of some of its images."""
-
-        def chosen(values: Sequence | np.ndarray | Tensor | None) -> Sequence | np.ndarray | Tensor | None:
-            return values[np.asarray(indices)] if isinstance(values, np.ndarray | Tensor) else values and [values[k] for k in indices]
-
-        return Split(*map(chosen, self))
-
-
-def find_splits(path: Path) -> list[Split]:
-    """The training and test images of a folder; says on one line what was passed over.
-
-    The training images are those under PATH/train if that is there, else all; the test images are those under PATH/test, or PATH/val if
-    there is none. Where all of them lie in sub-folders, of which there are several, these are the classes. Raises InputError if there is no
-    image.
-    """
-    folders = {name.lower(): path / name for name in listing(path) if (path / name).is_dir()} if path.is_dir() else {}
-    train, test = folders.get("train"), folders.get("test")
-    if test and not train:
-        raise InputError(f"{path} has a folder test and no folder train")
-    if train and not test and (instead := next(filter(None, map(folders.get, INSTEAD_OF_TEST)), None)):
-        note(f"{path}: the {instead.name} images are taken as test images, since it has none")
-        test = instead
-    passed_over, splits = Counter(), []
-    for folder in (train or path, test):
-        found = find_images(folder) if folder and folder.is_dir() else Found([], Counter())
-        passed_over += found.passed_over
-        names = [image.relative_to(path).as_posix() for image in found.paths]
-        splits.append(Split(found.paths, classes_of(folder, found.paths, at_least=2 if folder is not test else 1), names))
-    if train:
-        outside = [path / name for name in listing(path) if path / name not in (train, test) and not is_leftover(name)]
-        passed_over["images beside train and test"] = sum(len(find_images(p).paths) if p.is_dir() else is_image(p) for p in outside)
-    if counts := [f"{count} {kind}" for kind, count in sorted(passed_over.items()) if count]:
-        note(f"{path}: passed over {', '.join(counts)}")
-    if not splits[0].images:
-        raise InputError(f"{train or path} is neither a file PATH.npz nor a folder with images in it")
-    return splits
-
-
-def classes_of(folder: Path, paths: list[Path], at_least: int) -> list[str] | None:
-    """The class of each image: the name of the sub-folder that it lies in; None unless all lie in one, of `at_least` so many."""
-    places = [path.relative_to(folder).parts for path in paths]
-    loose = [path for path, parts in zip(paths, places) if len(parts) == 1]
-    if 0 < len(loose) < len(paths):
-        note(f"{folder}: read without labels, since {len(loose)} images lie beside its sub-folders ({loose[0].name})")
-    return None if loose or len({parts[0] for parts in places}) < at_least else [parts[0] for parts in places]
 
 
 # ------------------------------------------------------------------------------------------------------------ pixels
@@ -336,26 +276,3 @@ def in_parallel(work: Callable[[int], object], indices: Sequence[int], title: st
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def decode_splits(
-    path: Path, splits: Sequence[Split], size: int, pixel_range: str | None = None, skip_broken: bool = False
-) -> list[Split]:  # fmt: skip
-    """Decode the files of all splits, so that the same range of values becomes 0..255 in each. path: their place, for errors.
-
-    pixel_range: LOW,HIGH, of images above 8 bits the values that become 0 and 255. skip_broken: leave out images that cannot be read.
-    Raises InputError for them otherwise, and if no training image is left.
-    """
-    paths = [image for split in splits for image in split.images]
-    x = np.empty((len(paths), 3, size, size), np.uint8)
-    report = decode(path, paths, x, pixel_range and tuple(map(float, checked("pixel_range", pixel_range).split(","))), skip_broken)
-    for line in report.notes:
-        note(line)
-    broken, decoded, first, row = set(report.broken), [], 0, 0
-    for split in splits:
-        kept = [k for k in range(len(split.images)) if first + k not in broken]
-        decoded.append(split.take(kept)._replace(images=torch.from_numpy(x[row : row + len(kept)])))
-        first, row = first + len(split.images), row + len(kept)
-    if not len(decoded[0].images):
-        raise InputError(f"{path} has no training image that can be read")
-    return decoded

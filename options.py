@@ -85,6 +85,7 @@ ABLATED = ("aggregate", "update", "predictor")  # the columns of a method's row 
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
 RECIPES = {"fashion": {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}}
 FOLDER_OPTIONS = ("image_size", "pixel_range", "skip_broken")  # they say how a folder's images are read
+PARTITIONS = ("classes", "iid", "dirichlet", "folders", "parties")
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
@@ -114,6 +115,13 @@ def value_range(text: str) -> str:
     return text
 
 
+def partition_kind(text: str) -> str:
+    """An argparse type: a way to partition the images, or a file that says it."""
+    if text not in PARTITIONS and not text.endswith((".json", ".csv")):
+        raise argparse.ArgumentTypeError(f"got {text!r}, needs one of {', '.join(PARTITIONS)}, or a file FILE.json or FILE.csv")
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The images, and their partition over the clients."""
@@ -130,7 +138,13 @@ class Data:
         0.0, "fraction of the labelled training images, the same of each class, that become test images where there are none",
         type=number(float, 0, 0.9),
     )  # fmt: skip
-    partition: str = option("classes", "how the images are partitioned over the clients", ("classes", "iid", "dirichlet"))
+    partition: str = option(
+        "classes", "how the clients share the images: classes, iid, dirichlet; folders: each client has one in the data set; "
+        "parties: the array client_train or the column party says it; FILE.json: a list of indices for each client; FILE.csv: file,party",
+        type=partition_kind,
+    )  # fmt: skip
+    save_partition: str | None = option(None, "write each client's images to this file, for --partition FILE.json", host=True)
+    dry_run: bool = option(False, "print each client's number of images, draw them in partition.png, and do not train", host=True)
     classes_per_client: int | None = option(None, "classes of each client, for --partition classes", type=COUNT, shown="1/K of the classes")
     alpha: float = option(0.5, "concentration of --partition dirichlet; smaller: clients differ more", type=number(float, 1e-3, 1e6))
 

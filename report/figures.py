@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,6 +131,25 @@ def draw_thresholds(axis: Axes, settings: list[dict]) -> None:
     for mu, colours in of_value.items():
         colour = colours[0] if len(colours) == 1 else "0.3"
         axis.axhline(mu, color=colour, linestyle="--", linewidth=1.2, label=f"$\\mu$ = {mu:g}")
+
+
+def plot_partition(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
+    """Draw how many images each client has, `[K, C]`: as a bar, or of each class as a shade where there are several."""
+    plt = pyplot()
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+        if counts.shape[1] == 1:
+            axis.bar(range(len(counts)), counts[:, 0], color=COLOURS[0])
+            axis.set(xlabel="client", ylabel="images")
+        else:
+            shades = axis.imshow(counts.T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+            figure.colorbar(shades, label="images")
+            axis.set(xlabel="client", ylabel="class")
+            axis.grid(False)
+            if len(classes) <= 30:
+                axis.set_yticks(range(len(classes)), classes)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        save_figure(figure, out)
 
 
 def plot_against(option: str, runs: list[Path], out: Path) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import channels_first, load_unlabelled
+from data import load_unlabelled
 from models import extract_features, load_backbone, load_encoders
 from report.figures import plot
 from report.progress import bars_are_hidden
 from runtime.cli import InputError, user_path
 from runtime.device import choose_device
 from runtime.run import read_config, read_metrics
+from sources import channels_first
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 import hashlib
 import itertools
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from PIL import Image
 
 import data
 import eval as evaluation
+import fedu
 import ops
-from options import parse_evaluation
+from options import parse, parse_evaluation
 from runtime.cli import InputError, locked
 
 CPU = torch.device("cpu")
@@ -414,3 +417,138 @@ def test_a_run_with_holdout_is_evaluated_on_it_and_transferred_without(npz, tmp_
     assert sum(result["metrics"][0]["num_examples"]) == 12 and result["metrics"][0]["knn"] is not None
     for more in ([], ["--transfer", str(npz)]):
         evaluation.main(parse_evaluation([str(tmp_path / "run"), "--knn", *more]))
+
+
+# ------------------------------------------------------------------------------------------------------- one's own split
+
+
+def indices(images, kind, clients, at_least=1):
+    everything = np.arange(len(images.x_train))
+    return [part.tolist() for part in data.client_indices(images, everything, clients, kind, 0, None, 0.5, at_least=at_least)]
+
+
+FOLDERS = {  # the files, each with its party; the classes; the test images
+    "without classes": ({"b/0.png": 1, "a/1.png": 0, "a/deep/2.png": 0, "c/3.png": 2}, [], []),
+    "with classes": ({"a/cat/0.png": 0, "a/dog/1.png": 0, "b/cat/2.png": 1, "c/eel/3.png": 2}, ["cat", "dog", "eel"], []),
+    "one class each": ({"a/cat/0.png": 0, "b/dog/1.png": 1, "c/eel/2.png": 2}, ["cat", "dog", "eel"], []),
+    "some with classes": ({"a/cat/0.png": 0, "b/1.png": 1, "c/eel/2.png": 2}, [], []),
+    "under train": ({"train/a/cat/0.png": 0, "train/b/dog/1.png": 1, "train/c/dog/2.png": 2}, ["cat", "dog"], ["test/cat/9.png"]),
+    "with own tests": ({"a/train/cat/0.png": 0, "b/train/dog/1.png": 1, "c/train/dog/2.png": 2}, ["cat", "dog"], ["c/test/dog/9.png"]),
+    "test beside": ({"a/cat/0.png": 0, "b/dog/1.png": 1, "c/dog/2.png": 2}, ["cat", "dog"], ["test/cat/9.png"]),
+    "numbered": ({"10/0.png": 2, "9/1.png": 1, "2/2.png": 0}, [], []),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_for_each_party(kind, tmp_path, capsys):
+    files, classes, tests = FOLDERS[kind]
+    (colours(tmp_path, *files, *tests) / ".DS_Store").touch()
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    images = data.load_images(str(tmp_path), image_size=16, partition="folders")
+    owners = {name: k for k, part in enumerate(indices(images, "folders", 3)) for name in (images.names[0][i] for i in part)}
+    assert owners == files and images.classes == classes and list(images.names[1]) == tests
+    assert f"clients 0 to 2 are {', '.join(images.parties)}" in capsys.readouterr().err
+    if classes:
+        assert [classes[y] for y in images.y_train] == [Path(name).parent.name for name in images.names[0]]
+
+
+def test_folders_of_parties_that_cannot_be_are_refused(tmp_path):
+    colours(tmp_path, "a/0.png", "b/1.png", "b/2.png")
+    images = data.load_images(str(tmp_path), image_size=16, partition="folders")
+    with pytest.raises(InputError, match="--clients got 5, and --partition folders has 2 parties: a, b"):
+        indices(images, "folders", 5)
+    with pytest.raises(InputError, match=r"client 0 \(a\) has 1 images, a batch needs 2"):
+        indices(images, "folders", 2, at_least=2)
+    with pytest.raises(InputError, match="--partition folders needs a folder"):
+        indices(data.load_images("fashion"), "folders", 2)
+    (tmp_path / "b/copy.png").symlink_to(tmp_path / "a/0.png")
+    with pytest.raises(InputError, match="the folders of a and b lead to the same image"):
+        data.load_images(str(tmp_path), image_size=16, partition="folders")
+    (tmp_path / "b/copy.png").unlink()
+    colours(tmp_path, "loose.png")
+    with pytest.raises(InputError, match=r"1 images lie beside the parties' folders \(loose.png\)"):
+        data.load_images(str(tmp_path), image_size=16, partition="folders")
+    (tmp_path / "a/0.png").unlink()
+    with pytest.raises(InputError, match="has no folders of parties"):
+        data.load_images(str(tmp_path / "a"), image_size=16, partition="folders")
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("[[0, 1], [2", "cannot be read"),
+        ('{"0": [1]}', "needs a list with one list of whole numbers for each client"),
+        ("[[0, 1.5]]", "needs a list with one list of whole numbers"),
+        ("[[0, true]]", "needs a list with one list of whole numbers"),
+        ("[[0, 1], [2, 64]]", "has the index 64, and there are 64 training images, counted from 0"),
+        ("[[-1], [2]]", "has the index -1"),
+        ("[[0, 1], [2, 1]]", "gives the image 1 to 0 and to 1"),
+        ("[[0, 0], [1]]", "gives the image 0 to 0 and to 0"),
+    ],
+)
+def test_lists_of_indices_of_another_form_are_refused(content, words, npz, tmp_path):
+    (tmp_path / "split.json").write_text(content)
+    with pytest.raises(InputError, match=words):
+        data.load_images(str(npz), partition=str(tmp_path / "split.json"))
+
+
+def test_lists_of_indices_are_the_clients_images_and_the_missing_ones_are_counted(npz, tmp_path, capsys):
+    (tmp_path / "split.json").write_text("[[5, 3], [], [60]]")
+    images = data.load_images(str(npz), partition=str(tmp_path / "split.json"))
+    assert "61 of 64 training images belong to nobody" in capsys.readouterr().err
+    assert indices(images, "x.json", 3, at_least=0) == [[3, 5], [], [60]]
+    with pytest.raises(InputError, match=r"client 1 \(1\) has 0 images"):
+        indices(images, "x.json", 3)
+    private = np.array([3, 4, 60])  # FedCA's public images are nobody's
+    assert [part.tolist() for part in data.client_indices(images, private, 3, "x.json", at_least=0)] == [[3], [], [60]]
+
+
+@pytest.mark.parametrize("comma", [",", ";"])
+def test_a_csv_with_the_party_of_each_file(comma, tmp_path):
+    colours(tmp_path / "x", *(f"{k}.png" for k in range(4)))
+    table = tmp_path / "parties.csv"
+    table.write_text("\ufefffile,party\n3.png,north\n0.png,south\n1.png,south\n".replace(",", comma))
+    images = data.load_images(str(tmp_path / "x"), image_size=16, partition=str(table))
+    assert indices(images, str(table), 2) == [[3], [0, 1]] and images.parties == ["north", "south"]
+    for content, words in (
+        ("file,owner\n0.png,a\n", "has no column party; it needs a first line with file, party"),
+        ("file,party\n9.png,a\n", r"names 1 files that are no training images \(9.png\)"),
+        ("file,party\n0.png,a\n0.png,b\n", "gives the image 0 to a and to b"),
+        ("file,party\n0.png,a\n1.png\n", "line 3 has not one value for each column"),
+        ("", "has no column file"),
+    ):
+        table.write_text(content)
+        with pytest.raises(InputError, match=words):
+            data.load_images(str(tmp_path / "x"), image_size=16, partition=str(table))
+
+
+@pytest.mark.parametrize("owners", [np.array([2, 7, 10, 2]), np.array(["a", "b", "c", "a"])])
+def test_an_npz_may_say_whose_each_image_is(owners, tmp_path):
+    np.savez(tmp_path / "x.npz", x_train=np.zeros((4, 8, 8), np.uint8), client_train=owners)
+    images = data.load_images(str(tmp_path / "x.npz"))
+    assert indices(images, "parties", 3) == [[0, 3], [1], [2]] and len(data.load_unlabelled(tmp_path / "x.npz", 8)) == 4
+    with pytest.raises(InputError, match="--partition parties needs the array client_train"):
+        indices(data.load_images("fashion"), "parties", 3)
+
+
+def test_three_folders_train_as_three_clients_and_their_partition_is_saved_and_used(tmp_path, monkeypatch, capsys):
+    path = colours(tmp_path / "x", *(f"{party}/{k}.png" for party in "abc" for k in range(5)))
+    base = ["--dataset", str(path), "--image-size", "16", *SMALL, "--clients", "3"]
+    monkeypatch.chdir(tmp_path)
+    fedu.main(parse([*base, "--partition", "folders", "--dry-run", "--save-partition", "split.json"]))
+    assert capsys.readouterr().out.splitlines() == [f"client {k}: 5 images" for k in range(3)]
+    assert (tmp_path / "partition.png").exists() and not (tmp_path / "runs").exists()
+    assert json.loads((tmp_path / "split.json").read_text()) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
+    by_folders = run(tmp_path / "one", *base, "--partition", "folders")
+    by_file = run(tmp_path / "two", *base, "--partition", "split.json")
+    assert by_folders["metrics"][0]["num_examples"] == [5, 5, 5] and (tmp_path / "one/partition.png").exists()
+    assert torch.equal(by_folders["encoders"][0], by_file["encoders"][0])
+    pooled = run(tmp_path / "central", *base, "--partition", "split.json", "--method", "central")
+    assert pooled["metrics"][0]["num_examples"] == [15]
+
+
+def test_classes_of_each_client_are_counted(npz):
+    images = data.load_npz(npz)  # of which image k has the class k % 4
+    assert data.count_classes(images, [torch.tensor([0, 4, 1]), torch.tensor([3])]).tolist() == [[2, 1, 0, 0], [0, 0, 0, 1]]
+    without = images._replace(y_train=images.y_train[:0])
+    assert data.count_classes(without, [torch.tensor([0, 4, 1]), torch.tensor([3])]).tolist() == [[3], [1]]
