@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,16 @@ def seed_of(*key: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def digest_of(*tensors: Tensor) -> str:
+    """A hash of tensors on any device, with their shapes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr(tuple(tensor.shape)).encode())
+        for rows in tensor.split(1 << 14):
+            digest.update(rows.cpu().numpy().ravel())
+    return digest.hexdigest()[:32]
+
+
 # ---------------------------------------------------------------------------------------------------- image sets
 
 
@@ -54,6 +64,11 @@ class Images(NamedTuple):
     names: tuple[Sequence[str], Sequence[str]] = ((), ())  # the files of the training and the test images, where these are files
     owners: Tensor = torch.empty(0, dtype=torch.int64)  # where the data say it: the party of each training image `[N]`, -1 for nobody
     parties: Sequence[str] = ()  # their names
+
+    @property
+    def digest(self) -> str:
+        """A hash of images and labels."""
+        return digest_of(self.x_train, self.y_train, self.x_test, self.y_test)
 
     def to(self, device: torch.device) -> Images:
         return self._replace(**{name: getattr(self, name).to(device) for name in ("x_train", "y_train", "x_test", "y_test")})
@@ -74,6 +89,18 @@ def require(images: Images, what: str, test: bool = True) -> None:
         raise InputError(
             f"{what} needs labels{' and test images' * test}, and {lack}" + "; --partition iid needs none" * ("--part" in what)
         )
+
+
+def refuse_other_data(run: Path, stored: Mapping[str, str], now: Mapping[str, str], dataset: str, moved: bool) -> None:
+    """Raises InputError unless the hashes of a run's data, by `images` and `clients`, are those of today. moved: `dataset` is a new place.
+
+    A run of an older version has no hashes: then it is refused only if its data set is named anew.
+    """
+    if moved and not stored:
+        raise InputError(f"{run} has no hash of its images, since an older version began it, so --dataset {dataset} cannot be checked")
+    for name, what in (("images", "images or labels"), ("clients", "images of each client")):
+        if name in now and stored.get(name, now[name]) != now[name]:
+            raise InputError(f"--dataset {dataset} has other {what} than when {run} began: name the data set that it had by --dataset")
 
 
 def load_dataset(options: Data, option: str = "--dataset") -> Images:

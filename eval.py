@@ -34,12 +34,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 from tqdm import trange
 
-from data import Images, balanced_subset, keyed_generator, load_dataset, require
+from data import Images, balanced_subset, keyed_generator, load_dataset, refuse_other_data, require
 from models import build_head, extract_features, feature_dim, load_encoders
 from report.export import export_encoders
 from report.figures import plot, plot_against
 from report.tables import read_options, table
 from runtime.device import choose_device
+from runtime.run import read_config
 
 
 @command_line()
@@ -65,17 +66,22 @@ def main(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     for run in runs:
         trained_on = read_options(run)
-        dataset, root = options.transfer or trained_on["dataset"], options.data_root or trained_on["data_root"]
+        dataset, root = options.transfer or options.dataset or trained_on["dataset"], options.data_root or trained_on["data_root"]
         same = ("image_size", "skip_broken") if options.transfer else (f.name for f in fields(Data))
-        source = Data(**{name: trained_on[name] for name in same} | {"dataset": dataset, "data_root": root})
+        source = {name: trained_on[name] for name in same} | {"dataset": dataset, "data_root": root}
+        if source.get("partition") != "folders":  # which says where the classes are
+            source["partition"] = "iid"
         encoders = [encoder.to(device) for encoder in load_encoders(run)]
-        images = load_dataset(source, "--transfer" if options.transfer else "--dataset").to(device)
+        images = load_dataset(Data(**source), "--transfer" if options.transfer else "--dataset")
+        if not options.transfer:
+            refuse_other_data(run, read_config(run).get("data", {}), {"images": images.digest}, dataset, moved=bool(options.dataset))
+        images = images.to(device)
         modules = [{"backbone": e.backbone, "projector": e, "pixels": nn.Flatten()}[options.features] for e in encoders]
         if options.task != "export":
             require(images, f"--{options.task}")
         if options.task == "export":
             return print(export_features(modules, images, options.export))
-        result = {"dataset": dataset, "seed": options.seed}
+        result = {"dataset": options.transfer or trained_on["dataset"], "seed": options.seed}
         if options.task == "knn":
             result |= {"evaluation": "knn", "features": options.features, "labels": len(images.y_train)}
             accuracies = [knn(module, images) for module in modules]

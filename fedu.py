@@ -18,7 +18,7 @@ its last divergence was below mu (DAPU). One process, or several under torchrun,
 
 from __future__ import annotations
 
-from options import HOST_OPTIONS, METHODS, OPTIONS, Command, Exchange, Options, flag, in_words, parse, run_name
+from options import HOST_OPTIONS, METHODS, MOVABLE, OPTIONS, Command, Exchange, Options, flag, in_words, parse, run_name
 
 if __name__ == "__main__":
     COMMAND = parse(description=__doc__.split("\n\n")[0])  # before torch is imported: --help and mistakes are answered at once
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 import ops
-from data import Images, count_classes, lacks, load_dataset, save_partition
+from data import Images, count_classes, digest_of, lacks, load_dataset, refuse_other_data, save_partition
 from eval import knn
 from federation import Client, Federation, Server, Start, Turn, build, draw_turns, find, most_uploads
 from models import Objective, save_encoders
@@ -291,7 +291,7 @@ def stored_options(out: Path, given: dict[str, object]) -> Options:
     begun = Options(**stored)
     given = given | ({"settings": begun.settings | given["settings"]} if "settings" in given else {})
     resumed = replace(begun, **given)
-    changed = [name for name in given if getattr(resumed, name) != getattr(begun, name) and name not in HOST_OPTIONS]
+    changed = [name for name in given if getattr(resumed, name) != getattr(begun, name) and name not in (*HOST_OPTIONS, *MOVABLE)]
     if changed:
         names = ", ".join(f"{flag(k)} {in_words(getattr(resumed, k))} (it was {in_words(getattr(begun, k))})" for k in changed)
         longer = "; the learning rate is a cosine over all rounds, so begin a longer run anew, with another --out" * ("rounds" in changed)
@@ -320,7 +320,9 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
             ranks.serve(partial(train_client, options, federation, None), federation.networks)
             return Run(out, [])
         with run_folder(out), resumable(out), unbreakable_output():
-            config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite)
+            data = {"images": images.digest, "clients": digest_of(*parts)}
+            config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite, data)
+            refuse_other_data(out, config.get("data", {}), data, options.dataset, options.dataset != config["options"]["dataset"])
             bank = Bank(kept_parts(federation.networks, options), out / "bank.bin")
             uploads = uploads_of(federation, options)
             record = Recorder(out, config, num_rounds(options), federation, bank, device, partial(show_round, log))

@@ -285,6 +285,7 @@ class Options(Host, Training, Clients, Exchange, Data):
 
 
 OPTIONS = {f.name: f for f in fields(Options)}
+MOVABLE = ("dataset",)  # these may be named anew when a run is resumed or evaluated, and a hash says whether they hold the same
 HOST_OPTIONS = tuple(name for name, f in OPTIONS.items() if f.metadata["host"])
 
 
@@ -458,6 +459,7 @@ TASK_OPTIONS = {
     "head": ("linear", ("semi",)),
     "epochs": (None, ("linear", "semi")),
     "transfer": (None, (*EVALUATIONS, "export")),
+    "dataset": (None, (*EVALUATIONS, "export")),
     "seed": (0, ("linear", "semi")),
     "data_root": (None, (*EVALUATIONS, "export")),
     "device": ("auto", (*EVALUATIONS, "export")),
@@ -490,6 +492,7 @@ def evaluation_parser(description: str | None = None) -> Parser:
         help="what represents an image; pixels: no encoder  [backbone]")  # fmt: skip
     how.add_argument("--head", choices=("linear", "mlp"), help="for --semi; mlp: Linear-BN-ReLU-Linear of hidden width 4096  [linear]")
     how.add_argument("--epochs", type=number(int, 1), help="of --linear and --semi  [200 and 100]")
+    how.add_argument("--dataset", metavar="DATASET", help="where the data set lies now that the run was trained on  [the run's]")
     how.add_argument("--transfer", metavar="DATASET", help="evaluate on another data set than the run was trained on")
     how.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="of the head, the batches and the labelled subset  [0]")
     how.add_argument("--data-root", help="folder with CIFAR  [the run's]")
@@ -515,5 +518,7 @@ def parse_evaluation(argv: Sequence[str] | None = None, description: str | None 
     for name, (_, tasks) in TASK_OPTIONS.items():
         if name in given and task not in tasks:
             parser.error(f"{flag(name)} goes with {' or '.join(TASKS[t] for t in tasks)}, not with {TASKS[task]}")
+    if {"transfer", "dataset"} <= given.keys():
+        parser.error("--dataset names the run's own data set, and --transfer another one: give one of them")
     default = {name: value for name, (value, _) in TASK_OPTIONS.items()} | {"epochs": EVALUATION_EPOCHS.get(task)}
     return argparse.Namespace(task=task, **default | given)

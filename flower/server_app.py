@@ -23,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from strategy import FedU
 
 import fedu
-from data import load_dataset
+from data import load_dataset, refuse_other_data
 from federation import Client, assemble
 from options import Command, Options, flag, parse
 from runtime.bank import Bank
@@ -68,9 +68,10 @@ def main(grid: Grid, context: Context) -> None:
     with run_folder(out):
         if command.resume:
             config = reopen_run(out, parties=True)
+            refuse_other_data(out, config.get("data", {}), {"images": images.digest}, options.dataset, moved=False)
         else:
             given = f"options={json.dumps(context.run_config['options'])}"
-            config = open_run(out, asdict(options), device, command.overwrite)
+            config = open_run(out, asdict(options), device, command.overwrite, {"images": images.digest})
             config |= {"command": shlex.join(["flwr", "run", "flower", "--run-config", given]), "run": secrets.token_hex(8)}
             write_config(out, config)
         strategy = FedU(options, federation, config["run"], least, timeout)

@@ -89,8 +89,8 @@ def interrupts_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) -> dict:
-    """Begin a run in its folder; returns its config.
+def open_run(out: Path, options: dict, device: torch.device, overwrite: bool, data: dict[str, str]) -> dict:
+    """Begin a run in its folder; returns its config. data: hashes of what it is trained on.
 
     A folder that holds a run is refused unless `overwrite`, which removes that run's files and no others.
     """
@@ -100,6 +100,7 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool) ->
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": describe_device(device),
         **describe_code(),
+        "data": data,
         "seconds": 0.0,
     }
     with os_errors(f"--out {out} cannot be used"):

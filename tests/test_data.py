@@ -552,3 +552,77 @@ def test_classes_of_each_client_are_counted(npz):
     assert data.count_classes(images, [torch.tensor([0, 4, 1]), torch.tensor([3])]).tolist() == [[2, 1, 0, 0], [0, 0, 0, 1]]
     without = images._replace(y_train=images.y_train[:0])
     assert data.count_classes(without, [torch.tensor([0, 4, 1]), torch.tensor([3])]).tolist() == [[3], [1]]
+
+
+# ---------------------------------------------------------------------------------------------------- the same images later
+
+
+def test_a_hash_of_images_and_labels_tells_every_change(npz):
+    images = data.load_npz(npz)
+    assert images.digest == data.load_npz(npz).digest
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        changed = getattr(images, name).clone()
+        changed.view(-1)[-1] ^= 1
+        assert images._replace(**{name: changed}).digest != images.digest
+    assert images._replace(x_train=images.x_train[:-1], y_train=images.y_train[:-1]).digest != images.digest
+    assert data.digest_of(torch.zeros(2, 3)) != data.digest_of(torch.zeros(3, 2)) != data.digest_of(torch.zeros(2, 3), torch.zeros(0))
+
+
+@pytest.fixture
+def moved(stopped, tmp_path):
+    """A stopped run on a data set of its own, which has moved since; where it was and where it is."""
+    config = json.loads((stopped / "config.json").read_text())
+    was, here = Path(config["options"]["dataset"]), tmp_path / "moved.npz"
+    here.write_bytes(was.read_bytes())
+    config["options"]["dataset"] = str(tmp_path / "gone.npz")
+    (stopped / "config.json").write_text(json.dumps(config))
+    return stopped, here
+
+
+def change(path, invert=False):
+    with np.load(path) as arrays:
+        content = dict(arrays)
+    content |= {"x_train": 255 - content["x_train"]} if invert else {"y_train": content["y_train"][::-1]}
+    np.savez(path, **content)
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_a_run_goes_on_with_its_own_images_wherever_they_lie(moved, invert):
+    folder, here = moved
+    with pytest.raises(InputError, match="gone.npz does not exist"):
+        fedu.resume(folder)
+    whole = here.read_bytes()
+    change(here, invert)
+    with pytest.raises(InputError, match=f"--dataset {here} has other images or labels than when {folder} began"):
+        fedu.resume(folder, dataset=str(here))
+    here.write_bytes(whole)
+    fedu.resume(folder, dataset=str(here))
+    with pytest.raises(InputError, match="gone.npz does not exist"):
+        evaluation.main(parse_evaluation([str(folder), "--knn"]))
+    evaluation.main(parse_evaluation([str(folder), "--knn", "--dataset", str(here)]))
+    assert json.loads((folder / "eval.jsonl").read_text())["dataset"].endswith("gone.npz")
+    change(here, invert)
+    with pytest.raises(InputError, match="has other images or labels than when"):
+        evaluation.main(parse_evaluation([str(folder), "--knn", "--dataset", str(here)]))
+    evaluation.main(parse_evaluation([str(folder), "--knn", "--transfer", str(here)]))
+
+
+def test_a_run_goes_on_with_its_own_partition(tmp_path):
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps([list(range(10)), list(range(10, 20))]))
+    options = parse(["--partition", str(split), *SMALL, "--knn-every", "0", "--out", str(tmp_path / "run")])
+    fedu.main(options)
+    split.write_text(json.dumps([list(range(11)), list(range(11, 20))]))
+    with pytest.raises(InputError, match="has other images of each client than when"):
+        fedu.resume(tmp_path / "run")
+
+
+def test_a_run_without_a_hash_is_not_moved(moved):
+    folder, here = moved
+    config = json.loads((folder / "config.json").read_text())
+    del config["data"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="has no hash of its images, since an older version began it"):
+        fedu.resume(folder, dataset=str(here))
+    with pytest.raises(SystemExit):
+        parse_evaluation([str(folder), "--transfer", "x.npz", "--dataset", "y.npz"])

@@ -76,7 +76,7 @@ def test_an_interrupted_overwrite_can_be_repeated(stopped, monkeypatch):
 
     monkeypatch.setattr(Path, "unlink", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        open_run(stopped, {}, CPU, overwrite=True)
+        open_run(stopped, {}, CPU, overwrite=True, data={})
     monkeypatch.undo()
     assert holds_run(stopped, overwrite=True)
 
