@@ -20,7 +20,7 @@ import ops
 from images import note
 from options import CIFAR_CLASSES, Data
 from runtime.cli import InputError, first_line, write_atomic
-from sources import Split, decode_splits, find_parties, find_splits, read_cifar, read_npz, read_table, some
+from sources import Split, decode_splits, find_parties, find_splits, label_files, read_cifar, read_npz, read_table, some
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -71,6 +71,13 @@ class Images(NamedTuple):
         return digest_of(self.x_train, self.y_train, self.x_test, self.y_test)
 
     def to(self, device: torch.device) -> Images:
+        """The same on a device. Raises InputError if it is a GPU whose free memory is too small for the images."""
+        size, count = self.x_train.nbytes + self.x_test.nbytes, len(self.x_train) + len(self.x_test)
+        if device.type == "cuda" and size > (free := torch.cuda.mem_get_info(device)[0]):
+            raise InputError(
+                f"{count} images of {self.x_train.shape[2]} pixels need {size / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free, "
+                f"in which {count * free // size} fit: use --device cpu, a smaller --image-size, or fewer images"
+            )
         return self._replace(**{name: getattr(self, name).to(device) for name in ("x_train", "y_train", "x_test", "y_test")})
 
 
@@ -108,20 +115,22 @@ def load_dataset(options: Data, option: str = "--dataset") -> Images:
     return load_images(
         options.dataset, Path(options.data_root), options.image_size, option,
         pixel_range=options.pixel_range, skip_broken=options.skip_broken, holdout=options.holdout,
-        partition=options.partition,
+        labels=options.labels, partition=options.partition, cached=not options.no_cache,
     )  # fmt: skip
 
 
 def load_images(
     name: str, root: Path = Path("~/.cache/fedu"), image_size: int = 32, option: str = "--dataset", *,
-    pixel_range: str | None = None, skip_broken: bool = False, holdout: float = 0.0, partition: str = "",
+    pixel_range: str | None = None, skip_broken: bool = False, holdout: float = 0.0, labels: str | None = None,
+    partition: str = "", cached: bool = False,
 ) -> Images:  # fmt: skip
     """Load `fashion` (embedded), `cifar10`, `cifar100`, a file PATH.npz (see `read_npz`) or a folder of images (see `find_splits`).
 
-    CIFAR is taken from `root`: first `<name>.npz`, else torchvision's verified archive, downloaded if it is not there. image_size,
-    pixel_range, skip_broken: how a folder's images are decoded, see `decode_splits`. holdout: the fraction of each class that becomes test
-    images. partition: `folders`, if there is one for each party, or a file with their images. option: that named the source, for an error.
-    Raises InputError if the source is missing, unreadable or of another form.
+    CIFAR is taken from `root`: first `<name>.npz`, else torchvision's verified archive, downloaded if it is not there. Of a folder:
+    image_size, pixel_range, skip_broken: see `decode_splits`; labels: a table, see `label_files`; cached: decode only once, into a file
+    under `root`. holdout: the fraction of each class that becomes test images. partition: `folders`, if there is one for each party, or a
+    file with their images. option: that named the source, for an error. Raises InputError if the source is missing, unreadable or of
+    another form.
     """
     root, path = root.expanduser(), Path(name).expanduser()
     if name == "fashion":
@@ -136,10 +145,12 @@ def load_images(
         splits = find_parties(path) if partition == "folders" else find_splits(path)
     else:
         raise InputError(f"{option} got {name!r}; it needs fashion, cifar10, cifar100, a file PATH.npz or an image folder")
+    if labels:
+        splits = label_files(path, splits, Path(labels).expanduser())
     if holdout:
         splits = hold_out(path, *splits, holdout)
     if isinstance(splits[0].images, list):
-        splits = decode_splits(path, splits, image_size, pixel_range, skip_broken)
+        splits = decode_splits(path, splits, image_size, pixel_range, skip_broken, root if cached else None)
     images = to_images(path, *splits)
     if images.num_classes != CIFAR_CLASSES.get(name, images.num_classes):
         raise InputError(f"{path} holds {images.num_classes} classes, {name} has {CIFAR_CLASSES[name]}")
@@ -167,14 +178,16 @@ def hold_out(source: Path, train: Split, test: Split, fraction: float) -> list[S
     return [train.take(np.setdiff1d(np.arange(len(labels)), held)), train.take(np.sort(held))]
 
 
-def load_unlabelled(path: Path, size: int, pixel_range: str | None = None, skip_broken: bool = False) -> Tensor:
+def load_unlabelled(
+    path: Path, size: int, pixel_range: str | None = None, skip_broken: bool = False, cache: Path | None = None
+) -> Tensor:  # fmt: skip
     """A party's own training images, uint8 `[N, 3, S, S]`, from an .npz or a folder, read as a data set's are.
 
     Neither labels nor test images need to be there. A folder's images are resized to `size` pixels; those of an .npz must have it.
     Raises InputError if they are missing, unreadable or of another form.
     """
     if path.suffix != ".npz":
-        return decode_splits(path, find_splits(path)[:1], size, pixel_range, skip_broken)[0].images
+        return decode_splits(path, find_splits(path)[:1], size, pixel_range, skip_broken, cache)[0].images
     x = read_npz(path, ["train"])[0].images
     if x.shape[2] != size:
         raise InputError(f"{path}: the images are {x.shape[2]} pixels wide, the federation's are {size}")

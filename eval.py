@@ -67,7 +67,7 @@ def main(options: argparse.Namespace) -> None:
     for run in runs:
         trained_on = read_options(run)
         dataset, root = options.transfer or options.dataset or trained_on["dataset"], options.data_root or trained_on["data_root"]
-        same = ("image_size", "skip_broken") if options.transfer else (f.name for f in fields(Data))
+        same = ("image_size", "skip_broken", "no_cache") if options.transfer else (f.name for f in fields(Data))
         source = {name: trained_on[name] for name in same} | {"dataset": dataset, "data_root": root}
         if source.get("partition") != "folders":  # which says where the classes are
             source["partition"] = "iid"

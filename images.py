@@ -6,6 +6,9 @@ leave a party's machine (see flower/), so a file's name, which may be a patient'
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
 import sys
 from collections import Counter
@@ -17,10 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
-from runtime.cli import RANK, InputError, first_line
+from runtime.cli import RANK, InputError, first_line, locked, os_errors, write_atomic
 
 
 def note(text: str) -> None:
@@ -196,6 +200,9 @@ def choose_range(low: float, high: float, whole: bool) -> PixelRange:
 # ------------------------------------------------------------------------------------------------------- many images
 
 
+DECODER = ("1", PIL.__version__)  # to be changed with the rules of this file, so that no image that was decoded by others is used
+
+
 class Report(NamedTuple):
     """What decoding a set found: the indices of images that were left out, and lines to say."""
 
@@ -212,14 +219,16 @@ def square(size: int) -> Callable[[Image.Image], Image.Image]:
 
 
 def decode(
-    folder: Path, paths: Sequence[Path], out: np.ndarray, pixel_range: PixelRange | None = None, skip_broken: bool = False
-) -> Report:  # fmt: skip
-    """Decode image files into `out`, uint8 `[N, 3, S, S]`, in parallel. Images that are left out have no row, and the last rows are unused.
+    folder: Path, paths: Sequence[Path], size: int, pixel_range: PixelRange | None = None, skip_broken: bool = False,
+    out: np.ndarray | None = None,
+) -> tuple[np.ndarray, Report]:  # fmt: skip
+    """Decode image files in parallel into `out`, or a new array, uint8 `[N, 3, S, S]`. Images that are left out have no row in it.
 
     Images above 8 bits are scaled by `pixel_range`, by default by that of `choose_range` over all of them. folder: their place, for errors.
     Raises InputError for images that cannot be read, unless `skip_broken`, and for a range that needs bits which Pillow has dropped.
     """
-    transform = square(out.shape[-1])
+    out = np.empty((len(paths), 3, size, size), np.uint8) if out is None else out
+    transform = square(size)
     deep: dict[int, tuple[float, float, bool]] = {}  # the lowest and highest value of an image above 8 bits; whether they are whole
     broken: dict[int, Exception] = {}
     reduced, several, waiting = set(), [], []
@@ -265,7 +274,7 @@ def decode(
         kept = [index for index in range(len(paths)) if index not in broken]
         for row, index in enumerate(kept):
             out[row] = out[index]
-    return Report(sorted(broken), notes)
+    return out[: len(paths) - len(broken)], Report(sorted(broken), notes)
 
 
 def in_parallel(work: Callable[[int], object], indices: Sequence[int], title: str) -> None:
@@ -276,3 +285,44 @@ def in_parallel(work: Callable[[int], object], indices: Sequence[int], title: st
             pass
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def decode_once(
+    cache: Path, folder: Path, paths: Sequence[Path], size: int, pixel_range: PixelRange | None, skip_broken: bool
+) -> tuple[np.ndarray, Report]:  # fmt: skip
+    """`decode` into a file under `cache`, which later calls for the same files map into memory.
+
+    A folder of images has one such file for each size, and a new one takes its place if a path, size or time of an image changes. One of
+    several processes decodes, the others wait. A process that is killed leaves a fragment, which the next one removes.
+    """
+    stats = [(str(p), s.st_size, s.st_mtime_ns) if (s := stat_of(p)) else str(p) for p in paths]
+    key = hashlib.sha256(repr((DECODER, stats, pixel_range, skip_broken)).encode()).hexdigest()[:32]
+    place = cache / "decoded" / hashlib.sha256(repr((str(folder.resolve()), size)).encode()).hexdigest()[:16]
+    pixels, report, fragment = place / f"{key}.bin", place / f"{key}.json", place / "fragment"
+    with os_errors(f"decoded images cannot be kept in {place}, --data-root chooses another place and --no-cache none"):
+        place.mkdir(parents=True, exist_ok=True)
+        with locked(place):
+            if not report.exists():
+                for former in place.iterdir():
+                    former.unlink()
+                shape = len(paths), 3, size, size
+                try:
+                    with fragment.open("wb") as file:
+                        os.posix_fallocate(file.fileno(), 0, math.prod(shape))  # else a full disk would end the process later
+                    out = np.memmap(fragment, np.uint8, "r+", shape=shape)
+                    found = decode(folder, paths, size, pixel_range, skip_broken, out)[1]
+                    out.flush()
+                    os.replace(fragment, pixels)
+                finally:
+                    fragment.unlink(missing_ok=True)
+                write_atomic(report, lambda file: file.write(json.dumps(found).encode()))
+            found = Report(*json.loads(report.read_bytes()))
+    return np.memmap(pixels, np.uint8, "r", shape=(len(paths) - len(found.broken), 3, size, size)), found
+
+
+def stat_of(path: Path) -> os.stat_result | None:
+    """What the system says of a file, or None if it is a link into nothing."""
+    try:
+        return path.stat()
+    except OSError:
+        return None

@@ -84,7 +84,7 @@ ABLATED = ("aggregate", "update", "predictor")  # the columns of a method's row 
 
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
 RECIPES = {"fashion": {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}}
-FOLDER_OPTIONS = ("image_size", "pixel_range", "skip_broken")  # they say how a folder's images are read
+FOLDER_OPTIONS = ("image_size", "pixel_range", "skip_broken", "labels", "no_cache")  # they say how a folder's images are read
 PARTITIONS = ("classes", "iid", "dirichlet", "folders", "parties")
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
@@ -134,6 +134,8 @@ class Data:
         shown="0,65535 if whole numbers use its upper half, else the set's lowest and highest",
     )  # fmt: skip
     skip_broken: bool = option(False, "leave out a folder's images that cannot be read")
+    labels: str | None = option(None, "a CSV of a folder's images with the columns file,label and perhaps party and split")
+    no_cache: bool = option(False, "decode a folder's images into memory, not once into a file under --data-root", host=True)
     holdout: float = option(
         0.0, "fraction of the labelled training images, the same of each class, that become test images where there are none",
         type=number(float, 0, 0.9),
@@ -285,7 +287,7 @@ class Options(Host, Training, Clients, Exchange, Data):
 
 
 OPTIONS = {f.name: f for f in fields(Options)}
-MOVABLE = ("dataset",)  # these may be named anew when a run is resumed or evaluated, and a hash says whether they hold the same
+MOVABLE = ("dataset", "labels")  # these may be named anew when a run is resumed or evaluated, and a hash says whether they hold the same
 HOST_OPTIONS = tuple(name for name, f in OPTIONS.items() if f.metadata["host"])
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import urllib.error
+import warnings
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from images import Found, decode, find_images, is_image, is_leftover, listing, note
+from images import Found, decode, decode_once, find_images, is_image, is_leftover, listing, note
 from options import checked
 from runtime.cli import InputError, first_line, locked
 
@@ -130,26 +132,33 @@ def classes_of(folder: Path, paths: list[Path]) -> list[str] | None:
 
 
 def decode_splits(
-    path: Path, splits: Sequence[Split], size: int, pixel_range: str | None = None, skip_broken: bool = False
+    path: Path, splits: Sequence[Split], size: int, pixel_range: str | None = None, skip_broken: bool = False, cache: Path | None = None
 ) -> list[Split]:  # fmt: skip
     """Decode the files of all splits, so that the same range of values becomes 0..255 in each. path: their place, for errors.
 
     pixel_range: LOW,HIGH, of images above 8 bits the values that become 0 and 255. skip_broken: leave out images that cannot be read.
-    Raises InputError for them otherwise, and if no training image is left.
+    cache: a folder for the decoded images, which are then mapped, not read, into memory. Raises InputError for images that cannot be read,
+    unless `skip_broken`, and if no training image is left.
     """
     paths = [image for split in splits for image in split.images]
-    x = np.empty((len(paths), 3, size, size), np.uint8)
-    report = decode(path, paths, x, pixel_range and tuple(map(float, checked("pixel_range", pixel_range).split(","))), skip_broken)
+    limits = pixel_range and tuple(map(float, checked("pixel_range", pixel_range).split(",")))
+    x, report = (decode if cache is None else partial(decode_once, cache))(path, paths, size, limits, skip_broken)
     for line in report.notes:
         note(line)
     broken, decoded, first, row = set(report.broken), [], 0, 0
     for split in splits:
         kept = [k for k in range(len(split.images)) if first + k not in broken]
-        decoded.append(split.take(kept)._replace(images=torch.from_numpy(x[row : row + len(kept)])))
+        decoded.append(split.take(kept)._replace(images=as_tensor(x[row : row + len(kept)])))
         first, row = first + len(split.images), row + len(kept)
     if not len(decoded[0].images):
         raise InputError(f"{path} has no training image that can be read")
     return decoded
+
+
+def as_tensor(x: np.ndarray) -> Tensor:
+    """An array as a tensor on the same memory, of which torch would warn if it is a file's, since nothing may write there."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        return torch.from_numpy(x)
 
 
 # ------------------------------------------------------------------------------------------------- arrays and tables
@@ -263,6 +272,42 @@ def read_cifar(name: str, root: Path) -> list[Split]:
             f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): put {name}.npz there, or choose --data-root"
         ) from None
     return [Split(channels_first(split.data), np.array(split.targets)) for split in (train, test)]
+
+
+def label_files(folder: Path, found: Sequence[Split], table: Path) -> list[Split]:
+    """The splits of a folder as a CSV says: columns file (relative to the folder) and label, and if they are there party and split.
+
+    Without the column split the folders say it. Images that are not in the table are left out with a count. Raises InputError for rows
+    without an image, for an image with several rows, as several labels make, and for an unknown split.
+    """
+    rows = read_table(table, "--labels", "file", "label")
+    paths = {name: (path, default) for split, default in zip(found, SPLITS) for name, path in zip(split.names, split.images)}
+    if unknown := [row["file"] for row in rows if row["file"] not in paths]:
+        raise InputError(f"--labels {table} names {len(unknown)} files that are no images of {folder} ({unknown[0]})")
+    if repeated := [name for name, count in Counter(row["file"] for row in rows).items() if count > 1]:
+        raise InputError(f"--labels {table} has several rows for an image ({repeated[0]}), which needs one label (not multi-label)")
+    if len(rows) < len(paths):
+        note(f"{table}: {len(paths) - len(rows)} of {len(paths)} images have no label there and are left out")
+    known, chosen = (*SPLITS, *INSTEAD_OF_TEST), {}
+    for row in rows:
+        split = (row.get("split") or paths[row["file"]][1]).lower()
+        if split not in known:
+            raise InputError(f"--labels {table} has the split {split}; it needs one of {', '.join(known)}")
+        chosen.setdefault(split, []).append(row)
+    test = next((name for name in known[1:] if name in chosen), "test")
+    if "train" not in chosen:
+        raise InputError(f"--labels {table} has no training image")
+    if test != "test":
+        note(f"{table}: the {test} images are taken as test images, since it has none")
+    for name in chosen.keys() - {"train", test}:
+        note(f"{table}: {len(chosen[name])} {name} images are not read")
+    return [rows_as_split(sorted(chosen.get(name, []), key=lambda row: row["file"]), paths) for name in ("train", test)]
+
+
+def rows_as_split(rows: list[dict[str, str]], paths: dict[str, tuple[Path, str]]) -> Split:
+    """The split of some rows of a table. paths: the file of each name."""
+    labels, names, owners = ([row.get(column) for row in rows] for column in ("label", "file", "party"))
+    return Split([paths[name][0] for name in names], labels, names, None if None in owners else owners)
 
 
 def read_table(path: Path, option: str, *needed: str) -> list[dict[str, str]]:

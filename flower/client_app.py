@@ -156,7 +156,10 @@ def open_client(context: Context, options: Options, config: ConfigRecord) -> tup
         raise ReportedError(f"--node-config got client={node['client']}; the federation has the clients 0 to {options.clients - 1}")
     data = Path(str(node["data"])).expanduser()
     try:
-        images = load_unlabelled(data, config["image-size"], node.get("pixel-range"), bool(node.get("skip-broken")))
+        images = load_unlabelled(
+            data, config["image-size"], node.get("pixel-range"), bool(node.get("skip-broken")),
+            None if node.get("no-cache") else Path("~/.cache/fedu").expanduser(),
+        )  # fmt: skip
         if len(images) < options.batch_size:
             raise InputError(f"{data} has {len(images)} images, a batch needs {options.batch_size}")
     except InputError as error:  # a file's name may be a patient's; what the system says, in brackets, may name one

@@ -328,6 +328,7 @@ def test_making_fashion_without_its_files_is_refused(command, tmp_path, argument
 # ------------------------------------------------------------------------------------------- without labels or test images
 
 SMALL = ["--encoder", "tiny", "--clients", "2", "--rounds", "1", "--local-epochs", "1", "--batch-size", "4", "--device", "cpu"]
+FOLDER = ["--no-cache", "--image-size", "16"]
 
 
 def colours(folder, *names):
@@ -352,7 +353,7 @@ def unlabelled(kind, folder):
 def test_images_without_labels_train_and_are_exported_with_their_names(kind, tmp_path, capsys):
     path, names = unlabelled(kind, tmp_path)
     options = ["--dataset", str(path), *SMALL]
-    result = run(tmp_path / "run", *options, "--partition", "iid", *(["--image-size", "16"] if names else []))
+    result = run(tmp_path / "run", *options, "--partition", "iid", *(FOLDER if names else []))
     assert result["metrics"][0]["num_examples"] == [5, 5] and result["metrics"][0]["knn"] is None
     assert "The kNN column stays empty: the data set has no labels." in capsys.readouterr().out
     export = parse_evaluation([str(tmp_path / "run"), "--export", str(tmp_path / "features.npz")])
@@ -364,9 +365,9 @@ def test_images_without_labels_train_and_are_exported_with_their_names(kind, tmp
         with pytest.raises(InputError, match=f"{task[0]} needs labels and test images, and the data set has no labels"):
             evaluation.main(parse_evaluation([str(tmp_path / "run"), *task]))
     with pytest.raises(InputError, match="--partition classes, unlike iid, needs labels, and the data set has no labels"):
-        run(tmp_path / "other", *options)
+        run(tmp_path / "other", *options, *(FOLDER if names else []))
     with pytest.raises(InputError, match="--method fedavg-supervised needs labels"):
-        run(tmp_path / "other", *options, "--partition", "iid", "--method", "fedavg-supervised")
+        run(tmp_path / "other", *options, *(FOLDER if names else []), "--partition", "iid", "--method", "fedavg-supervised")
     assert not (tmp_path / "other").exists()
 
 
@@ -413,7 +414,7 @@ def test_holdout_is_refused_where_it_makes_no_sense(npz, tmp_path):
 
 def test_a_run_with_holdout_is_evaluated_on_it_and_transferred_without(npz, tmp_path):
     path = colours(tmp_path / "x", *(f"{c}/{k}.png" for c in "ab" for k in range(8)))
-    result = run(tmp_path / "run", "--dataset", str(path), "--image-size", "16", "--holdout", "0.25", *SMALL, "--knn-every", "1")
+    result = run(tmp_path / "run", "--dataset", str(path), *FOLDER, "--holdout", "0.25", *SMALL, "--knn-every", "1")
     assert sum(result["metrics"][0]["num_examples"]) == 12 and result["metrics"][0]["knn"] is not None
     for more in ([], ["--transfer", str(npz)]):
         evaluation.main(parse_evaluation([str(tmp_path / "run"), "--knn", *more]))
@@ -533,7 +534,7 @@ def test_an_npz_may_say_whose_each_image_is(owners, tmp_path):
 
 def test_three_folders_train_as_three_clients_and_their_partition_is_saved_and_used(tmp_path, monkeypatch, capsys):
     path = colours(tmp_path / "x", *(f"{party}/{k}.png" for party in "abc" for k in range(5)))
-    base = ["--dataset", str(path), "--image-size", "16", *SMALL, "--clients", "3"]
+    base = ["--dataset", str(path), *FOLDER, *SMALL, "--clients", "3"]
     monkeypatch.chdir(tmp_path)
     fedu.main(parse([*base, "--partition", "folders", "--dry-run", "--save-partition", "split.json"]))
     assert capsys.readouterr().out.splitlines() == [f"client {k}: 5 images" for k in range(3)]
@@ -626,3 +627,47 @@ def test_a_run_without_a_hash_is_not_moved(moved):
         fedu.resume(folder, dataset=str(here))
     with pytest.raises(SystemExit):
         parse_evaluation([str(folder), "--transfer", "x.npz", "--dataset", "y.npz"])
+
+
+# ------------------------------------------------------------------------------------------------------- a table of labels
+
+ROWS = ["file,label,party,split", "1.png,cat,south,train", "deep/0.png,dog,north,train", "2.png,dog,north,val", "3.png,cat,south,train"]
+
+
+def labelled(folder, table, comma=","):
+    colours(folder / "x", "deep/0.png", "1.png", "2.png", "3.png")
+    (folder / "labels.csv").write_text("\ufeff" + "\r\n".join(table).replace(",", comma))
+    return data.load_images(str(folder / "x"), image_size=16, labels=str(folder / "labels.csv"))
+
+
+@pytest.mark.parametrize("comma", [",", ";"])
+def test_a_table_gives_labels_parties_and_splits(comma, tmp_path, capsys):
+    images = labelled(tmp_path, ROWS, comma)
+    assert images.names == (["1.png", "3.png", "deep/0.png"], ["2.png"]) and images.classes == ["cat", "dog"]
+    assert images.y_train.tolist() == [0, 0, 1] and images.y_test.tolist() == [1]
+    assert images.x_train[:, 0, 0, 0].tolist() == [10, 30, 0] and images.x_test[0, 0, 0, 0] == 20
+    assert indices(images, "parties", 2) == [[2], [0, 1]]
+    assert "the val images are taken as test images" in capsys.readouterr().err
+
+
+def test_a_table_may_have_two_columns_and_miss_images(tmp_path, capsys):
+    images = labelled(tmp_path, ["file,label", "1.png,4", "3.png,2"])
+    assert images.y_train.tolist() == [1, 0] and images.classes == ["2", "4"] and not len(images.x_test)
+    assert "2 of 4 images have no label there and are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "table, words",
+    [
+        (["1.png,cat"], "has no column file"),
+        (["file,class", "1.png,cat"], "has no column label"),
+        (["file,label", "9.png,cat"], r"names 1 files that are no images of .* \(9.png\)"),
+        (["file,label", "1.png,cat", "1.png,dog"], r"several rows for an image \(1.png\), which needs one label \(not multi-label\)"),
+        (["file,label,split", "1.png,cat,Dev"], "has the split dev; it needs one of train, test, val"),
+        (["file,label,split", "1.png,cat,test"], "has no training image"),
+        (["file,label", "1.png,"], "line 2 has not one value for each column"),
+    ],
+)
+def test_tables_of_another_form_are_refused(table, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        labelled(tmp_path, table)

@@ -3,12 +3,15 @@
 import itertools
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -324,3 +327,91 @@ def test_further_frames_of_a_file_are_said(tmp_path, capsys):
         frames[0].save(tmp_path / f"x.{kind}", save_all=True, append_images=frames[1:])
     assert data.load_images(str(tmp_path), image_size=8).x_train.eq(5).all()
     assert "2 files hold several frames, of which the first is read" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- cache
+
+
+def cached(folder: Path, cache: Path, **how) -> torch.Tensor:
+    return data.load_images(str(folder), cache, image_size=8, cached=True, **how).x_train[:, 0, 0, 0]
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.rglob("*") if path.is_file())
+
+
+def test_images_are_decoded_once_and_again_if_a_file_changes(tmp_path, monkeypatch, capsys):
+    folder, cache = tmp_path / "x", tmp_path / "cache"
+    for k in range(4):
+        Image.fromarray(np.full((8, 8), 4000 * k, np.uint16)).save(put(folder / f"{k}.png"))
+    first = cached(folder, cache)
+    said = capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("images.read_file", lambda path: pytest.fail("decoded again"))
+        assert torch.equal(cached(folder, cache), first) and capsys.readouterr().err == said != ""
+    former = files(cache)
+    assert len(former) == 2 and torch.equal(data.load_images(str(folder), image_size=8).x_train[:, 0, 0, 0], first)
+    put(folder / "3.png", 255)
+    assert cached(folder, cache).tolist() == [0, 128, 255, 255] and not set(former) & set(files(cache)) and len(files(cache)) == 2
+    put(folder / "4.png", 9)
+    assert cached(folder, cache)[4] == 9
+    assert cached(folder, cache, pixel_range="0,16000").tolist() == [0, 64, 128, 255, 9]
+
+
+def test_broken_images_are_remembered_as_such(tmp_path, capsys):
+    folder, cache = tmp_path / "x", tmp_path / "cache"
+    put(folder / "0.png", 7), put(folder / "2.png", 8)
+    (folder / "1.png").write_bytes(b"")
+    (folder / "3.png").symlink_to("gone")
+    for _ in range(2):
+        with pytest.raises(InputError, match="cannot be read"):
+            cached(folder, cache)
+        assert not files(cache)
+    for _ in range(2):
+        assert cached(folder, cache, skip_broken=True).tolist() == [7, 8]
+        assert "2 images cannot be read and are left out" in capsys.readouterr().err
+
+
+def test_a_killed_process_leaves_nothing_that_is_used(tmp_path):
+    folder, cache = tmp_path / "x", tmp_path / "cache"
+    put(folder / "0.png", 7)
+    cached(folder, cache)
+    pixels, report = sorted(files(cache))
+    pixels.write_bytes(bytes(192))
+    report.rename(pixels.with_name("fragment"))  # killed after the pixels, before the report
+    assert cached(folder, cache).tolist() == [7] and sorted(files(cache)) == [pixels, report]
+
+
+def test_two_processes_decode_once(tmp_path):
+    folder, cache = tmp_path / "x", tmp_path / "cache"
+    for k in range(50):
+        put(folder / f"{k:02}.png", k)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nimport data, images\n"
+    code += "count = 0\nread = images.read_file\n\n\ndef counted(path):\n    global count\n    count += 1\n    return read(path)\n\n\n"
+    code += f"images.read_file = counted\nx = data.load_images({str(folder)!r}, Path({str(cache)!r}), image_size=8, cached=True).x_train\n"
+    code += "print(count, x[:, 0, 0, 0].tolist() == list(range(50)))"
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(process.communicate(timeout=120)[0].split() for process in running) == [["0", "True"], ["50", "True"]]
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    put(tmp_path / "x/0.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be kept in .*, --data-root chooses another place and --no-cache none: Not a directory"):
+        cached(tmp_path / "x", tmp_path / "file")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        cached(tmp_path / "x", tmp_path / "cache")
+
+
+def test_images_larger_than_a_gpus_memory_are_one_sentence(tmp_path, monkeypatch):
+    for k in range(4):
+        put(tmp_path / f"{k}.png")
+    images = data.load_images(str(tmp_path), image_size=8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400, 10**9))
+    with pytest.raises(InputError, match="4 images of 8 pixels need .* in which 2 fit: use --device cpu, a smaller --image-size"):
+        images.to(torch.device("cuda"))
