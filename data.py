@@ -20,7 +20,7 @@ import ops
 from images import note
 from options import CIFAR_CLASSES, Data
 from runtime.cli import InputError, first_line, write_atomic
-from sources import Split, decode_splits, find_parties, find_splits, label_files, read_cifar, read_npz, read_table, some
+from sources import Split, decode_splits, find_source, label_files, read_cifar, read_npz, read_table, some
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -142,7 +142,7 @@ def load_images(
     elif path.suffix == ".npz":
         splits = read_npz(path)
     elif path.is_dir():
-        splits = find_parties(path) if partition == "folders" else find_splits(path)
+        splits = find_source(path, partition)
     else:
         raise InputError(f"{option} got {name!r}; it needs fashion, cifar10, cifar100, a file PATH.npz or an image folder")
     if labels:
@@ -187,7 +187,7 @@ def load_unlabelled(
     Raises InputError if they are missing, unreadable or of another form.
     """
     if path.suffix != ".npz":
-        return decode_splits(path, find_splits(path)[:1], size, pixel_range, skip_broken, cache)[0].images
+        return decode_splits(path, find_source(path)[:1], size, pixel_range, skip_broken, cache)[0].images
     x = read_npz(path, ["train"])[0].images
     if x.shape[2] != size:
         raise InputError(f"{path}: the images are {x.shape[2]} pixels wide, the federation's are {size}")

@@ -7,10 +7,12 @@ leave a party's machine (see flower/), so a file's name, which may be a patient'
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +41,7 @@ IMAGES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx"),
     *(".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 }
+DICOM = (".dcm", ".dicom", ".ima")
 # images that nothing here decodes: they are refused as broken ones are, not passed over
 UNDECODED = {
     *(".arw", ".cr2", ".cr3", ".czi", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jxl", ".mha", ".mhd", ".mrxs", ".ndpi", ".nef"),
@@ -109,13 +112,28 @@ def is_leftover(name: str) -> bool:
 def is_image(path: Path) -> bool:
     """Whether a file is meant as an image: by the end of its name, else by its first bytes."""
     name = path.name.lower()
-    if path.suffix.lower() in IMAGES or any(map(name.endswith, UNDECODED)):
+    if path.suffix.lower() in (*IMAGES, *DICOM) or any(map(name.endswith, UNDECODED)):
         return True
     try:
         with path.open("rb") as file:
-            return file.read(12).startswith(BEGINNINGS)
+            head = file.read(132)
+        return head.startswith(BEGINNINGS) or is_dicom(path, head)
     except OSError:
         return False
+
+
+def is_dicom(path: Path, head: bytes) -> bool:
+    """Whether a file is meant as DICOM. head: its first 132 bytes."""
+    return path.suffix.lower() in DICOM or head[128:] == b"DICM"
+
+
+class Embedded(bytes):
+    """An encoded image inside a larger file, under the name by which it is called."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 # ------------------------------------------------------------------------------------------------------------ pixels
@@ -127,36 +145,61 @@ SIXTEEN_BITS: PixelRange = (0.0, 65535.0)
 class Decoded(NamedTuple):
     """An image as it is in its file, upright: a Pillow image of 8 bits a channel, or more as values `[H, W]`.
 
-    reduced: whether these 8 bits are the upper ones of more. frames: whether the file holds further images.
+    reduced: whether these 8 bits are the upper ones of more. frames: whether the file holds further images. window: the values that
+    the file itself says to become 0 and 255. inverted: whether its lowest value is white.
     """
 
     image: Image.Image | None
-    values: np.ndarray | None
-    reduced: bool
-    frames: bool
+    values: np.ndarray | None = None
+    reduced: bool = False
+    frames: bool = False
+    window: PixelRange | None = None
+    inverted: bool = False
 
 
-def read_file(path: Path) -> Decoded:
+def read_file(path: Path | Embedded) -> Decoded:
     """Decode one file; whatever is wrong with it, Pillow's errors of many types included, is raised."""
     if any(map(path.name.lower().endswith, UNDECODED)):
-        raise ValueError(f"nothing here decodes {path.suffix}; convert it to PNG")
-    with Image.open(path) as file:
-        deep, frames = has_deep_channels(file, path), getattr(file, "is_animated", False)
-        file.load()
-        image = upright(file)
-        if not image.mode.startswith(("I", "F")):
-            return Decoded(on_white(image), None, deep, frames)
-        values = np.asarray(image)
+        raise ValueError(f"nothing here decodes {Path(path.name).suffix}; convert it to PNG")
+    with io.BytesIO(path) if isinstance(path, Embedded) else path.open("rb") as opened:
+        head = opened.read(1 << 16)
+        opened.seek(0)
+        if isinstance(path, Path) and is_dicom(path, head[:132]):
+            return read_dicom(path)
+        with Image.open(opened) as file:
+            deep, frames = has_deep_channels(file, head), getattr(file, "is_animated", False)
+            file.load()
+            image = upright(file)
+            if not image.mode.startswith(("I", "F")):
+                return Decoded(on_white(image), None, deep, frames)
+            values = np.asarray(image)
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
-    return Decoded(None, values, False, frames)
+    return Decoded(None, values, frames=frames)
 
 
-def has_deep_channels(file: Image.Image, path: Path) -> bool:
-    """Whether an opened file has more than 8 bits a channel, which Pillow may be about to reduce without a word."""
+def read_dicom(path: Path) -> Decoded:
+    """Decode a DICOM file: rescaled as its slope and intercept say, with its first window. Raises InputError where pydicom is missing."""
+    try:
+        from pydicom import dcmread
+        from pydicom.pixels import apply_modality_lut
+    except ImportError:
+        raise InputError(f"DICOM needs the package pydicom: `pip install -r requirements-optional.txt` ({path})") from None
+    content = dcmread(path)
+    frames, pixels = int(content.get("NumberOfFrames") or 1) > 1, content.pixel_array
+    pixels = pixels[0] if frames else pixels
+    if pixels.ndim == 3 and pixels.dtype == np.uint8:
+        return Decoded(Image.fromarray(pixels), None, False, frames)
+    if pixels.ndim != 2 or content.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"nothing here decodes {content.PhotometricInterpretation} of {pixels.dtype}; convert it to PNG")
+    centre, width = (np.atleast_1d(content.get(name) or 0).astype(float)[0] for name in ("WindowCenter", "WindowWidth"))
+    window = (centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2) if width > 1 else None
+    return Decoded(None, apply_modality_lut(pixels, content), False, frames, window, content.PhotometricInterpretation == "MONOCHROME1")
+
+
+def has_deep_channels(file: Image.Image, head: bytes) -> bool:
+    """Whether an opened file has more than 8 bits a channel, which Pillow may be about to reduce without a word. head: its beginning."""
     if file.format in ("AVIF", "JPEG2000"):  # whose plugins do not say it: the formats' own headers do
-        with path.open("rb") as opened:
-            head = opened.read(1 << 16)
         box, sizes = head.find(b"av1C"), head.find(b"\xff\x4f\xff\x51")
         return head[box + 6] & 0x40 > 0 if file.format == "AVIF" else head[sizes + 42] & 0x7F > 7
     codecs = [(tile[0], tile[3] if isinstance(tile[3], tuple) else (tile[3],)) for tile in file.tile]
@@ -219,7 +262,7 @@ def square(size: int) -> Callable[[Image.Image], Image.Image]:
 
 
 def decode(
-    folder: Path, paths: Sequence[Path], size: int, pixel_range: PixelRange | None = None, skip_broken: bool = False,
+    folder: Path, paths: Sequence[Path | Embedded], size: int, pixel_range: PixelRange | None = None, skip_broken: bool = False,
     out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Report]:  # fmt: skip
     """Decode image files in parallel into `out`, or a new array, uint8 `[N, 3, S, S]`. Images that are left out have no row in it.
@@ -231,21 +274,28 @@ def decode(
     transform = square(size)
     deep: dict[int, tuple[float, float, bool]] = {}  # the lowest and highest value of an image above 8 bits; whether they are whole
     broken: dict[int, Exception] = {}
-    reduced, several, waiting = set(), [], []
+    reduced, several, waiting, windowed = set(), [], [], []
 
     def work(index: int) -> None:
         try:
-            image, values, is_reduced, frames = read_file(paths[index])
+            image, values, is_reduced, frames, window, inverted = read_file(paths[index])
             if is_reduced:
                 values = np.asarray(image).astype(np.uint16) * 257
                 reduced.add(index)
             if values is not None:
-                deep[index] = values.min().item(), values.max().item(), values.dtype.kind in "iu"
-                if image is None and pixel_range is None:
+                limits = pixel_range or window
+                if limits is not None and limits == window:
+                    windowed.append(index)
+                else:
+                    deep[index] = values.min().item(), values.max().item(), values.dtype.kind in "iu"
+                if image is None and limits is None:
                     return waiting.append(index)
-                image = image or eight_bits(values, *pixel_range)
+                image = image or eight_bits(values, *limits)
+                image = ImageOps.invert(image) if inverted else image
             out[index] = np.asarray(transform(image.convert("RGB"))).transpose(2, 0, 1)
             several.extend([index] * frames)
+        except InputError:
+            raise
         except Exception as error:  # Pillow raises errors of many types
             broken[index] = error
 
@@ -262,6 +312,9 @@ def decode(
                 f"({paths[min(reduced)]}), and their values need the others: convert them to 8 bits"
             )
         in_parallel(work, sorted(waiting), f"scaling {folder}")
+    if windowed:
+        given = "the values that they say become 0 to 255, --pixel-range=LOW,HIGH overrides them"
+        notes.append(f"{folder}: of {len(windowed)} images {given}")
     if several:
         notes.append(f"{folder}: {len(several)} files hold several frames, of which the first is read")
     if broken and not skip_broken:
@@ -288,14 +341,14 @@ def in_parallel(work: Callable[[int], object], indices: Sequence[int], title: st
 
 
 def decode_once(
-    cache: Path, folder: Path, paths: Sequence[Path], size: int, pixel_range: PixelRange | None, skip_broken: bool
+    cache: Path, folder: Path, paths: Sequence[Path | Embedded], size: int, pixel_range: PixelRange | None, skip_broken: bool
 ) -> tuple[np.ndarray, Report]:  # fmt: skip
     """`decode` into a file under `cache`, which later calls for the same files map into memory.
 
     A folder of images has one such file for each size, and a new one takes its place if a path, size or time of an image changes. One of
     several processes decodes, the others wait. A process that is killed leaves a fragment, which the next one removes.
     """
-    stats = [(str(p), s.st_size, s.st_mtime_ns) if (s := stat_of(p)) else str(p) for p in paths]
+    stats = [stamp(path) for path in paths]
     key = hashlib.sha256(repr((DECODER, stats, pixel_range, skip_broken)).encode()).hexdigest()[:32]
     place = cache / "decoded" / hashlib.sha256(repr((str(folder.resolve()), size)).encode()).hexdigest()[:16]
     pixels, report, fragment = place / f"{key}.bin", place / f"{key}.json", place / "fragment"
@@ -320,9 +373,12 @@ def decode_once(
     return np.memmap(pixels, np.uint8, "r", shape=(len(paths) - len(found.broken), 3, size, size)), found
 
 
-def stat_of(path: Path) -> os.stat_result | None:
-    """What the system says of a file, or None if it is a link into nothing."""
+def stamp(path: Path | Embedded) -> tuple[str | int, ...]:
+    """What changes if an image does: its name, size and time, or a checksum."""
+    if isinstance(path, Embedded):
+        return path.name, len(path), zlib.crc32(path)
     try:
-        return path.stat()
-    except OSError:
-        return None
+        stat = path.stat()
+    except OSError:  # a link into nothing
+        return (str(path),)
+    return str(path), stat.st_size, stat.st_mtime_ns

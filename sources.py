@@ -7,6 +7,7 @@ may leave a party's machine (see flower/), so a file's name, which may be a pati
 from __future__ import annotations
 
 import csv
+import json
 import urllib.error
 import warnings
 from collections import Counter
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from images import Found, decode, decode_once, find_images, is_image, is_leftover, listing, note
+from images import Embedded, Found, decode, decode_once, find_images, is_image, is_leftover, listing, note
 from options import checked
 from runtime.cli import InputError, first_line, locked
 
@@ -30,7 +31,7 @@ INSTEAD_OF_TEST = ("val", "valid", "validation")  # these images are the test im
 class Split(NamedTuple):
     """The training or the test images of a source: files, or uint8 `[N, 3, S, S]`; each one's label, file name and party, if any."""
 
-    images: list[Path] | Tensor
+    images: list[Path] | list[Embedded] | Tensor
     labels: Sequence[str] | np.ndarray | None = None
     names: Sequence[str] = ()
     owners: Sequence[str] | np.ndarray | None = None
@@ -76,6 +77,13 @@ def find_splits(path: Path, base: Path | None = None) -> list[Split]:
     if not splits[0].images:
         raise InputError(f"{train or path} is neither a file PATH.npz nor a folder with images in it")
     return splits
+
+
+def find_source(path: Path, partition: str = "") -> list[Split]:
+    """The training and test images of a folder: of parties, of parquet files, or of images. Its files are not yet decoded."""
+    if partition == "folders":
+        return find_parties(path)
+    return read_parquet(path) if any(path.rglob("*.parquet")) else find_splits(path)
 
 
 def split_folders(path: Path) -> tuple[Path | None, Path | None]:
@@ -253,6 +261,41 @@ def channels_first(x: np.ndarray) -> Tensor:
     """uint8 `[N, S, S, 3]`, or grey `[N, S, S]` or `[N, S, S, 1]` -> `[N, 3, S, S]`."""
     x = x if x.shape[3:] == (3,) else np.repeat(x.reshape(*x.shape[:3], 1), 3, axis=3)
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def read_parquet(path: Path) -> list[Split]:
+    """The images of a folder of Hugging Face's parquet files, whose names begin with the split: columns image and, if labelled, label.
+
+    Raises InputError where pyarrow is missing, and for files of another form.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"{path}: parquet files need the package pyarrow: `pip install -r requirements-optional.txt`") from None
+    found: dict[str, Split] = {}
+    for file in sorted(path.rglob("*.parquet")):
+        try:
+            table = parquet.read_table(file)
+            images, info = table.column("image").to_pylist(), (table.schema.metadata or {}).get(b"huggingface", b"{}")
+            classes = json.loads(info).get("info", {}).get("features", {}).get("label", {}).get("names")
+            labels = table.column("label").to_pylist() if "label" in table.column_names else [None] * len(images)
+            content = [Embedded(image["bytes"]) for image in images]
+        except Exception as error:  # pyarrow raises errors of many types
+            raise InputError(f"{path} holds a parquet file without images ({file}: {first_line(error)})") from None
+        for row, (image, given) in enumerate(zip(content, images)):
+            image.name = given.get("path") or f"{file.relative_to(path)}:{row}"
+        if None in labels:
+            split = Split(content, None, [image.name for image in content])
+        else:
+            split = Split(content, [classes[k] if classes else str(k) for k in labels], [image.name for image in content])
+        known = next((name for name in (*SPLITS, *INSTEAD_OF_TEST) if file.name.lower().startswith(name)), "train")
+        found[known] = join([found[known], split]) if known in found else split
+    test = next((name for name in ("test", *INSTEAD_OF_TEST) if name in found), "test")
+    if "train" not in found:
+        raise InputError(f"{path} holds no parquet file whose name begins with train")
+    for name in found.keys() - {"train"}:
+        note(f"{path}: the {name} images are {'taken as test images' if name == test else 'not read'}") if name != "test" else None
+    return [found["train"], found.get(test, Split([]))]
 
 
 def read_cifar(name: str, root: Path) -> list[Split]:

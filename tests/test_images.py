@@ -1,6 +1,7 @@
 """Files made here are read as the values that they hold, whatever their format, or are refused by name."""
 
 import itertools
+import json
 import os
 import struct
 import subprocess
@@ -415,3 +416,76 @@ def test_images_larger_than_a_gpus_memory_are_one_sentence(tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400, 10**9))
     with pytest.raises(InputError, match="4 images of 8 pixels need .* in which 2 fit: use --device cpu, a smaller --image-size"):
         images.to(torch.device("cuda"))
+
+
+# ---------------------------------------------------------------------------------------------------- DICOM and parquet
+
+
+def dicom(path: Path, pixels: np.ndarray, **tags) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    content = pydicom.Dataset()
+    content.file_meta = pydicom.dataset.FileMetaDataset()
+    content.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    content.file_meta.MediaStorageSOPClassUID = content.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    content.Rows, content.Columns, content.SamplesPerPixel, content.PhotometricInterpretation = *pixels.shape[-2:], 1, "MONOCHROME2"
+    content.BitsAllocated, content.BitsStored, content.HighBit, content.PixelRepresentation = 16, 16, 15, int(pixels.dtype.kind == "i")
+    for name, value in tags.items():
+        setattr(content, name, value)
+    content.PixelData = pixels.tobytes()
+    content.save_as(path, enforce_file_format=True)
+
+
+CT = np.linspace(0, 4095, 256).round().astype(np.int16)[None].repeat(256, 0)
+
+
+@pytest.mark.parametrize("name", ["x.dcm", "1.2.840.113619", "IM0001"])
+@pytest.mark.parametrize(
+    "tags, pixel_range, low, high, inverted",
+    [
+        ({}, None, 0, 4095, False),  # the set's own range
+        ({"RescaleSlope": 2, "RescaleIntercept": -1000}, "-1000,1000", 0, 1000, False),
+        ({"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": 40.5, "WindowWidth": 401}, None, 864, 1264, False),
+        ({"WindowCenter": [1000.5, 5], "WindowWidth": [1001, 5], "PhotometricInterpretation": "MONOCHROME1"}, None, 500, 1500, True),
+        ({"WindowCenter": 1000.5, "WindowWidth": 1001}, "0,2000", 0, 2000, False),  # a given range goes before the window
+        ({"PhotometricInterpretation": "MONOCHROME1"}, None, 0, 4095, True),
+        ({"NumberOfFrames": 2}, None, 0, 4095, False),
+    ],
+)
+def test_dicom_is_rescaled_windowed_and_inverted(name, tags, pixel_range, low, high, inverted, tmp_path):
+    dicom(tmp_path / name, np.stack([CT, CT]) if "NumberOfFrames" in tags else CT, **tags)
+    expected = ((CT[0].astype(float) - low) * 255 / (high - low)).clip(0, 255).round()
+    read = data.load_images(str(tmp_path), image_size=256, pixel_range=pixel_range).x_train[0, 1, 7].numpy()
+    assert np.abs(read - (255 - expected if inverted else expected)).max() <= 1
+
+
+def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.dcm").write_bytes(bytes(200))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/train.parquet").write_bytes(b"PAR1")
+    for package, folder in (("pydicom", "a"), ("pyarrow", "b")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(InputError, match=f"the package {package}: `pip install -r requirements-optional.txt`"):
+            data.load_images(str(tmp_path / folder), skip_broken=True)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_parquet_files_of_hugging_face(labelled, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for file, values in (("train-0.parquet", [1, 2]), ("train-1.parquet", [3]), ("validation-0.parquet", [4])):
+        images = [{"bytes": put(tmp_path / "x.png", value).read_bytes(), "path": f"{value}.png"} for value in values]
+        columns = {"image": images} | ({"label": [value % 2 for value in values]} if labelled else {})
+        features = {"info": {"features": {"label": {"names": ["even", "odd"]}}}}
+        table = pyarrow.table(columns).replace_schema_metadata({"huggingface": json.dumps(features)})
+        (tmp_path / "x/data").mkdir(parents=True, exist_ok=True)
+        parquet.write_table(table, tmp_path / "x/data" / file)
+    for cached in (False, True, True):
+        read = data.load_images(str(tmp_path / "x"), tmp_path / "cache", image_size=8, cached=cached)
+        assert read.x_train[:, 0, 0, 0].tolist() == [1, 2, 3] and read.x_test[:, 0, 0, 0].tolist() == [4]
+        assert read.names == (["1.png", "2.png", "3.png"], ["4.png"]) and list(read.classes) == ["even", "odd"] * labelled
+        assert read.y_train.tolist() == [1, 0, 1] * labelled and torch.equal(data.load_unlabelled(tmp_path / "x", 8), read.x_train)
+    (tmp_path / "x/data/train-1.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="holds a parquet file without images"):
+        data.load_images(str(tmp_path / "x"), image_size=8)
