@@ -310,7 +310,7 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
         federation = build(options, images)
         parts = [client.indices for client in federation.clients]
         if options.save_partition and not RANK:
-            save_partition(Path(options.save_partition), parts)
+            save_partition(user_path(options.save_partition), parts)
         if options.dry_run:
             print("\n".join(f"client {k}: {len(part)} images" for k, part in enumerate(parts)))
             plot_partition(count_classes(images, parts), images.classes, Path("partition.png"))

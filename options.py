@@ -126,7 +126,7 @@ def partition_kind(text: str) -> str:
 class Data:
     """The images, and their partition over the clients."""
 
-    dataset: str = option("fashion", "fashion (embedded), cifar10, cifar100, a file PATH.npz or a folder PATH/{train,test}/CLASS/*")
+    dataset: str = option("fashion", "fashion (embedded), cifar10, cifar100, a file PATH.npz or a folder of images, see docs/data.md")
     data_root: str = option("~/.cache/fedu", "folder with CIFAR: NAME.npz, or torchvision's archive, downloaded if need be", host=True)
     image_size: int = option(32, "side in pixels to which a folder's images are resized and cropped", type=number(int, 8))
     pixel_range: str | None = option(
@@ -309,7 +309,7 @@ def run_name(options: Options) -> str:
 
 def changed_in_name(name: str, value: object) -> str:
     """An option as part of a run's name: `-mu0.2`, `-encoder-small`, or for a flag `-no-predictor`."""
-    text = "" if value is True else str(value)
+    text = "" if value is True else str(value).replace(os.sep, "-")
     if isinstance(value, float) and float(f"{value:g}") == value:
         text = f"{value:g}"
     return f"-{name.replace('_', '-')}" + ("" if text[:1].isdigit() else "-" * bool(text)) + text

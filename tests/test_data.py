@@ -14,10 +14,18 @@ import data
 import eval as evaluation
 import fedu
 import ops
-from options import parse, parse_evaluation
-from runtime.cli import InputError, locked
+from options import Options, parse, parse_evaluation, run_name
+from runtime.cli import InputError, command_line, locked
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def typed():
+    """The sentences of errors name options as they are typed."""
+    with command_line():
+        yield
+
 
 # ------------------------------------------------------------------------------------------------------ two views
 
@@ -548,6 +556,10 @@ def test_three_folders_train_as_three_clients_and_their_partition_is_saved_and_u
     assert pooled["metrics"][0]["num_examples"] == [15]
 
 
+def test_a_partition_in_another_folder_names_no_folder_of_the_run():
+    assert run_name(Options(dataset="cifar10", partition="splits/a.json")) == "cifar10-fedu-5clients-s0-partition-splits-a.json"
+
+
 def test_classes_of_each_client_are_counted(npz):
     images = data.load_npz(npz)  # of which image k has the class k % 4
     assert data.count_classes(images, [torch.tensor([0, 4, 1]), torch.tensor([3])]).tolist() == [[2, 1, 0, 0], [0, 0, 0, 1]]
@@ -594,7 +606,7 @@ def test_a_run_goes_on_with_its_own_images_wherever_they_lie(moved, invert):
         fedu.resume(folder)
     whole = here.read_bytes()
     change(here, invert)
-    with pytest.raises(InputError, match=f"--dataset {here} has other images or labels than when {folder} began"):
+    with pytest.raises(InputError, match=f"dataset {here} has other images or labels than when {folder} began"):
         fedu.resume(folder, dataset=str(here))
     here.write_bytes(whole)
     fedu.resume(folder, dataset=str(here))

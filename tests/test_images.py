@@ -19,7 +19,15 @@ from PIL import Image
 
 import data
 from images import choose_range, eight_bits, find_images
-from runtime.cli import InputError
+from runtime.cli import InputError, command_line
+
+
+@pytest.fixture(autouse=True)
+def typed():
+    """The sentences of errors name options as they are typed."""
+    with command_line():
+        yield
+
 
 RAMP = np.linspace(0, 65535, 256).round().astype(np.uint16)[None].repeat(256, 0)  # black to white, left to right
 LEVELS = torch.arange(256, dtype=torch.uint8).expand(3, 256, 256)

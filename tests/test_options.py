@@ -26,7 +26,8 @@ PAPER = {
     "aggregate": "online", "update": "online", "predictor": "dapu", "mu": 0.4, "divergence": "layer-mean", "divergence_from": "received",
     "first_target": "copy", "no_predictor": False, "no_stop_gradient": False, "compile": False, "tau": 0.7, "alpha": 0.5,
     "seed": 0, "knn_every": 10, "on_nonfinite": "skip", "device": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
-    "settings": {"jitter": 1},
+    "settings": {"jitter": 1}, "labels": None, "holdout": 0, "pixel_range": None, "skip_broken": False, "no_cache": False,
+    "save_partition": None, "dry_run": False,
 }  # fmt: skip
 FASHION = {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}
 # aggregate, update, predictor; the servers; what a client minimises, and its numbers
@@ -96,7 +97,7 @@ def test_what_is_given_wins_over_recipe_and_row(line, differs):
 
 
 def test_only_where_a_run_computes_may_change_when_it_is_resumed():
-    assert set(HOST_OPTIONS) == {"data_root", "device", "log"}
+    assert set(HOST_OPTIONS) == {"data_root", "device", "log", "no_cache", "save_partition", "dry_run"}
 
 
 # --------------------------------------------------------------------------------------------------------------- ranges
