@@ -93,9 +93,7 @@ def lacks(images: Images, test: bool = True) -> str:
 def require(images: Images, what: str, test: bool = True) -> None:
     """Raises InputError if the set lacks the labels, or with `test` the labelled test images, that `what` needs."""
     if lack := lacks(images, test):
-        raise InputError(
-            f"{what} needs labels{' and test images' * test}, and {lack}" + "; --partition iid needs none" * ("--part" in what)
-        )
+        raise InputError(f"{what} needs labels{' and test images' * test}, and {lack}")
 
 
 def refuse_other_data(run: Path, stored: Mapping[str, str], now: Mapping[str, str], dataset: str, moved: bool) -> None:

@@ -295,21 +295,21 @@ def run_name(options: Options) -> str:
     """The default name of a run: DATASET-METHOD-Kclients-sSEED, then each option that differs from its default, as in `-mu0.2-rounds20`.
 
     Runs that differ in an option have different names, unless it is one of HOST_OPTIONS. A name of more than 60 characters is cut and ends
-    in a hash of the whole name. So does the name of a run on a file or folder of images, since its data set's name lacks the path.
+    in a hash of the whole name. So does the name of a run on a file or folder of images, or with a path in an option, which it lacks.
     """
     stem = f"{Path(options.dataset).stem}-{options.method}-{options.clients}clients-s{options.seed}"
     values, default = asdict(options), options.resolved_defaults()
     values, default = values | values.pop("settings"), default | default.pop("settings")
     told = ("dataset", "method", "clients", "seed", *HOST_OPTIONS)
     name = stem + "".join(changed_in_name(k, v) for k, v in values.items() if k not in told and v != default[k])
-    if len(name) <= 60 and Path(options.dataset).stem == options.dataset:
+    if len(name) <= 60 and os.sep not in name and Path(options.dataset).stem == options.dataset:
         return name
-    return f"{name[:49]}-{hashlib.sha256(os.fsencode(f'{options.dataset} {name}')).hexdigest()[:10]}"
+    return f"{name.replace(os.sep, '-')[:49]}-{hashlib.sha256(os.fsencode(f'{options.dataset} {name}')).hexdigest()[:10]}"
 
 
 def changed_in_name(name: str, value: object) -> str:
     """An option as part of a run's name: `-mu0.2`, `-encoder-small`, or for a flag `-no-predictor`."""
-    text = "" if value is True else str(value).replace(os.sep, "-")
+    text = "" if value is True else str(value)
     if isinstance(value, float) and float(f"{value:g}") == value:
         text = f"{value:g}"
     return f"-{name.replace('_', '-')}" + ("" if text[:1].isdigit() else "-" * bool(text)) + text

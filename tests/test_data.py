@@ -14,7 +14,7 @@ import data
 import eval as evaluation
 import fedu
 import ops
-from options import Options, parse, parse_evaluation, run_name
+from options import parse, parse_evaluation
 from runtime.cli import InputError, command_line, locked
 
 CPU = torch.device("cpu")
@@ -554,10 +554,6 @@ def test_three_folders_train_as_three_clients_and_their_partition_is_saved_and_u
     assert torch.equal(by_folders["encoders"][0], by_file["encoders"][0])
     pooled = run(tmp_path / "central", *base, "--partition", "split.json", "--method", "central")
     assert pooled["metrics"][0]["num_examples"] == [15]
-
-
-def test_a_partition_in_another_folder_names_no_folder_of_the_run():
-    assert run_name(Options(dataset="cifar10", partition="splits/a.json")) == "cifar10-fedu-5clients-s0-partition-splits-a.json"
 
 
 def test_classes_of_each_client_are_counted(npz):

@@ -10,7 +10,7 @@ from hypothesis import strategies as some
 
 import ops
 from data import balanced_subset, partition
-from options import HOST_OPTIONS, METHODS, OPTIONS, Options, parse, run_name
+from options import HOST_OPTIONS, METHODS, OPTIONS, PARTITIONS, Options, parse, run_name
 from runtime.bank import Bank, Row
 from runtime.cli import InputError
 
@@ -107,6 +107,11 @@ SOME = {  # values of each option, also neighbours and values that look alike
     "dataset": ["fashion", "cifar10", "cifar100", "x", "x/", "./x", "x.npz", "a/x.npz", "x-fedu-5clients-s0", "y" * 70, "y" * 71],
     "data_root": ["~", "/data"],
     "image_size": [8, 64],
+    "partition": [*PARTITIONS, "a/b.json", "a-b.json", "b.json", "./b.json", "b.csv"],
+    "labels": [None, "a/b.csv", "a-b.csv"],
+    "save_partition": [None, "b.json"],
+    "pixel_range": [None, "0,4095", "0,4096", "-1000,400"],
+    "holdout": [0.0, 0.1, 0.10000001, 0.5],
     "method": [*METHODS],
     "settings": [{}, {"jitter": 0.5}, {"temperature": 0.5}, {"jitter": 0.5, "temperature": 0.5}, {"queue": 5}],
     "seed": [0, 1, 11, 2**63 - 1],
