@@ -19,7 +19,7 @@ from torch import Tensor
 import ops
 from images import note
 from options import CIFAR_CLASSES, Data
-from runtime.cli import InputError, first_line, write_atomic
+from runtime.cli import InputError, first_line, nearest, write_atomic
 from sources import Split, decode_splits, find_source, label_files, read_cifar, read_npz, read_table, some
 
 ASSETS = Path(__file__).parent / "assets"
@@ -142,7 +142,8 @@ def load_images(
     elif path.is_dir():
         splits = find_source(path, partition)
     else:
-        raise InputError(f"{option} got {name!r}; it needs fashion, cifar10, cifar100, a file PATH.npz or an image folder")
+        meant = nearest(name, ("fashion", *CIFAR_CLASSES))
+        raise InputError(f"{option} got {name!r}; it needs fashion, cifar10, cifar100, a file PATH.npz or an image folder{meant}")
     if labels:
         splits = label_files(path, splits, Path(labels).expanduser())
     if holdout:

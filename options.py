@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.cli import InputError, Parser, command_line, number, user_path
+from runtime.cli import InputError, Parser, command_line, nearest, number, user_path
 
 # ------------------------------------------------------------------------------------------------ methods and recipes
 
@@ -118,7 +118,8 @@ def value_range(text: str) -> str:
 def partition_kind(text: str) -> str:
     """An argparse type: a way to partition the images, or a file that says it."""
     if text not in PARTITIONS and not text.endswith((".json", ".csv")):
-        raise argparse.ArgumentTypeError(f"got {text!r}, needs one of {', '.join(PARTITIONS)}, or a file FILE.json or FILE.csv")
+        files = f"a file FILE.json or FILE.csv{nearest(text, PARTITIONS)}"
+        raise argparse.ArgumentTypeError(f"got {text!r}, needs one of {', '.join(PARTITIONS)}, or {files}")
     return text
 
 
@@ -332,7 +333,8 @@ def checked(name: str, value: object) -> object:
         return value
     choices = (True, False) if isinstance(f.default, bool) else f.metadata["choices"]
     if choices and value not in choices:
-        raise InputError(f"{flag(name)} got {value!r}, needs one of {', '.join(map(str, choices))}")
+        meant = "" if isinstance(f.default, bool) else nearest(str(value), choices)
+        raise InputError(f"{flag(name)} got {value!r}, needs one of {', '.join(map(str, choices))}{meant}")
     if choices:
         return value
     try:

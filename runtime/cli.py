@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -85,16 +85,21 @@ class Parser(argparse.ArgumentParser):
 
     def hint(self, message: str) -> str:
         """The option or the choice that was probably meant."""
-        from difflib import get_close_matches  # only here, since it takes a while to import
-
         if unknown := re.search(r"unrecognized arguments:.*?(--[^\s=]+)", message):
-            word, known = unknown[1].replace("_", "-").lower(), list(self._option_string_actions)
+            word, known = unknown[1].replace("_", "-"), list(self._option_string_actions)
         elif unknown := re.match(r"argument (--[\w-]+): invalid choice: '(.*?)'", message):
-            word, known = unknown[2].lower(), [str(choice) for choice in self._option_string_actions[unknown[1]].choices]
+            word, known = unknown[2], [str(choice) for choice in self._option_string_actions[unknown[1]].choices]
         else:
             return ""
-        close = get_close_matches(word, known, 1)
-        return f"; did you mean {close[0]}?" if close else ""
+        return nearest(word, known)
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """The end of a sentence that names the known word which was probably meant, or nothing."""
+    from difflib import get_close_matches  # only here, since it takes a while to import
+
+    close = get_close_matches(word.lower(), known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:

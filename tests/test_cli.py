@@ -164,3 +164,11 @@ def test_what_is_typed_in_a_shell_stays_as_it_is():
     assert (
         str(InputError("run it by `python fedu.py --resume x`, or --set a=1")) == "run it by `python fedu.py --resume x`, or settings a=1"
     )
+
+
+def test_a_data_set_and_an_argument_of_python_are_corrected_too(tmp_path):
+    with pytest.raises(InputError, match="dataset got 'CIFAR10'; .*; did you mean cifar10\\?$"):
+        fedu.train(Options(dataset="CIFAR10"), tmp_path / "run")
+    with pytest.raises(InputError, match="^method got 'FedU', .*; did you mean fedu\\?$"):
+        Options(method="FedU")
+    assert not list(tmp_path.iterdir())
