@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import eval as evaluation
 from data import Images, balanced_subset, load_npz
 from models import Encoder, build_backbone, extract_features, load_encoders
-from options import parse_evaluation
+from options import Data, parse_evaluation
 from runtime.cli import InputError
 
 
@@ -390,13 +390,17 @@ def test_transfer_takes_training_and_test_images_of_the_other_set(runs, asked, l
 
 def test_images_are_loaded_as_the_run_had_them(runs, images, asked, monkeypatch):
     loaded = []
-    monkeypatch.setattr(evaluation, "load_images", lambda *arguments: loaded.append(arguments) or images)
+    monkeypatch.setattr(evaluation, "load_dataset", lambda source, option: loaded.append((source, option)) or images)
     config = json.loads(Path("runs/s0/config.json").read_text())
-    config["options"] |= {"dataset": "folder", "image_size": 24, "data_root": "there"}
+    config["options"] |= {"dataset": "folder", "image_size": 24, "data_root": "there", "holdout": 0.1, "skip_broken": True}
+    config["data"] = {"images": images.digest}
     Path("runs/s0/config.json").write_text(json.dumps(config))
     for line in ("--knn", "--knn --transfer cifar10 --data-root here"):
         evaluate(f"{line} runs/s0")
-    assert [(name, str(root), size) for name, root, size, *_ in loaded] == [("folder", "there", 24), ("cifar10", "here", 24)]
+    own, other = (Data(partition="iid", image_size=24, skip_broken=True, **more) for more in (
+        {"dataset": "folder", "data_root": "there", "holdout": 0.1}, {"dataset": "cifar10", "data_root": "here"}
+    ))  # fmt: skip
+    assert loaded == [(own, "--dataset"), (other, "--transfer")]
 
 
 def test_evaluations_of_several_runs_are_added_to_what_each_has(runs, asked):
