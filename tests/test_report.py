@@ -185,8 +185,9 @@ def test_published_accuracies_stand_beside_their_settings(tmp_path):
         write_run(tmp_path / f"{aggregate}-{update}-{predictor}", method="fedbyol", aggregate=aggregate, update=update, predictor=predictor)
         for aggregate, update in ABLATION for predictor in ("global", "local")
     ]  # fmt: skip
-    of_fedu = write_run(tmp_path / "fedu-target", update="target")
-    assert last_cells([*ablation, of_fedu]) == [number for pair in ABLATION.values() for number in pair] + ["-"]
+    of_fedu = [write_run(tmp_path / f"fedu-{p}", update="target", predictor=p) for p in ("dapu", "global")]
+    iid = write_run(tmp_path / "iid", method="fedbyol", update="target", partition="iid")
+    assert last_cells([*ablation, *of_fedu, iid]) == [number for pair in ABLATION.values() for number in pair] + ["-"] * 3
 
 
 @pytest.mark.parametrize(
@@ -208,6 +209,16 @@ def test_a_table_shows_the_options_that_differ(tmp_path):
     header, _, *rows = tables.table([both, drawn]).splitlines()[2:]
     assert header.startswith("| method | clients_per_round | update | seeds |")
     assert rows[0].startswith("| fedbyol | all | both | 1 |") and rows[1].startswith("| fedbyol | 2 | online | 1 |")
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [("clients", "5 clients"), ("batch_size", "B = 128"), ("lr", "lr 0.032"), ("local_epochs", "3 rounds of 5 local epochs")],
+)
+def test_the_caption_says_what_all_settings_have_in_common(tmp_path, option, words):
+    usual, other = write_run(tmp_path / "usual"), write_run(tmp_path / "other", **{option: 2})
+    captions = [tables.table(runs).splitlines()[0] for runs in ([usual], [usual, other])]
+    assert words in captions[0] and words not in captions[1] and all("resnet18" in caption for caption in captions)
 
 
 def test_an_untrained_encoder_has_no_options_that_differ(tmp_path):
