@@ -332,7 +332,7 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
                 row = run_round(options, federation, bank, uploads, round_, announce)
                 record.write(row | {"knn": measured_knn(options, round_, federation, images)})
             plot_partition(count_classes(images, parts), images.classes, out / "partition.png")
-            return finish(options, federation, record)
+            return finish(options, images, federation, record)
 
 
 def load_kernels() -> None:
@@ -377,7 +377,7 @@ def measured_knn(options: Options, round_: int, federation: Federation, images: 
     return mean([knn(federation.load(server).backbone, images) for server in federation.servers]) if due else None
 
 
-def finish(options: Options, federation: Federation, record: Recorder) -> Run:
+def finish(options: Options, images: Images, federation: Federation, record: Recorder) -> Run:
     """Write the encoders and the figure, and say what comes next."""
     out, metrics = record.out, record.metrics
     save_encoders(out, federation.images.shape[-1], map(federation.load, federation.servers))
@@ -385,7 +385,8 @@ def finish(options: Options, federation: Federation, record: Recorder) -> Run:
     if any(row["clients"] for row in metrics):
         plot([out], out / "divergence.png")
         print(dapu_notice(metrics, options.predictor, options.mu), end="")
-    print(f"\n{out} holds the run. Next:\n  python eval.py {out}" + f"\n  python eval.py --plot {out}" * bool(metrics))
+    use = "python eval.py" + " --export features.npz" * bool(lacks(images))
+    print(f"\n{out} holds the run. Next:\n  {use} {out}" + f"\n  python eval.py --plot {out}" * bool(metrics))
     return Run(out, metrics)
 
 

@@ -81,7 +81,7 @@ def main(grid: Grid, context: Context) -> None:
         for round_ in record.rounds_left():
             row = strategy.make_round(grid, round_)
             record.write(row | {"knn": fedu.measured_knn(options, round_, federation, images)})
-        fedu.finish(options, federation, record)
+        fedu.finish(options, images, federation, record)
 
 
 def read_command(text: str) -> Command:
