@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import stdev
@@ -78,6 +79,27 @@ def by_setting(runs: list[Path]) -> list[Group]:
         setting = {k: v for k, v in read_options(run).items() if k not in ("seed", "knn_every", *HOST_OPTIONS)}
         groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
     return [(json.loads(setting), members) for setting, members in groups.items()]
+
+
+def distinct_seeds(runs: list[Path]) -> list[Group]:
+    """As `by_setting`, with finished runs only and one run for each seed. It names on stderr what it leaves out.
+
+    A run is finished if it has its encoder or all of its rounds: results may be kept without weights. Raises InputError if nothing is left.
+    """
+    groups = []
+    for setting, members in by_setting(runs):
+        of_seed: dict[int, Path] = {}
+        for run in members:
+            seed, done, rounds = read_options(run)["seed"], len(read_metrics(run)), setting["rounds"] if is_trained(setting) else 0
+            if done < rounds and not (run / "encoder.pt").exists():
+                print(f"{run} is left out: it is unfinished, with {done} of {rounds} rounds", file=sys.stderr)
+            elif run.resolve() != of_seed.setdefault(seed, run).resolve():
+                print(f"{run} is left out: it has the same setting and seed as {of_seed[seed]}", file=sys.stderr)
+        if of_seed:
+            groups.append((setting, list(of_seed.values())))
+    if not groups:
+        raise InputError(f"no run is finished among {', '.join(map(str, runs))}")
+    return groups
 
 
 def is_trained(setting: dict) -> bool:
@@ -171,12 +193,13 @@ PUBLISHED_ABLATION = {
 def table(runs: list[Path]) -> str:
     """Markdown: a row for each setting, with the options in which settings differ, and a last row for raw pixels if a run has them.
 
-    An evaluation is the mean and, over several seeds, the sample deviation, in % of the test images. Traffic is that of all clients.
+    An evaluation is the mean and, over several seeds, the sample deviation, in % of the test images; it names its number of seeds where that
+    is smaller than the row's. Traffic is that of all clients.
     """
-    groups = by_setting(runs)
+    groups = distinct_seeds(runs)
     settings = [setting for setting, _ in groups]
     differ = differing(settings)
-    found = {run: read_evaluations(run) for run in runs}
+    found = {run: read_evaluations(run) for _, members in groups for run in members}
     columns = sorted({name for evaluations in found.values() for name in evaluations} - {PIXELS}, key=lambda n: ("linear" not in n, n))
     lines = [["method", *differ, "seeds", "up and down, MB a round", *columns]]
     for setting, members in groups:
@@ -185,8 +208,7 @@ def table(runs: list[Path]) -> str:
         megabytes = (f"{mean([row[way] for row in rounds]) / 1e6:.1f}" for way in ("upload_bytes", "download_bytes") if rounds)
         cells.append(" + ".join(megabytes) or "-")
         for column in columns:
-            values = [100 * found[run][column] for run in members if column in found[run]]
-            cells.append("-" if not values else f"{mean(values):.2f}" + (f" ± {deviation(values):.2f}" if len(values) > 1 else ""))
+            cells.append(mean_cell([100 * found[run][column] for run in members if column in found[run]], len(members)))
         lines.append(cells)
     for line, cell in zip(lines, published_column(settings, differ)):
         line.append(cell)
@@ -196,6 +218,14 @@ def table(runs: list[Path]) -> str:
     lines.insert(1, ["---"] * len(lines[0]))
     caption = f"{capitalized(describe_scale(settings))}; accuracies in % of the test images.\n\n"
     return caption + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def mean_cell(values: list[float], seeds: int) -> str:
+    """A mean with its deviation. seeds: of the row, of which some may have no value."""
+    if not values:
+        return "-"
+    spread = f" ± {deviation(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread}" + (f" ({len(values)} seed{'s' * (len(values) > 1)})" if len(values) < seeds else "")
 
 
 def published_column(settings: list[dict], differ: list[str]) -> list[str]:
