@@ -3,7 +3,7 @@
     python eval.py [RUN]                    linear evaluation of the newest run under runs/, or of RUN
     python eval.py --semi 0.1               fine-tune backbone and a new head on a tenth of the labels, class-balanced
     python eval.py --plot [RUN ...]         divergence, loss and kNN curves
-    python eval.py --against mu RUN ...     linear accuracy against an option, kNN accuracy against `round`, bars of the `ablation`
+    python eval.py --against mu RUN ...     accuracies against an option, kNN accuracy against `round`, bars of the `ablation`
     python eval.py --table [RUN ...]        a Markdown row for each setting, seeds as mean and deviation
     python eval.py --export FILE.npz        the representations of all images
     python eval.py --export FILE.safetensors    the backbone's weights; those of resnet18 and resnet50 load into torchvision's

@@ -487,7 +487,8 @@ def evaluation_parser(description: str | None = None) -> Parser:
     task.add_argument("--table", action="store_true", help="print the runs' evaluations as Markdown, a row for each setting")
     task.add_argument("--plot", action="store_true", help="draw divergence, predictors, loss and kNN accuracy of every round")
     task.add_argument("--against", metavar="OPTION",
-        help="draw linear accuracy against an option of fedu.py, as `mu`; `round`: kNN accuracy by round; `ablation`: bars")  # fmt: skip
+        help="draw accuracies against an option of fedu.py, as `mu`, a panel for each evaluation; `round`: kNN accuracy by round; "
+        "`ablation`: bars")  # fmt: skip
     task.add_argument("--export", type=user_path, metavar="PATH",
         help="PATH.npz: representations and labels of all images, as train, test, y_train and y_test; PATH.safetensors or PATH.onnx: the "
         "backbone; a folder: Hugging Face's layout with a model card; for `single` of each client k as PATH-k")  # fmt: skip

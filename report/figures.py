@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from options import ABLATED
+from options import ABLATED, CIFAR_CLASSES, OPTIONS
 from report.tables import (
     Group,
-    by_setting,
     capitalized,
     describe_option,
     describe_scale,
     deviation,
     differing,
+    distinct_seeds,
+    evaluation_names,
     is_trained,
-    linear_accuracy,
     mean,
     name_setting,
+    read_evaluations,
     read_options,
 )
 from runtime.cli import InputError, write_atomic
@@ -155,32 +156,70 @@ def plot_partition(counts: np.ndarray, classes: Sequence[str], out: Path) -> Non
 def plot_against(option: str, runs: list[Path], out: Path) -> None:
     """Draw accuracies with their deviation over seeds.
 
-    option: `round` draws the kNN accuracy of each setting against rounds, `ablation` bars of linear accuracy by aggregate, update and
-    predictor, any option of fedu.py the linear accuracy against its values, a line for each method. In the last two, a dashed line is an
-    untrained encoder. Raises InputError for another option, and if no run has rounds.
+    option: `round` draws the kNN accuracy of each setting against rounds, `ablation` bars by aggregate, update and predictor, any option of
+    fedu.py the accuracies against its values, a line for each setting of the other options. The last two have a panel for each evaluation
+    that a run has, and a dashed line for an untrained encoder. Raises InputError for another option, and if there is nothing to draw.
     """
     plt = pyplot()
-    groups = by_setting(runs)
-    if option not in ("round", "ablation") and any(option not in setting for setting, _ in groups):
-        raise InputError(f"--against got {option!r}, needs round, ablation or an option of fedu.py as it is in config.json")
+    groups = distinct_seeds(runs)
+    if option not in ("round", "ablation", *groups[0][0]):
+        raise InputError(f"--against got {option!r}, needs round, ablation or an option of fedu.py other than the seed, as in config.json")
     trained = [group for group in groups if is_trained(group[0])]
     if not trained:
         raise InputError(f"{runs[0]} has no rounds to draw")
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-        figure.suptitle(capitalized(describe_scale([setting for setting, _ in groups])), fontsize=9)
         if option == "round":
+            figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
             draw_knn(axis, trained)
         else:
-            accuracies = [[linear_accuracy(run) for run in members] for _, members in trained]
-            (draw_bars if option == "ablation" else partial(draw_sweep, option=option))(axis, trained, accuracies)
-            for _, members in (group for group in groups if not is_trained(group[0])):
-                line = axis.axvline if option == "ablation" else axis.axhline
-                level = mean([linear_accuracy(run) for run in members])
-                line(level, color=COLOURS[-1], linestyle="--", linewidth=1.2, label="untrained encoder")
-        longest = max(len(label) for label in axis.get_legend_handles_labels()[1])
-        figure.legend(loc="outside lower center", ncols=max(1, min(4, 108 // (longest + 8))), frameon=False)
+            names = drawn_evaluations(trained)
+            bars = option == "ablation"
+            rows, columns = (1, len(names)) if bars or len(names) == 1 else (math.ceil(len(names) / 2), 2)
+            size = (4 + 2.4 * columns, 5) if bars else (4.6 * columns, 3.4 * rows) if rows > 1 else (8, 5)
+            figure, axes = plt.subplots(rows, columns, figsize=size, sharey=bars, squeeze=False, layout="constrained")
+            for name, axis in zip(names, axes.flat):
+                draw_evaluation(axis, name, groups, option)
+            for axis in axes.flat[len(names) :]:
+                axis.remove()
+            if not bars:
+                for axis in axes.flat[max(0, len(names) - columns) : len(names)]:  # the lowest of each column
+                    axis.set(xlabel=option.replace("_", " "))
+        figure.suptitle(capitalized(describe_scale([setting for setting, _ in groups])), fontsize=9)
+        handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
+        ncols = max(1, min(4, 108 // (max(map(len, handles)) + 8)))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, frameon=False)
         save_figure(figure, out)
+
+
+def drawn_evaluations(groups: list[Group]) -> list[str]:
+    """The evaluations that at least half of these settings have; names the others on stderr. Raises InputError if there is none at all."""
+    found = [{name for run in members for name in read_evaluations(run)} for _, members in groups]
+    count = {name: sum(name in names for names in found) for name in evaluation_names(map(dict.fromkeys, found))}
+    if not count:
+        raise InputError(f"no run has an accuracy to draw: measure it with `python eval.py {groups[0][1][0]}`")
+    least = min(len(groups) / 2, max(count.values()))
+    for name in (name for name in count if count[name] < least):
+        print(f"{name} is not drawn: {count[name]} of {len(groups)} settings have it", file=sys.stderr)
+    return [name for name in count if count[name] >= least]
+
+
+def draw_evaluation(axis: Axes, name: str, groups: list[Group], option: str) -> None:
+    """A panel: the accuracies of one evaluation, against an option or as bars of the ablation."""
+    measured = []
+    for setting, members in groups:
+        values = [100 * found[name] for found in map(read_evaluations, members) if name in found]
+        measured += [(setting, values)] if values else []
+    label = f"{name.replace('knn', 'kNN')} accuracy (%)"
+    trained = [(setting, values) for setting, values in measured if is_trained(setting)]
+    if option == "ablation":
+        draw_bars(axis, trained)
+        axis.set(xlabel=label)
+    else:
+        draw_sweep(axis, trained, option, [setting for setting, _ in groups if is_trained(setting)])
+        axis.set(ylabel=label)
+    for _, values in (group for group in measured if not is_trained(group[0])):
+        line = axis.axvline if option == "ablation" else axis.axhline
+        line(mean(values), color=COLOURS[-1], linestyle="--", linewidth=1.2, label="untrained encoder")
 
 
 def draw_knn(axis: Axes, groups: list[Group]) -> None:
@@ -202,29 +241,67 @@ def draw_knn(axis: Axes, groups: list[Group]) -> None:
     axis.set(xlabel="epochs over each client's images" if in_epochs else "rounds", ylabel="kNN accuracy of the backbone (%)")
 
 
-def draw_bars(axis: Axes, groups: list[Group], accuracies: list[list[float]]) -> None:
-    """A bar for each setting. accuracies: of each setting's seeds, in %."""
-    settings = [setting for setting, _ in groups]
+def draw_bars(axis: Axes, measured: list[tuple[dict, list[float]]]) -> None:
+    """A bar for each setting. measured: settings with the accuracies of their seeds, in %."""
+    settings = [setting for setting, _ in measured]
     differ = [name for name in differing(settings) if name not in ABLATED]
     with_setting = differ or len({s["method"] for s in settings}) > 1
     names = [f"{name_setting(s, differ)}: " * bool(with_setting) + f"{s['aggregate']} to {s['update']}, {s['predictor']}" for s in settings]
-    places, spread = range(len(names)), [deviation(values) for values in accuracies]
-    bars = axis.barh(places, [mean(values) for values in accuracies], xerr=spread, color=COLOURS[0], label="trained")
+    centre, spread = ([of(values) for _, values in measured] for of in (mean, deviation))
+    bars = axis.barh(names, centre, xerr=spread, color=COLOURS[0], label="trained")
     axis.bar_label(bars, fmt="%.1f", padding=4)
-    axis.set_yticks(places, names)
-    axis.invert_yaxis()
+    axis.yaxis.set_inverted(True)
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.1)
-    axis.set(xlabel="linear accuracy (%)", ylabel="aggregated encoder to updated encoder, predictor")
+    if axis.get_subplotspec().is_first_col():
+        axis.set(ylabel="aggregated encoder to updated encoder, predictor")
 
 
-def draw_sweep(axis: Axes, groups: list[Group], accuracies: list[list[float]], option: str) -> None:
-    """A point for each setting, at equal distances for the option's values that occur, so that 0 and infinity have a place."""
-    values = sorted({setting[option] for setting, _ in groups}, key=lambda value: (value is not None, value))
-    for colour, method in zip(COLOURS * len(groups), dict.fromkeys(setting["method"] for setting, _ in groups)):
-        measured = [(setting[option], reached) for (setting, _), reached in zip(groups, accuracies) if setting["method"] == method]
-        points = sorted((values.index(value), mean(reached), deviation(reached)) for value, reached in measured)
-        places, centre, spread = zip(*points)
-        axis.errorbar(places, centre, spread, color=colour, marker="o", capsize=4, label=method)
-    axis.set_xticks(range(len(values)), [describe_option({option: value}, option) for value in values])
-    axis.set(xlabel=option.replace("_", " "), ylabel="linear accuracy (%)")
+def draw_sweep(axis: Axes, measured: list[tuple[dict, list[float]]], option: str, settings: list[dict]) -> None:
+    """A line for each setting of the other options, at equal distances for the option's values.
+
+    measured: settings with the accuracies of their seeds, in %. settings: all that the figure has, so that its panels have the same lines.
+    """
+    values = [describe_option(setting, option) for setting in sorted(settings, key=lambda setting: place_of(setting, option))]
+    values = list(dict.fromkeys(values))
+    lines: dict[str, dict[int, list[float]]] = {}
+    name_of = line_names(settings, option)
+    for setting, reached in measured:
+        lines.setdefault(name_of(setting), {})[values.index(describe_option(setting, option))] = reached
+    for colour, name in zip(COLOURS * len(settings), dict.fromkeys(map(name_of, settings))):
+        if points := sorted(lines.get(name, {}).items()):
+            places, reached = zip(*points)
+            axis.errorbar(places, list(map(mean, reached)), list(map(deviation, reached)), color=colour, marker="o", capsize=4, label=name)
+    axis.set_xticks(range(len(values)), values)
+
+
+def place_of(setting: dict, option: str) -> tuple:
+    """A key that sorts an option's values: numbers by size, with no limit at the end; text in the order of its choices."""
+    value, choices = setting[option], list(OPTIONS[option].metadata["choices"])
+    if isinstance(value, int | float):
+        return 0, value
+    return 1, value is None, choices.index(value) if value in choices else len(choices), describe_option(setting, option)
+
+
+def line_names(settings: list[dict], option: str) -> Callable[[dict], str]:
+    """A function that names a setting's line: its method and its values of the options in which the settings differ, except `option`.
+
+    Local epochs are compared at the same number of rounds or, if that makes fewer lines, of epochs in all; and rounds likewise.
+    """
+    drawn = {"partition": ("partition", "classes_per_client", "alpha")}.get(option, (option,))
+    differ = [k for k in differing(list(map(comparable, settings))) if k not in drawn]
+    pair = ("rounds", "local_epochs")
+    kinds = [[k for k in differ if k != "epochs"], *([[k for k in differ if k not in pair]] if option in pair else [])]
+
+    def name(setting: dict, names: list[str]) -> str:
+        return name_setting(comparable(setting) | ({"method": "trained"} if option == "method" else {}), names)
+
+    names = min(kinds, key=lambda names: len({name(setting, names) for setting in settings}))
+    return lambda setting: name(setting, names)
+
+
+def comparable(setting: dict) -> dict:
+    """A setting with its epochs in all, and without its classes per client if they are the default, 1/K of CIFAR's classes."""
+    share = -(-CIFAR_CLASSES.get(setting["dataset"], 0) // setting["clients"])
+    classes = setting["classes_per_client"] if setting["classes_per_client"] != share else None
+    return setting | {"epochs": setting["rounds"] * setting["local_epochs"], "classes_per_client": classes}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import stdev
 
@@ -51,12 +51,9 @@ def read_evaluations(run: Path) -> dict[str, float]:
     return results
 
 
-def linear_accuracy(run: Path) -> float:
-    """A run's linear accuracy in %. Raises InputError if it was not measured."""
-    try:
-        return 100 * read_evaluations(run)["linear"]
-    except KeyError:
-        raise InputError(f"{run} has no linear accuracy: measure it with `python eval.py --linear {run}`") from None
+def evaluation_names(found: Iterable[dict[str, float]]) -> list[str]:
+    """The evaluations of these runs that used an encoder, linear ones first. found: of each run, by `read_evaluations`."""
+    return sorted({name for evaluations in found for name in evaluations} - {PIXELS}, key=lambda n: ("linear" not in n, n))
 
 
 # --------------------------------------------------------------------------------------------------- settings in words
@@ -193,14 +190,14 @@ PUBLISHED_ABLATION = {
 def table(runs: list[Path]) -> str:
     """Markdown: a row for each setting, with the options in which settings differ, and a last row for raw pixels if a run has them.
 
-    An evaluation is the mean and, over several seeds, the sample deviation, in % of the test images; it names its number of seeds where that
-    is smaller than the row's. Traffic is that of all clients.
+    An evaluation is the mean and, over several seeds, the sample deviation, in % of the test images; it names its number of seeds where it
+    has fewer than the row. Traffic is that of all clients.
     """
     groups = distinct_seeds(runs)
     settings = [setting for setting, _ in groups]
     differ = differing(settings)
     found = {run: read_evaluations(run) for _, members in groups for run in members}
-    columns = sorted({name for evaluations in found.values() for name in evaluations} - {PIXELS}, key=lambda n: ("linear" not in n, n))
+    columns = evaluation_names(found.values())
     lines = [["method", *differ, "seeds", "up and down, MB a round", *columns]]
     for setting, members in groups:
         rounds = read_metrics(members[0])

@@ -1,0 +1,83 @@
+"""Figures that cannot mislead, and fit a paper."""
+
+import pytest
+from test_report import drawn, linear, write_run  # noqa: F401
+
+from report import figures
+from runtime.cli import InputError
+
+
+def lines_of(axis) -> dict[str, list[tuple]]:
+    """The points of each line with error bars, by its label; a place on the axis is told by its tick's label."""
+    ticks = {place: text.get_text() for place, text in zip(axis.get_xticks(), axis.get_xticklabels())}
+    return {bars.get_label(): [(ticks.get(x, x), y) for x, y in zip(*bars.lines[0].get_data())] for bars in axis.containers}
+
+
+def test_against_has_a_line_for_each_setting_of_the_other_options(tmp_path, drawn):  # noqa: F811
+    runs = [
+        write_run(tmp_path / f"{mu}-{lr}", [linear(mu / 2 + lr)], mu=mu, lr=lr) for mu in (0.4, 0.8) for lr in (0.125, 0.25)
+    ]  # fmt: skip
+    figures.plot_against("mu", runs, tmp_path / "x.png")
+    (axis,) = drawn[0].axes
+    assert lines_of(axis) == {
+        "fedu, lr 0.125": [("0.4", pytest.approx(32.5)), ("0.8", pytest.approx(52.5))],
+        "fedu, lr 0.25": [("0.4", pytest.approx(45)), ("0.8", pytest.approx(65))],
+    }
+
+
+def test_against_local_epochs_compares_what_cost_the_same(tmp_path, drawn):  # noqa: F811
+    """With as many epochs in all, the rounds differ too, and yet it is one line; with as many rounds it is the rounds that stay."""
+    same_epochs = [write_run(tmp_path / f"a{e}", [linear(0.5)], rounds=3, local_epochs=e) for e in (2, 4)]
+    figures.plot_against("local_epochs", same_epochs, tmp_path / "x.png")
+    other = write_run(tmp_path / "b", [linear(0.75)], local_epochs=1)
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"rounds": 3', '"rounds": 12'))
+    figures.plot_against("local_epochs", [same_epochs[1], other], tmp_path / "x.png")
+    assert [list(lines_of(figure.axes[0])) for figure in drawn] == [["fedu"], ["fedu"]]
+    assert [[x for x, _ in lines_of(figure.axes[0])["fedu"]] for figure in drawn] == [["2", "4"], ["1", "4"]]
+
+
+def test_against_clients_with_an_equal_share_of_the_classes_is_one_line(tmp_path, drawn):  # noqa: F811
+    shares = ((2, 5), (5, None), (10, 1), (20, 1))
+    runs = [write_run(tmp_path / f"{k}", [linear(0.5)], clients=k, classes_per_client=classes) for k, classes in shares]
+    figures.plot_against("clients", runs, tmp_path / "x.png")
+    assert lines_of(drawn[0].axes[0]) == {"fedu": [("2", 50), ("5", 50), ("10", 50), ("20", 50)]}
+
+
+def test_against_an_option_that_is_text(tmp_path, drawn):  # noqa: F811
+    runs = [
+        write_run(tmp_path / "iid", [linear(0.75)], partition="iid"),
+        write_run(tmp_path / "classes", [linear(0.5)]),
+        write_run(tmp_path / "alpha", [linear(0.625)], partition="dirichlet", alpha=0.1),
+    ]
+    figures.plot_against("partition", runs, tmp_path / "x.png")
+    assert set(lines_of(drawn[0].axes[0])["fedu"]) == {("1/K of the classes each", 50), ("iid", 75), ("dirichlet 0.1", 62.5)}
+    figures.plot_against(
+        "settings", [runs[0], write_run(tmp_path / "jitter", [linear(0.5)], partition="iid", settings={"jitter": 0.5})], "x.png"
+    )
+    assert lines_of(drawn[1].axes[0]) == {"fedu": [("-", 75), ("jitter=0.5", 50)]}
+
+
+def test_against_has_a_panel_for_each_evaluation_that_exists(tmp_path, drawn, capsys):  # noqa: F811
+    knn = {"evaluation": "knn", "features": "backbone", "dataset": "cifar10", "accuracy": 0.25}
+    semi = {"evaluation": "semi 0.1", "head": "linear", "dataset": "cifar10", "epochs": 100, "accuracy": 0.375}
+    one, two = (
+        write_run(tmp_path / "one", [linear(0.5, epochs=1), knn, semi]),
+        write_run(tmp_path / "two", [knn, linear(0.5, epochs=1)], mu=1),
+    )
+    untrained = write_run(tmp_path / "untrained", [knn], rounds=0, method="untrained")
+    figures.plot_against("mu", [one, two, untrained], tmp_path / "x.png")
+    panels = {axis.get_ylabel(): lines_of(axis) for axis in drawn[0].axes}
+    assert panels == {
+        "linear, epochs 1 accuracy (%)": {"fedu": [("0.4", 50), ("1", 50)]},
+        "kNN accuracy (%)": {"fedu": [("0.4", 25), ("1", 25)]},
+        "semi 0.1 accuracy (%)": {"fedu": [("0.4", 37.5)]},
+    }
+    assert capsys.readouterr().err == ""
+    figures.plot_against("ablation", [one, two], tmp_path / "x.png")
+    assert [[bar.get_width() for bar in axis.patches] for axis in drawn[1].axes] == [[50, 50], [25, 25], [37.5]]
+    figures.plot_against("mu", [one, two, write_run(tmp_path / "three", [knn], mu=2)], tmp_path / "x.png")
+    assert [axis.get_ylabel()[:6] for axis in drawn[2].axes] == ["linear", "kNN ac"]
+    assert capsys.readouterr().err == "semi 0.1 is not drawn: 1 of 3 settings have it\n"
+    with pytest.raises(InputError, match="needs round, ablation or an option"):
+        figures.plot_against("seed", [one, two], tmp_path / "x.png")
