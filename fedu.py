@@ -40,7 +40,7 @@ from data import Images, count_classes, digest_of, lacks, load_dataset, refuse_o
 from eval import knn
 from federation import Client, Federation, Server, Start, Turn, build, draw_turns, find, most_uploads
 from models import Objective, save_encoders
-from report.figures import plot, plot_partition
+from report.figures import draw_run, optional, plot_partition
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
 from report.runs import Run, load  # noqa: F401  # load is for notebooks
 from report.tables import mean
@@ -331,7 +331,8 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
                 announce = partial(announce_time, record.rounds - round_) if round_ == record.first and device.type == "cpu" else None
                 row = run_round(options, federation, bank, uploads, round_, announce)
                 record.write(row | {"knn": measured_knn(options, round_, federation, images)})
-            plot_partition(count_classes(images, parts), images.classes, out / "partition.png")
+            with optional(out / "partition.png"):
+                plot_partition(count_classes(images, parts), images.classes, out / "partition.png")
             return finish(options, images, federation, record)
 
 
@@ -383,7 +384,7 @@ def finish(options: Options, images: Images, federation: Federation, record: Rec
     save_encoders(out, federation.images.shape[-1], map(federation.load, federation.servers))
     record.finish()
     if any(row["clients"] for row in metrics):
-        plot([out], out / "divergence.png")
+        draw_run(out)
         print(dapu_notice(metrics, options.predictor, options.mu), end="")
     use = "python eval.py" + " --export features.npz" * bool(lacks(images))
     print(f"\n{out} holds the run. Next:\n  {use} {out}" + f"\n  python eval.py --plot {out}" * bool(metrics))

@@ -533,7 +533,8 @@ def slope(seconds: list[float]) -> float:
 
 
 def draw_growth(seconds: dict[str, list[float]], path: Path) -> None:
-    figure, axis = figures.pyplot().subplots(figsize=(7, 4.5), layout="constrained")
+    figure = figures.new_figure(7, 4.5)
+    axis = figure.subplots()
     for (what, times), colour, marker in zip(seconds.items(), figures.COLOURS, "osD^"):
         label = f"{what}: slope {slope(times):.2f}"
         axis.plot([2**i for i in range(len(times))], times, color=colour, marker=marker, linewidth=2, label=label)
@@ -573,8 +574,8 @@ def rounds_of_many(clients: int, per_round: int, folder: Path) -> Callable[[], o
 
 
 def draw_clients(sizes: list[tuple[int, int]], seconds: dict, peaks: dict, path: Path) -> None:
-    figure, axes = figures.pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for axis, values, label in zip(axes, (seconds, peaks), ("seconds a round", "peak resident memory (MiB)")):
+    figure = figures.new_figure(9, 3.8)
+    for axis, values, label in zip(figure.subplots(1, 2), (seconds, peaks), ("seconds a round", "peak resident memory (MiB)")):
         axis.plot([k for k, _ in sizes], [values[size] for size in sizes], color=figures.COLOURS[0], marker="o", linewidth=2)
         axis.set(xlabel="clients K", ylabel=label, xscale="log", ylim=(0, 1.25 * max(values[size] for size in sizes)))
         axis.grid(alpha=0.25)

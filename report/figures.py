@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ from report.tables import (
     read_evaluations,
     read_options,
 )
-from runtime.cli import InputError, write_atomic
+from runtime.cli import InputError, first_line, write_atomic
 from runtime.run import read_metrics
 
 if TYPE_CHECKING:
@@ -40,14 +42,25 @@ LOOKS = [(colour, dashes) for dashes in ("-", "--", ":") for colour in COLOURS]
 UNITS = {"layer-mean": "mean L2 norm per convolution", "squared": "squared L2 norm of the encoder"}
 
 
-def pyplot():
-    """matplotlib.pyplot without a display, imported only when something is drawn."""
+def plotting():
+    """matplotlib, imported only when something is drawn."""
+    backend = os.environ.pop("MPLBACKEND", None) if "matplotlib" not in sys.modules else None
     import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    if backend:  # of a notebook, perhaps, and unknown here: matplotlib's import would raise. Figures are files and need none
+        os.environ["MPLBACKEND"] = backend
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    return matplotlib
 
-    return plt
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that Agg draws whatever MPLBACKEND says. pyplot, and so a notebook's own figures, are left alone."""
+    plotting()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    return FigureCanvasAgg(Figure(figsize=(width, height), layout="constrained")).figure
 
 
 def save_figure(figure: Figure, out: Path) -> None:
@@ -56,7 +69,21 @@ def save_figure(figure: Figure, out: Path) -> None:
     if kind not in known:
         raise InputError(f"--out got {out}, needs a name that ends in one of .{', .'.join(known)}")
     write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=kind))
-    pyplot().close(figure)
+
+
+@contextmanager
+def optional(out: Path) -> Iterator[None]:
+    """Make a warning on stderr of whatever keeps a run's figure from being drawn: the run is complete without it."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{out} is not drawn ({first_line(error)}), and the run is complete without it", file=sys.stderr)
+
+
+def draw_run(run: Path) -> None:
+    """Draw RUN/divergence.png, if that is possible."""
+    with optional(run / "divergence.png"):
+        plot([run], run / "divergence.png")
 
 
 def plot(runs: list[Path], out: Path) -> None:
@@ -65,13 +92,11 @@ def plot(runs: list[Path], out: Path) -> None:
     A thick line is the mean of the clients. Of one run, a thin line is a client; of several, a band reaches from the smallest client to the
     largest. Raises InputError if a run has no rounds.
     """
-    from matplotlib.ticker import MaxNLocator
-
-    plt = pyplot()
     settings = [read_options(run) for run in runs]
     names = [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else list(map(str, runs))
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(4, 1, figsize=(9, 11), height_ratios=(2, 0.8, 1, 1), sharex=True, layout="constrained")
+    with plotting().rc_context(STYLE):
+        figure = new_figure(9, 11)
+        axes = figure.subplots(4, 1, height_ratios=(2, 0.8, 1, 1), sharex=True)
         divergence, own, loss, accuracy = axes
         for place, (run, name, colour) in enumerate(zip(runs, names, COLOURS * len(runs))):
             rows = [row for row in read_metrics(run) if row["clients"]]
@@ -96,7 +121,7 @@ def plot(runs: list[Path], out: Path) -> None:
         own.set(ylabel="predictor: the\nclient's own (%)", ylim=(-6, 106))
         loss.set(ylabel="loss")
         accuracy.set(ylabel="kNN accuracy (%)", xlabel="round")
-        accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
+        accuracy.xaxis.get_major_locator().set_params(integer=True)
         scale = describe_scale(settings)
         figure.suptitle(f"{settings[0]['method']} {scale}" if len(runs) == 1 else capitalized(scale), fontsize=10)
         handles = {label: handle for handle, label in zip(*divergence.get_legend_handles_labels())}
@@ -136,9 +161,9 @@ def draw_thresholds(axis: Axes, settings: list[dict]) -> None:
 
 def plot_partition(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
     """Draw how many images each client has, `[K, C]`: as a bar, or of each class as a shade where there are several."""
-    plt = pyplot()
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    with plotting().rc_context(STYLE):
+        figure = new_figure(9, 5)
+        axis = figure.subplots()
         if counts.shape[1] == 1:
             axis.bar(range(len(counts)), counts[:, 0], color=COLOURS[0])
             axis.set(xlabel="client", ylabel="images")
@@ -160,23 +185,23 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
     fedu.py the accuracies against its values, a line for each setting of the other options. The last two have a panel for each evaluation
     that a run has, and a dashed line for an untrained encoder. Raises InputError for another option, and if there is nothing to draw.
     """
-    plt = pyplot()
     groups = distinct_seeds(runs)
     if option not in ("round", "ablation", *groups[0][0]):
         raise InputError(f"--against got {option!r}, needs round, ablation or an option of fedu.py other than the seed, as in config.json")
     trained = [group for group in groups if is_trained(group[0])]
     if not trained:
         raise InputError(f"{runs[0]} has no rounds to draw")
-    with plt.rc_context(STYLE):
+    with plotting().rc_context(STYLE):
         if option == "round":
-            figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-            draw_knn(axis, trained)
+            figure = new_figure(8, 5)
+            draw_knn(figure.subplots(), trained)
         else:
             names = drawn_evaluations(trained)
             bars = option == "ablation"
             rows, columns = (1, len(names)) if bars or len(names) == 1 else (math.ceil(len(names) / 2), 2)
             size = (4 + 2.4 * columns, 5) if bars else (4.6 * columns, 3.4 * rows) if rows > 1 else (8, 5)
-            figure, axes = plt.subplots(rows, columns, figsize=size, sharey=bars, squeeze=False, layout="constrained")
+            figure = new_figure(*size)
+            axes = figure.subplots(rows, columns, sharey=bars, squeeze=False)
             for name, axis in zip(names, axes.flat):
                 draw_evaluation(axis, name, groups, option)
             for axis in axes.flat[len(names) :]:

@@ -1,6 +1,7 @@
 """Figures that cannot mislead, and fit a paper."""
 
 import pytest
+from conftest import run
 from test_report import drawn, linear, write_run  # noqa: F401
 
 from report import figures
@@ -81,3 +82,24 @@ def test_against_has_a_panel_for_each_evaluation_that_exists(tmp_path, drawn, ca
     assert capsys.readouterr().err == "semi 0.1 is not drawn: 1 of 3 settings have it\n"
     with pytest.raises(InputError, match="needs round, ablation or an option"):
         figures.plot_against("seed", [one, two], tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("backend", ["unknown", "module://of.a.notebook", "tkagg"])
+def test_a_figure_needs_no_backend(tmp_path, command, backend):
+    write_run(tmp_path / "run")
+    done = command("eval.py", "--plot", "run", cwd=tmp_path, variables={"MPLBACKEND": backend})
+    assert done.returncode == 0 and done.stderr == "" and (tmp_path / "run/divergence.png").exists(), done.stderr
+
+
+def test_a_failing_figure_does_not_fail_its_run(tmp_path, tiny, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no font\nat all")
+
+    monkeypatch.setattr(figures, "new_figure", fail)
+    run(tmp_path / "run", *tiny)
+    printed = capsys.readouterr()
+    assert "run holds the run. Next:" in printed.out and (tmp_path / "run/encoder.pt").exists()
+    assert printed.err.splitlines() == [
+        f"{tmp_path}/run/{name}.png is not drawn (RuntimeError: no font), and the run is complete without it"
+        for name in ("partition", "divergence")
+    ]

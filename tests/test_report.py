@@ -235,9 +235,7 @@ def drawn(monkeypatch):
     """The figures that are drawn, in place of files."""
     drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, out: drawn.append(figure))
-    yield drawn
-    for figure in drawn:
-        figures.pyplot().close(figure)
+    return drawn
 
 
 def test_one_run_is_drawn_with_a_line_for_each_client(tmp_path, drawn):
