@@ -106,7 +106,11 @@ def plot(runs: list[Path], out: Path) -> None:
             for axis, key in ((divergence, "divergence"), (loss, "loss")):
                 label, width = (name, 1.8) if len(runs) > 1 else ("mean of the clients", 2.4)
                 axis.plot(rounds, [mean(row[key]) for row in rows], color=colour, linewidth=width, label=label, zorder=3)
-                (draw_clients if len(runs) == 1 else draw_band)(axis, rows, key, colour)
+                if len(runs) == 1:
+                    kept = "at or above $\\mu$: " * (settings[0]["predictor"] == "dapu") + "keeps its own predictor in its next round"
+                    draw_clients(axis, rows, key, colour, kept if key == "divergence" else "")
+                else:
+                    draw_band(axis, rows, key, colour)
             # a run of an earlier version has no own_share
             shares = [100 * mean(row.get("own_share", [taken == "local" for taken in row["predictor"]])) for row in rows]
             size = 4 + 1.5 * min(len(runs) - 1 - place, 5)  # markers at the same place show around each other
@@ -129,17 +133,22 @@ def plot(runs: list[Path], out: Path) -> None:
         save_figure(figure, out)
 
 
-def draw_clients(axis: Axes, rows: list[dict], key: str, colour: str) -> None:
-    """A thin line for each client through its rounds, with a circle where it began a round with its own predictor."""
+def draw_clients(axis: Axes, rows: list[dict], key: str, colour: str, own: str = "") -> None:
+    """A thin line for each client through its rounds. own: label of circles around divergences by which it kept its predictor."""
     lines: dict[int, list[tuple[int, float]]] = {}
+    circles = []
     for row in rows:
-        for client, value in zip(row["clients"], row[key]):
-            lines.setdefault(client, []).append((row["round"], value))
+        decided_on = row.get("decided_on") or [None] * len(row["clients"])  # a run of an earlier version has none
+        for client, value, taken, decided in zip(row["clients"], row[key], row["predictor"], decided_on):
+            line = lines.setdefault(client, [])
+            if taken == "local" and line:
+                before, last = line[-1]
+                circles.append((before, last if decided is None else decided))
+            line.append((row["round"], value))
     for line in lines.values():
         axis.plot(*zip(*line), color=colour, linewidth=0.8, alpha=0.45, label="one client")
-    own = [(row["round"], value) for row in rows for value, taken in zip(row[key], row["predictor"]) if taken == "local"]
-    if own and key == "divergence":
-        axis.scatter(*zip(*own), s=42, facecolors="none", edgecolors=colour, label="began the round with its own predictor")
+    if own and circles:
+        axis.scatter(*zip(*circles), s=42, facecolors="none", edgecolors=colour, label=own)
 
 
 def draw_band(axis: Axes, rows: list[dict], key: str, colour: str) -> None:

@@ -1,8 +1,10 @@
 """Figures that cannot mislead, and fit a paper."""
 
+import json
+
 import pytest
 from conftest import run
-from test_report import drawn, linear, write_run  # noqa: F401
+from test_report import drawn, linear, metrics, write_run  # noqa: F401
 
 from report import figures
 from runtime.cli import InputError
@@ -103,3 +105,24 @@ def test_a_failing_figure_does_not_fail_its_run(tmp_path, tiny, monkeypatch, cap
         f"{tmp_path}/run/{name}.png is not drawn (RuntimeError: no font), and the run is complete without it"
         for name in ("partition", "divergence")
     ]
+
+
+def test_a_circle_stands_at_the_divergence_that_decided(tmp_path, drawn):  # noqa: F811
+    """In the client's last round before the one that it begins with its own predictor, and so never below mu."""
+    run_folder = write_run(tmp_path / "run")
+    clients, divergences = ([0, 1], [0], [0, 1], [0, 1]), ([0.5, 0.3], [0.2], [0.1, 0.05], [0.1, 0.05])
+    decided = ([None, None], [0.5], [0.2, 0.45], [0.1, 0.05])  # of client 1 in its round 0, but measured against the next average
+    taken = (["global"] * 2, ["local"], ["global", "local"], ["global"] * 2)
+    rows = zip(clients, divergences, decided, taken)
+    lines = [
+        json.dumps(
+            metrics(1)[0]
+            | {"round": r, "clients": c, "divergence": d, "loss": d, "decided_on": on, "predictor": p, "own_share": [0.0] * len(c)}
+        )
+        for r, (c, d, on, p) in enumerate(rows)
+    ]
+    (run_folder / "metrics.jsonl").write_text("\n".join(lines))
+    figures.plot([run_folder], tmp_path / "x.png")
+    (circles,) = drawn[0].axes[0].collections
+    assert sorted(circles.get_offsets().tolist()) == [[0, 0.45], [0, 0.5]]
+    assert circles.get_label() == "at or above $\\mu$: keeps its own predictor in its next round"

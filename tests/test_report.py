@@ -244,11 +244,11 @@ def test_one_run_is_drawn_with_a_line_for_each_client(tmp_path, drawn):
     assert [line.get_ydata()[0] for line in divergence.lines] == [0.5, 0.25, 0.75, 0.4]  # mean, clients, mu
     assert [line.get_ydata()[0] for line in loss.lines] == [2, 1, 3]
     (circles,) = divergence.collections
-    assert not loss.collections and circles.get_offsets().tolist() == [[1, 0.25]]
+    assert not loss.collections and circles.get_offsets().tolist() == [[0, 0.5]]
     assert own.lines[0].get_ydata().tolist() == [0, 50, 0] and accuracy.lines[0].get_ydata().tolist() == [25, 37.5, 50]
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.texts] == [
-        "mean of the clients", "one client", "began the round with its own predictor", "$\\mu$ = 0.4",
+        "mean of the clients", "one client", "at or above $\\mu$: keeps its own predictor in its next round", "$\\mu$ = 0.4",
     ]  # fmt: skip
 
 
