@@ -38,7 +38,7 @@ from data import Images, balanced_subset, keyed_generator, load_dataset, refuse_
 from models import build_head, extract_features, feature_dim, load_encoders
 from report.export import export_encoders
 from report.figures import plot, plot_against
-from report.tables import read_options, table
+from report.tables import read_options, table, table_kind
 from runtime.device import choose_device
 from runtime.run import read_config
 
@@ -49,14 +49,18 @@ def main(options: argparse.Namespace) -> None:
     all_by_default = options.task in ("table", "against")
     runs = runs_among(options.runs) if options.runs else find_runs()[: None if all_by_default else 1]
     if options.task == "table":
-        return print(table(runs))
+        if not options.out:
+            return print(table(runs))
+        content = table(runs, table_kind(options.out)).encode() + b"\n"
+        write_atomic(options.out, lambda file: file.write(content))
+        return print(f"{options.out} holds the table of {', '.join(map(str, runs))}")
     if options.task == "plot":
         out = options.out or (runs[0] / "divergence.png" if len(runs) == 1 else Path("comparison.png"))
-        plot(runs, out)
+        plot(runs, out, options.size, not options.no_title)
         return print(f"{out} shows {', '.join(map(str, runs))}")
     if options.task == "against":
         out = options.out or Path(f"{options.against}.png")
-        plot_against(options.against, runs, out)
+        plot_against(options.against, runs, out, options.size, not options.no_title)
         return print(f"{out} shows {', '.join(map(str, runs))}")
     if options.task in ("export", "weights") and len(runs) > 1:
         raise InputError(f"--export got {len(runs)} runs, needs one for its file")

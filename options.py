@@ -467,8 +467,21 @@ TASK_OPTIONS = {
     "seed": (0, ("linear", "semi")),
     "data_root": (None, (*EVALUATIONS, "export")),
     "device": ("auto", (*EVALUATIONS, "export")),
-    "out": (None, ("plot", "against")),
+    "out": (None, ("table", "plot", "against")),
+    "size": (None, ("plot", "against")),
+    "no_title": (False, ("plot", "against")),
 }
+
+
+def inches(text: str) -> tuple[float, float]:
+    """An argparse type: width and height in inches, as W,H."""
+    try:
+        width, height = map(float, text.split(","))
+    except ValueError:
+        width = height = 0
+    if not (1 <= width <= 100 and 1 <= height <= 100):
+        raise argparse.ArgumentTypeError(f"got {text!r}, needs W,H in inches from 1 to 100, as 3.3,2.5")
+    return width, height
 
 
 def evaluation_parser(description: str | None = None) -> Parser:
@@ -502,7 +515,11 @@ def evaluation_parser(description: str | None = None) -> Parser:
     how.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="of the head, the batches and the labelled subset  [0]")
     how.add_argument("--data-root", help="folder with CIFAR  [the run's]")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute  [auto]")
-    how.add_argument("--out", type=user_path, help="the figure's file  [RUN/divergence.png; of several runs comparison.png; OPTION.png]")
+    how.add_argument("--out", type=user_path,
+        help="file of a figure, as .png, .pdf or .svg, or of a table, .md, .csv or .tex (with booktabs)  "
+        "[RUN/divergence.png; of several runs comparison.png; OPTION.png; a table is printed]")  # fmt: skip
+    how.add_argument("--size", type=inches, metavar="W,H", help="of a figure, in inches; its letters get smaller with its width")
+    how.add_argument("--no-title", action="store_true", help="leave out a figure's title, for a caption in a paper")
     return parser
 
 

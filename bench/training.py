@@ -59,7 +59,7 @@ from federation import build
 from methods.byol import BYOL
 from models import HEADS, Encoder, Online, build_backbone, feature_dim
 from options import Options
-from report import figures
+from report import canvas
 from runtime.bank import Bank
 from runtime.cli import Parser, number, user_errors, user_path
 from runtime.device import StepGraph, keep_memory
@@ -533,9 +533,9 @@ def slope(seconds: list[float]) -> float:
 
 
 def draw_growth(seconds: dict[str, list[float]], path: Path) -> None:
-    figure = figures.new_figure(7, 4.5)
+    figure = canvas.new_figure(7, 4.5)
     axis = figure.subplots()
-    for (what, times), colour, marker in zip(seconds.items(), figures.COLOURS, "osD^"):
+    for (what, times), colour, marker in zip(seconds.items(), canvas.COLOURS, "osD^"):
         label = f"{what}: slope {slope(times):.2f}"
         axis.plot([2**i for i in range(len(times))], times, color=colour, marker=marker, linewidth=2, label=label)
     axis.set_xscale("log", base=2)
@@ -545,7 +545,7 @@ def draw_growth(seconds: dict[str, list[float]], path: Path) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
-    figures.save_figure(figure, path)
+    canvas.save_figure(figure, path)
 
 
 def bench_clients(repeats: int, figure: Path | None) -> None:
@@ -574,13 +574,13 @@ def rounds_of_many(clients: int, per_round: int, folder: Path) -> Callable[[], o
 
 
 def draw_clients(sizes: list[tuple[int, int]], seconds: dict, peaks: dict, path: Path) -> None:
-    figure = figures.new_figure(9, 3.8)
+    figure = canvas.new_figure(9, 3.8)
     for axis, values, label in zip(figure.subplots(1, 2), (seconds, peaks), ("seconds a round", "peak resident memory (MiB)")):
-        axis.plot([k for k, _ in sizes], [values[size] for size in sizes], color=figures.COLOURS[0], marker="o", linewidth=2)
+        axis.plot([k for k, _ in sizes], [values[size] for size in sizes], color=canvas.COLOURS[0], marker="o", linewidth=2)
         axis.set(xlabel="clients K", ylabel=label, xscale="log", ylim=(0, 1.25 * max(values[size] for size in sizes)))
         axis.grid(alpha=0.25)
     figure.suptitle("Ten clients a round, drawn of K; small encoder, 20 steps each")
-    figures.save_figure(figure, path)
+    canvas.save_figure(figure, path)
 
 
 def bench_ranks(repeats: int) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from options import ABLATED, CIFAR_CLASSES, OPTIONS
+from options import ABLATED, CIFAR_CLASSES, METHODS, OPTIONS
+from report.canvas import COLOURS, METHOD_COLOURS, OTHER, finish, looks, new_figure, number_axis, save_figure, style
 from report.tables import (
     Group,
     capitalized,
+    count_seeds,
     describe_option,
     describe_scale,
     deviation,
@@ -26,49 +29,15 @@ from report.tables import (
     mean,
     name_setting,
     read_evaluations,
-    read_options,
 )
-from runtime.cli import InputError, first_line, write_atomic
+from runtime.cli import InputError, first_line
 from runtime.run import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
-# Okabe and Ito's palette, which the colour-blind can tell apart
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LOOKS = [(colour, dashes) for dashes in ("-", "--", ":") for colour in COLOURS]
 UNITS = {"layer-mean": "mean L2 norm per convolution", "squared": "squared L2 norm of the encoder"}
-
-
-def plotting():
-    """matplotlib, imported only when something is drawn."""
-    backend = os.environ.pop("MPLBACKEND", None) if "matplotlib" not in sys.modules else None
-    import matplotlib
-
-    if backend:  # of a notebook, perhaps, and unknown here: matplotlib's import would raise. Figures are files and need none
-        os.environ["MPLBACKEND"] = backend
-        with suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend
-    return matplotlib
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that Agg draws whatever MPLBACKEND says. pyplot, and so a notebook's own figures, are left alone."""
-    plotting()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    return FigureCanvasAgg(Figure(figsize=(width, height), layout="constrained")).figure
-
-
-def save_figure(figure: Figure, out: Path) -> None:
-    """Write a figure in the format that the name of `out` ends in. Raises InputError if there is no such format."""
-    kind, known = out.suffix[1:] or "png", figure.canvas.get_supported_filetypes()
-    if kind not in known:
-        raise InputError(f"--out got {out}, needs a name that ends in one of .{', .'.join(known)}")
-    write_atomic(out, lambda file: figure.savefig(file, dpi=150, format=kind))
+Size = tuple[float, float] | None  # width and height in inches, or None for the figure's own
 
 
 @contextmanager
@@ -86,51 +55,80 @@ def draw_run(run: Path) -> None:
         plot([run], run / "divergence.png")
 
 
-def plot(runs: list[Path], out: Path) -> None:
-    """Draw divergence, the share of clients' own predictors, loss and kNN accuracy against rounds, a colour for each run.
+def plot(runs: list[Path], out: Path | BytesIO, size: Size = None, title: bool = True) -> None:
+    """Draw divergence, the share of clients' own predictors, loss and kNN accuracy against rounds; losses of each objective have a panel.
 
-    A thick line is the mean of the clients. Of one run, a thin line is a client; of several, a band reaches from the smallest client to the
-    largest. Raises InputError if a run has no rounds.
+    Of one run, thin lines are clients and a thick one is their mean. Of several, each setting has a line, the mean over clients and seeds,
+    with a band of the deviation over seeds; if no setting has several seeds, from the smallest client to the largest. Raises InputError if
+    a run has no rounds.
     """
-    settings = [read_options(run) for run in runs]
-    names = [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else list(map(str, runs))
-    with plotting().rc_context(STYLE):
-        figure = new_figure(9, 11)
-        axes = figure.subplots(4, 1, height_ratios=(2, 0.8, 1, 1), sharex=True)
-        divergence, own, loss, accuracy = axes
-        for place, (run, name, colour) in enumerate(zip(runs, names, COLOURS * len(runs))):
-            rows = [row for row in read_metrics(run) if row["clients"]]
-            if not rows:
-                raise InputError(f"{run} has no rounds to draw")
-            rounds = [row["round"] for row in rows]
+    groups = [(setting, [read_rounds(run) for run in members]) for setting, members in distinct_seeds(runs, finished=False)]
+    settings = [setting for setting, _ in groups]
+    objectives = list(dict.fromkeys(map(objective_of, settings)))
+    single, seeds = len(groups) == 1 and len(groups[0][1]) == 1, max(len(members) for _, members in groups)
+    ratios = (2, 0.8, *[1] * len(objectives), 1)
+    width, height = size or (9, 2 * sum(ratios))
+    with style(width):
+        figure = new_figure(width, height)
+        divergence, own, *losses, accuracy = figure.subplots(len(ratios), 1, height_ratios=ratios, sharex=True)
+        names = [f"{name_setting(setting, differing(settings))} ({count_seeds(members)})" for setting, members in groups]
+        names = ["mean of the clients"] if single else names
+        for (setting, members), name, look in zip(groups, names, looks(setting["method"] for setting in settings)):
+            loss = losses[objectives.index(objective_of(setting))]
             for axis, key in ((divergence, "divergence"), (loss, "loss")):
-                label, width = (name, 1.8) if len(runs) > 1 else ("mean of the clients", 2.4)
-                axis.plot(rounds, [mean(row[key]) for row in rows], color=colour, linewidth=width, label=label, zorder=3)
-                if len(runs) == 1:
-                    kept = "at or above $\\mu$: " * (settings[0]["predictor"] == "dapu") + "keeps its own predictor in its next round"
-                    draw_clients(axis, rows, key, colour, kept if key == "divergence" else "")
-                else:
-                    draw_band(axis, rows, key, colour)
-            # a run of an earlier version has no own_share
-            shares = [100 * mean(row.get("own_share", [taken == "local" for taken in row["predictor"]])) for row in rows]
-            size = 4 + 1.5 * min(len(runs) - 1 - place, 5)  # markers at the same place show around each other
-            own.plot(rounds, shares, color=colour, marker="o", markersize=size)
-            measured = [(row["round"], 100 * row["knn"]) for row in rows if row["knn"] is not None]
-            accuracy.plot([round_ for round_, _ in measured], [knn for _, knn in measured], color=colour, marker="o", markersize=size)
-        if len(runs) > 1:
-            divergence.fill_between([], [], color="0.5", alpha=0.3, linewidth=0, label="from the smallest client to the largest")
+                curves = [{row["round"]: mean(row[key]) for row in rows} for rows in members]
+                draw_seeds(axis, curves, look | {"label": name} | ({"marker": ""} if single else {}))
+                if single:
+                    kept = "at or above $\\mu$: " * (setting["predictor"] == "dapu") + "keeps its own predictor in its next round"
+                    draw_clients(axis, members[0], key, look["color"], kept if key == "divergence" else "")
+                elif seeds == 1:
+                    draw_band(axis, members[0], key, look["color"], alpha=0.3 / len(groups))
+            draw_seeds(own, [{row["round"]: 100 * own_share(row) for row in rows} for rows in members], look)
+            draw_seeds(accuracy, [{row["round"]: 100 * row["knn"] for row in rows if row["knn"] is not None} for rows in members], look)
         draw_thresholds(divergence, settings)
+        if not single:
+            what = "from the smallest client to the largest" if seeds == 1 else "deviation over seeds"
+            divergence.fill_between([], [], color="0.5", alpha=0.3, linewidth=0, label=what)
         units = " / ".join(sorted({UNITS[setting["divergence"]] for setting in settings}))
-        divergence.set(ylabel=f"divergence in a round\n({units})", ylim=(0, None))
-        own.set(ylabel="predictor: the\nclient's own (%)", ylim=(-6, 106))
-        loss.set(ylabel="loss")
-        accuracy.set(ylabel="kNN accuracy (%)", xlabel="round")
+        divergence.set(ylabel=f"divergence\n({units})", ylim=(0, None))
+        own.set(ylabel="own\npredictor (%)", ylim=(-8, 108))
+        for axis, objective in zip(losses, objectives):
+            axis.set(ylabel=f"loss\n({objective})" if len(losses) > 1 else "loss")
+        accuracy.set(ylabel="kNN (%)", xlabel="round")
         accuracy.xaxis.get_major_locator().set_params(integer=True)
         scale = describe_scale(settings)
-        figure.suptitle(f"{settings[0]['method']} {scale}" if len(runs) == 1 else capitalized(scale), fontsize=10)
-        handles = {label: handle for handle, label in zip(*divergence.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 if len(runs) == 1 else 3, frameon=False)
+        finish(figure, (f"{settings[0]['method']} {scale}" if len(groups) == 1 else capitalized(scale)) if title else "", fixed=bool(size))
+        if single:
+            for axis in (divergence, *losses):
+                number_lines(axis)
         save_figure(figure, out)
+
+
+def read_rounds(run: Path) -> list[dict]:
+    """The rounds of a run in which a client reported. Raises InputError if there is none."""
+    rows = [row for row in read_metrics(run) if row["clients"]]
+    if not rows:
+        raise InputError(f"{run} has no rounds to draw")
+    return rows
+
+
+def objective_of(setting: dict) -> str:
+    """The objective whose loss a run has, by the name of its class."""
+    return METHODS[setting["method"]].objective.split(":")[-1] if setting["method"] in METHODS else setting["method"]
+
+
+def own_share(row: dict) -> float:
+    """The share of their own predictors that the clients began a round with; a run of an earlier version does not have it as a number."""
+    return mean(row.get("own_share", [taken == "local" for taken in row["predictor"]]))
+
+
+def draw_seeds(axis: Axes, curves: list[dict[float, float]], look: dict[str, Any]) -> None:
+    """A line through the means over seeds, with a band of their deviation, at the places that all of the seeds have."""
+    places = sorted(set.intersection(*map(set, curves)))
+    centre, spread = (np.array([of([curve[place] for curve in curves]) for place in places]) for of in (mean, deviation))
+    axis.plot(places, centre, markevery=-(-len(places) // 12) or 1, markerfacecolor="none", zorder=3, **look)
+    if len(curves) > 1:
+        axis.fill_between(places, centre - spread, centre + spread, color=look["color"], alpha=0.2, linewidth=0)
 
 
 def draw_clients(axis: Axes, rows: list[dict], key: str, colour: str, own: str = "") -> None:
@@ -145,32 +143,49 @@ def draw_clients(axis: Axes, rows: list[dict], key: str, colour: str, own: str =
                 before, last = line[-1]
                 circles.append((before, last if decided is None else decided))
             line.append((row["round"], value))
-    for line in lines.values():
-        axis.plot(*zip(*line), color=colour, linewidth=0.8, alpha=0.45, label="one client")
+    width = 0.07 * axis.yaxis.label.get_fontsize()
+    for client, line in lines.items():
+        axis.plot(*zip(*line), color=colour, linewidth=width, alpha=0.45, label="one client, with its number", gid=f"client-{client}")
     if own and circles:
-        axis.scatter(*zip(*circles), s=42, facecolors="none", edgecolors=colour, label=own)
+        axis.scatter(*zip(*circles), s=0.36 * axis.yaxis.label.get_fontsize() ** 2, facecolors="none", edgecolors=colour, label=own)
 
 
-def draw_band(axis: Axes, rows: list[dict], key: str, colour: str) -> None:
+def number_lines(axis: Axes) -> None:
+    """Write each client's number beside that end of the lines where they lie further apart; a number that finds no room is left out."""
+    lines = {line.get_gid()[7:]: line.get_xydata() for line in axis.lines if str(line.get_gid()).startswith("client-")}
+    end = max((0, -1), key=lambda end: np.ptp([line[end][1] for line in lines.values()]))
+    font = 0.65 * axis.yaxis.label.get_fontsize()
+    free: dict[float, float] = {}  # the lowest free height, in points, at each round
+    for client, (x, y) in sorted(((client, line[end]) for client, line in lines.items()), key=lambda item: item[1][1]):
+        height = axis.transData.transform((x, y))[1] * 72 / axis.figure.dpi
+        place = max(height, free.get(x, -math.inf))
+        if place < height + 3 * font:
+            free[x] = place + font
+            side = {"ha": "left" if end else "right", "va": "center", "fontsize": font, "gid": "number"}
+            text = axis.annotate(client, (x, y), (4 if end else -4, place - height), textcoords="offset points", **side)
+            text.set_in_layout(False)
+
+
+def draw_band(axis: Axes, rows: list[dict], key: str, colour: str, alpha: float) -> None:
     """A band from the smallest client to the largest."""
     low, high = ([extreme(row[key]) for row in rows] for extreme in (min, max))
-    axis.fill_between([row["round"] for row in rows], low, high, color=colour, alpha=0.15, linewidth=0.8)
+    axis.fill_between([row["round"] for row in rows], low, high, color=colour, alpha=alpha, linewidth=0.8)
 
 
 def draw_thresholds(axis: Axes, settings: list[dict]) -> None:
-    """A dashed line for each mu of DAPU, in the colour of its run, or grey if several runs have the same."""
-    of_value: dict[float, list[str]] = {}
-    for setting, colour in zip(settings, COLOURS * len(settings)):
+    """A dotted line for each mu of DAPU, in the colour of its setting, or grey if several settings have the same."""
+    of_value: dict[float, list] = {}
+    for setting, look in zip(settings, looks(setting["method"] for setting in settings)):
         if setting["predictor"] == "dapu" and 0 < setting["mu"] < math.inf:
-            of_value.setdefault(setting["mu"], []).append(colour)
+            of_value.setdefault(setting["mu"], []).append(look["color"])
     for mu, colours in of_value.items():
-        colour = colours[0] if len(colours) == 1 else "0.3"
-        axis.axhline(mu, color=colour, linestyle="--", linewidth=1.2, label=f"$\\mu$ = {mu:g}")
+        label = f"$\\mu$ = {mu:g}" if len(of_value) == 1 else "$\\mu$ of the line in its colour"
+        axis.axhline(mu, color=colours[0] if len(colours) == 1 else "0.3", linestyle=":", label=label)
 
 
 def plot_partition(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
     """Draw how many images each client has, `[K, C]`: as a bar, or of each class as a shade where there are several."""
-    with plotting().rc_context(STYLE):
+    with style(9):
         figure = new_figure(9, 5)
         axis = figure.subplots()
         if counts.shape[1] == 1:
@@ -187,12 +202,12 @@ def plot_partition(counts: np.ndarray, classes: Sequence[str], out: Path) -> Non
         save_figure(figure, out)
 
 
-def plot_against(option: str, runs: list[Path], out: Path) -> None:
+def plot_against(option: str, runs: list[Path], out: Path | BytesIO, size: Size = None, title: bool = True) -> None:
     """Draw accuracies with their deviation over seeds.
 
     option: `round` draws the kNN accuracy of each setting against rounds, `ablation` bars by aggregate, update and predictor, any option of
     fedu.py the accuracies against its values, a line for each setting of the other options. The last two have a panel for each evaluation
-    that a run has, and a dashed line for an untrained encoder. Raises InputError for another option, and if there is nothing to draw.
+    that most settings have, and a dashed line for an untrained encoder. Raises InputError for another option, and if nothing is to draw.
     """
     groups = distinct_seeds(runs)
     if option not in ("round", "ablation", *groups[0][0]):
@@ -200,28 +215,25 @@ def plot_against(option: str, runs: list[Path], out: Path) -> None:
     trained = [group for group in groups if is_trained(group[0])]
     if not trained:
         raise InputError(f"{runs[0]} has no rounds to draw")
-    with plotting().rc_context(STYLE):
-        if option == "round":
-            figure = new_figure(8, 5)
-            draw_knn(figure.subplots(), trained)
-        else:
-            names = drawn_evaluations(trained)
-            bars = option == "ablation"
-            rows, columns = (1, len(names)) if bars or len(names) == 1 else (math.ceil(len(names) / 2), 2)
-            size = (4 + 2.4 * columns, 5) if bars else (4.6 * columns, 3.4 * rows) if rows > 1 else (8, 5)
-            figure = new_figure(*size)
-            axes = figure.subplots(rows, columns, sharey=bars, squeeze=False)
-            for name, axis in zip(names, axes.flat):
+    names, bars = [""] if option == "round" else drawn_evaluations(trained), option == "ablation"
+    rows, columns = (1, len(names)) if bars or len(names) == 1 else (math.ceil(len(names) / 2), 2)
+    width, height = size or (
+        (4 + 2.4 * columns, 1.2 + 0.3 * len(trained)) if bars else (8, 4.3) if rows == columns == 1 else (8, 2.8 * rows)
+    )
+    with style(width):
+        figure = new_figure(width, height)
+        axes = figure.subplots(rows, columns, sharey=bars, squeeze=False)
+        for axis in axes.flat[len(names) :]:
+            axis.remove()
+        for name, axis in zip(names, axes.flat):
+            if option == "round":
+                draw_knn(axis, trained)
+            else:
                 draw_evaluation(axis, name, groups, option)
-            for axis in axes.flat[len(names) :]:
-                axis.remove()
-            if not bars:
-                for axis in axes.flat[max(0, len(names) - columns) : len(names)]:  # the lowest of each column
-                    axis.set(xlabel=option.replace("_", " "))
-        figure.suptitle(capitalized(describe_scale([setting for setting, _ in groups])), fontsize=9)
-        handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
-        ncols = max(1, min(4, 108 // (max(map(len, handles)) + 8)))
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, frameon=False)
+        if not bars:
+            for axis in axes.flat[: max(0, len(names) - columns)]:
+                axis.set(xlabel="")  # which only the lowest of a column needs
+        finish(figure, capitalized(describe_scale([setting for setting, _ in groups])) if title else "", fixed=bool(size))
         save_figure(figure, out)
 
 
@@ -253,7 +265,7 @@ def draw_evaluation(axis: Axes, name: str, groups: list[Group], option: str) -> 
         axis.set(ylabel=label)
     for _, values in (group for group in measured if not is_trained(group[0])):
         line = axis.axvline if option == "ablation" else axis.axhline
-        line(mean(values), color=COLOURS[-1], linestyle="--", linewidth=1.2, label="untrained encoder")
+        line(mean(values), color=OTHER, linestyle="--", linewidth=1.2, label="untrained encoder")
 
 
 def draw_knn(axis: Axes, groups: list[Group]) -> None:
@@ -263,14 +275,10 @@ def draw_knn(axis: Axes, groups: list[Group]) -> None:
     """
     differ = differing([setting for setting, _ in groups])
     in_epochs = "local_epochs" in differ
-    for (colour, dashes), (setting, members) in zip(LOOKS * len(groups), groups):
-        curves = [{row["round"] + 1: 100 * row["knn"] for row in read_metrics(run) if row["knn"] is not None} for run in members]
-        rounds = sorted(set.intersection(*map(set, curves)))
-        centre = np.array([mean([curve[round_] for curve in curves]) for round_ in rounds])
-        spread = np.array([deviation([curve[round_] for curve in curves]) for round_ in rounds])
-        places = [round_ * setting["local_epochs"] for round_ in rounds] if in_epochs else rounds
-        axis.plot(places, centre, color=colour, linestyle=dashes, marker="o", markersize=3.5, label=name_setting(setting, differ))
-        axis.fill_between(places, centre - spread, centre + spread, color=colour, alpha=0.2, linewidth=0)
+    for (setting, members), look in zip(groups, looks(setting["method"] for setting, _ in groups)):
+        step = setting["local_epochs"] if in_epochs else 1
+        curves = [{(row["round"] + 1) * step: 100 * row["knn"] for row in read_metrics(run) if row["knn"] is not None} for run in members]
+        draw_seeds(axis, curves, look | {"label": f"{name_setting(setting, differ)} ({count_seeds(members)})"})
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="epochs over each client's images" if in_epochs else "rounds", ylabel="kNN accuracy of the backbone (%)")
 
@@ -282,7 +290,9 @@ def draw_bars(axis: Axes, measured: list[tuple[dict, list[float]]]) -> None:
     with_setting = differ or len({s["method"] for s in settings}) > 1
     names = [f"{name_setting(s, differ)}: " * bool(with_setting) + f"{s['aggregate']} to {s['update']}, {s['predictor']}" for s in settings]
     centre, spread = ([of(values) for _, values in measured] for of in (mean, deviation))
-    bars = axis.barh(names, centre, xerr=spread, color=COLOURS[0], label="trained")
+    bars = axis.barh(
+        names, centre, xerr=spread, color=[METHOD_COLOURS.get(s["method"], OTHER) for s in settings], label=[s["method"] for s in settings]
+    )
     axis.bar_label(bars, fmt="%.1f", padding=4)
     axis.yaxis.set_inverted(True)
     axis.grid(axis="y", visible=False)
@@ -292,21 +302,29 @@ def draw_bars(axis: Axes, measured: list[tuple[dict, list[float]]]) -> None:
 
 
 def draw_sweep(axis: Axes, measured: list[tuple[dict, list[float]]], option: str, settings: list[dict]) -> None:
-    """A line for each setting of the other options, at equal distances for the option's values.
+    """A line for each setting of the other options, through the values that are numbers with a place among each other.
 
     measured: settings with the accuracies of their seeds, in %. settings: all that the figure has, so that its panels have the same lines.
     """
-    values = [describe_option(setting, option) for setting in sorted(settings, key=lambda setting: place_of(setting, option))]
-    values = list(dict.fromkeys(values))
-    lines: dict[str, dict[int, list[float]]] = {}
+    words = {describe_option(setting, option): setting for setting in sorted(settings, key=lambda setting: place_of(setting, option))}
+    values = [setting[option] for setting in words.values()]
+    if any(isinstance(value, str | bool | dict) for value in values):
+        axis.set_xticks(range(len(words)), [textwrap.fill(word, 14) for word in words])
+        axis.set(xlabel=option.replace("_", " "))
+        places, apart = list(range(len(words))), set(range(len(words)))
+    else:
+        places, apart = number_axis(axis, values, list(words), option.replace("_", " "))
+    place = dict(zip(words, places))
     name_of = line_names(settings, option)
-    for setting, reached in measured:
-        lines.setdefault(name_of(setting), {})[values.index(describe_option(setting, option))] = reached
-    for colour, name in zip(COLOURS * len(settings), dict.fromkeys(map(name_of, settings))):
-        if points := sorted(lines.get(name, {}).items()):
-            places, reached = zip(*points)
-            axis.errorbar(places, list(map(mean, reached)), list(map(deviation, reached)), color=colour, marker="o", capsize=4, label=name)
-    axis.set_xticks(range(len(values)), values)
+    methods = {name_of(setting): setting["method"] for setting in settings}
+    for name, look in zip(methods, looks(methods.values())):
+        points = []
+        for x, values in sorted((place[describe_option(s, option)], values) for s, values in measured if name_of(s) == name):
+            if points and {x, points[-1][0]} & apart:
+                points.append((x, math.nan, math.nan))  # which breaks the line
+            points.append((x, mean(values), deviation(values)))
+        if points:
+            axis.errorbar(*zip(*points), capsize=4, markerfacecolor="none", label=name, **look)
 
 
 def place_of(setting: dict, option: str) -> tuple:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import sys
@@ -9,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import stdev
 
-from options import ABLATED, EVALUATION_EPOCHS, HOST_OPTIONS, OPTIONS, defaults, in_words, settings_of
+from options import ABLATED, EVALUATION_EPOCHS, EVALUATIONS, HOST_OPTIONS, OPTIONS, defaults, in_words, settings_of
 from runtime.cli import InputError, first_line
 from runtime.run import read_config, read_metrics
 
@@ -78,8 +80,8 @@ def by_setting(runs: list[Path]) -> list[Group]:
     return [(json.loads(setting), members) for setting, members in groups.items()]
 
 
-def distinct_seeds(runs: list[Path]) -> list[Group]:
-    """As `by_setting`, with finished runs only and one run for each seed. It names on stderr what it leaves out.
+def distinct_seeds(runs: list[Path], finished: bool = True) -> list[Group]:
+    """As `by_setting`, with one run for each seed and, if `finished`, with finished runs only. It names on stderr what it leaves out.
 
     A run is finished if it has its encoder or all of its rounds: results may be kept without weights. Raises InputError if nothing is left.
     """
@@ -88,7 +90,7 @@ def distinct_seeds(runs: list[Path]) -> list[Group]:
         of_seed: dict[int, Path] = {}
         for run in members:
             seed, done, rounds = read_options(run)["seed"], len(read_metrics(run)), setting["rounds"] if is_trained(setting) else 0
-            if done < rounds and not (run / "encoder.pt").exists():
+            if finished and done < rounds and not (run / "encoder.pt").exists():
                 print(f"{run} is left out: it is unfinished, with {done} of {rounds} rounds", file=sys.stderr)
             elif run.resolve() != of_seed.setdefault(seed, run).resolve():
                 print(f"{run} is left out: it has the same setting and seed as {of_seed[seed]}", file=sys.stderr)
@@ -137,7 +139,7 @@ def capitalized(text: str) -> str:
 
 def describe_partition(setting: dict) -> str:
     classes = "1/K of the" if setting["classes_per_client"] is None else setting["classes_per_client"]
-    partitions = {"classes": f"{classes} classes each", "iid": "iid", "own": "with images of their own"}
+    partitions = {"classes": f"{classes} class{'es' * (classes != 1)} each", "iid": "iid", "own": "with images of their own"}
     return partitions.get(setting["partition"], f"dirichlet {setting['alpha']}")
 
 
@@ -187,34 +189,72 @@ PUBLISHED_ABLATION = {
 }  # fmt: skip
 
 
-def table(runs: list[Path]) -> str:
-    """Markdown: a row for each setting, with the options in which settings differ, and a last row for raw pixels if a run has them.
+def table(runs: list[Path], kind: str = "md") -> str:
+    """A row for each setting, with the options in which settings differ, and a last row for raw pixels if a run has them.
 
     An evaluation is the mean and, over several seeds, the sample deviation, in % of the test images; it names its number of seeds where it
-    has fewer than the row. Traffic is that of all clients.
+    has fewer than the row. Traffic is that of all clients. kind: `md`, `tex` with booktabs, or `csv`, where every number has a column.
     """
     groups = distinct_seeds(runs)
     settings = [setting for setting, _ in groups]
     differ = differing(settings)
     found = {run: read_evaluations(run) for _, members in groups for run in members}
-    columns = evaluation_names(found.values())
-    lines = [["method", *differ, "seeds", "up and down, MB a round", *columns]]
+    columns, ways = evaluation_names(found.values()), ("upload_bytes", "download_bytes")
+    apart = kind == "csv"
+    traffic = ["up, MB a round", "down, MB a round"] if apart else ["up and down, MB a round"]
+    lines = [["method", *differ, "seeds", *traffic]]
+    lines[0] += [name for column in columns for name in ((column, f"{column} deviation", f"{column} seeds") if apart else (column,))]
     for setting, members in groups:
         rounds = read_metrics(members[0])
         cells = [setting["method"], *(describe_option(setting, k) for k in differ), str(len(members))]
-        megabytes = (f"{mean([row[way] for row in rounds]) / 1e6:.1f}" for way in ("upload_bytes", "download_bytes") if rounds)
-        cells.append(" + ".join(megabytes) or "-")
+        megabytes = [f"{mean([row[way] for row in rounds]) / 1e6:.1f}" if rounds else "-" for way in ways]
+        cells += megabytes if apart else [" + ".join(megabytes) if rounds else "-"]
         for column in columns:
-            cells.append(mean_cell([100 * found[run][column] for run in members if column in found[run]], len(members)))
+            values = [100 * found[run][column] for run in members if column in found[run]]
+            parts = [f"{of(values):.2f}" if len(values) > least else "-" for of, least in ((mean, 0), (deviation, 1))]
+            cells += [*parts, str(len(values))] if apart else [mean_cell(values, len(members))]
         lines.append(cells)
     for line, cell in zip(lines, published_column(settings, differ)):
         line.append(cell)
     for accuracy in {evaluations[PIXELS] for evaluations in found.values() if PIXELS in evaluations}:
         row = {"method": "raw pixels", "linear": f"{100 * accuracy:.2f}"}
         lines.append([row.get(column, "-") for column in lines[0]])
-    lines.insert(1, ["---"] * len(lines[0]))
-    caption = f"{capitalized(describe_scale(settings))}; accuracies in % of the test images.\n\n"
-    return caption + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    caption = f"{capitalized(describe_scale(settings))}; accuracies in % of the test images."
+    return {"md": as_markdown, "tex": as_latex, "csv": as_csv}[kind](caption, lines)
+
+
+def table_kind(out: Path) -> str:
+    """The kind of table that a file's name asks for. Raises InputError if it asks for none."""
+    if out.suffix not in (".md", ".tex", ".csv"):
+        raise InputError(f"--out got {out}, needs a name that ends in .md, .tex or .csv for a table")
+    return out.suffix[1:]
+
+
+def as_markdown(caption: str, lines: list[list[str]]) -> str:
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return f"{caption}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def as_latex(caption: str, lines: list[list[str]]) -> str:
+    """A tabular for a document with `\\usepackage{booktabs}`, the caption as a comment above it."""
+    head, *body = [" & ".join("--" if cell == "-" else escaped(cell) for cell in cells) + r" \\" for cells in lines]
+    alignment = "".join("r" if name == "seeds" or name.startswith(("up", *EVALUATIONS)) else "l" for name in lines[0])
+    begin, end = rf"\begin{{tabular}}{{{alignment}}}", r"\end{tabular}"
+    return "\n".join([f"% {caption}", begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
+
+
+def escaped(text: str) -> str:
+    """Text without LaTeX's special characters."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    special |= {character: rf"\{character}" for character in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}"}
+    return "".join(special.get(character, character) for character in text)
+
+
+def as_csv(caption: str, lines: list[list[str]]) -> str:
+    """A header and a line for each row; what was not measured is empty, and the caption is left out."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([["" if cell == "-" else cell for cell in cells] for cells in lines])
+    return file.getvalue().rstrip("\n")
 
 
 def mean_cell(values: list[float], seeds: int) -> str:
@@ -222,7 +262,11 @@ def mean_cell(values: list[float], seeds: int) -> str:
     if not values:
         return "-"
     spread = f" ± {deviation(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread}" + (f" ({len(values)} seed{'s' * (len(values) > 1)})" if len(values) < seeds else "")
+    return f"{mean(values):.2f}{spread}" + (f" ({count_seeds(values)})" if len(values) < seeds else "")
+
+
+def count_seeds(members: Sequence) -> str:
+    return f"{len(members)} seed{'s' * (len(members) > 1)}"
 
 
 def published_column(settings: list[dict], differ: list[str]) -> list[str]:

@@ -1,9 +1,10 @@
 """Figures that cannot mislead, and fit a paper."""
 
 import json
+import math
 
 import pytest
-from conftest import run
+from conftest import refused, run
 from test_report import drawn, linear, metrics, write_run  # noqa: F401
 
 from report import figures
@@ -13,7 +14,7 @@ from runtime.cli import InputError
 def lines_of(axis) -> dict[str, list[tuple]]:
     """The points of each line with error bars, by its label; a place on the axis is told by its tick's label."""
     ticks = {place: text.get_text() for place, text in zip(axis.get_xticks(), axis.get_xticklabels())}
-    return {bars.get_label(): [(ticks.get(x, x), y) for x, y in zip(*bars.lines[0].get_data())] for bars in axis.containers}
+    return {bars.get_label(): [(ticks.get(x, x), y) for x, y in zip(*bars.lines[0].get_data()) if y == y] for bars in axis.containers}
 
 
 def test_against_has_a_line_for_each_setting_of_the_other_options(tmp_path, drawn):  # noqa: F811
@@ -54,7 +55,7 @@ def test_against_an_option_that_is_text(tmp_path, drawn):  # noqa: F811
         write_run(tmp_path / "alpha", [linear(0.625)], partition="dirichlet", alpha=0.1),
     ]
     figures.plot_against("partition", runs, tmp_path / "x.png")
-    assert set(lines_of(drawn[0].axes[0])["fedu"]) == {("1/K of the classes each", 50), ("iid", 75), ("dirichlet 0.1", 62.5)}
+    assert set(lines_of(drawn[0].axes[0])["fedu"]) == {("1/K of the\nclasses each", 50), ("iid", 75), ("dirichlet 0.1", 62.5)}
     figures.plot_against(
         "settings", [runs[0], write_run(tmp_path / "jitter", [linear(0.5)], partition="iid", settings={"jitter": 0.5})], "x.png"
     )
@@ -126,3 +127,91 @@ def test_a_circle_stands_at_the_divergence_that_decided(tmp_path, drawn):  # noq
     (circles,) = drawn[0].axes[0].collections
     assert sorted(circles.get_offsets().tolist()) == [[0, 0.45], [0, 0.5]]
     assert circles.get_label() == "at or above $\\mu$: keeps its own predictor in its next round"
+
+
+# ----------------------------------------------------------------------------------------------------- for a paper
+
+
+def test_seeds_of_a_setting_become_one_line_with_a_band(tmp_path, drawn):  # noqa: F811
+    runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in (0, 1)] + [write_run(tmp_path / "single", method="single")]
+    rows = [row | {"divergence": [2.5, 3.5], "knn": 0.75} for row in metrics(3)]
+    (runs[1] / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    figures.plot(runs, tmp_path / "x.png")
+    divergence, _, _, accuracy = drawn[0].axes
+    assert [line.get_ydata()[0] for line in divergence.lines] == [1.75, 0.5, 0.4]  # the mean of 0.5 and 3, single, mu
+    band = divergence.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((1.75 - 2.5 / 2**0.5, 1.75 + 2.5 / 2**0.5))
+    assert accuracy.lines[0].get_ydata().tolist() == [50, 56.25, 62.5]
+    labels = [text.get_text() for text in drawn[0].legends[0].texts]
+    assert labels == ["fedu (2 seeds)", "single (1 seed)", "$\\mu$ = 0.4", "deviation over seeds"]
+
+
+def test_a_legend_fits_whatever_the_number_of_runs(tmp_path, drawn):  # noqa: F811
+    runs = [write_run(tmp_path / f"{k}", mu=k / 8, lr=0.25) for k in range(1, 33)] + [write_run(tmp_path / "x", lr=0.5)]
+    for size in (None, (3.3, 6)):
+        figures.plot(runs, tmp_path / "x.png", size)
+        (figure,) = drawn[-1:]
+        (legend,) = figure.legends
+        figure.draw_without_rendering()
+        box = legend.get_window_extent()
+        assert len(legend.texts) == 35 and box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0
+        assert box.y1 < min(axis.get_window_extent().y0 for axis in figure.axes)
+        assert figure.axes[0].get_window_extent().height > (1 if size else 3) * figure.dpi
+    assert drawn[1].get_size_inches().tolist() == [3.3, 6]
+
+
+def test_numbers_have_their_place_on_a_number_axis(tmp_path, drawn):  # noqa: F811
+    for values in ([0, 0.5, 0.75, 1.5, math.inf], [0, 0.01, 0.1, 10, math.inf]):
+        runs = [write_run(tmp_path / f"{values[2]}-{mu}", [linear(0.5)], mu=mu) for mu in values]
+        figures.plot_against("mu", runs, tmp_path / "x.png")
+    near, wide = ([label.get_position()[0] for label in figure.axes[0].get_xticklabels()] for figure in drawn)
+    assert near[:4] == [0, 0.5, 0.75, 1.5] and near[4] > 1.5
+    assert wide[1:4] == pytest.approx([-2, -1, 1]) and wide[0] < -2 and wide[4] > 1
+    assert [figure.axes[0].get_xlabel() for figure in drawn] == ["mu", "mu (log scale)"]
+    broken = [[y != y for y in figure.axes[0].containers[0].lines[0].get_ydata()] for figure in drawn]
+    assert broken == [[False] * 4 + [True, False], [False, True] + [False] * 3 + [True, False]]  # no line leads to what stands apart
+    runs = [write_run(tmp_path / f"k{k}", [linear(0.5)], clients=8, clients_per_round=k) for k in (2, 4, None)]
+    figures.plot_against("clients_per_round", runs, tmp_path / "x.png")
+    assert [label.get_text() for label in drawn[2].axes[0].get_xticklabels()] == ["2", "4", "all"]
+
+
+def test_a_method_has_one_colour_and_its_settings_differ(tmp_path, drawn):  # noqa: F811
+    fedu, ema = write_run(tmp_path / "fedu", [linear(0.5)]), write_run(tmp_path / "ema", [linear(0.5)], method="fedema")
+    figures.plot([ema, fedu], tmp_path / "x.png")
+    figures.plot_against("round", [fedu, ema], tmp_path / "x.png")
+    figures.plot_against("lr", [fedu, write_run(tmp_path / "lr", [linear(0.5)], lr=1)], tmp_path / "x.png")
+    figures.plot([fedu], tmp_path / "x.png")
+    of_fedu = [figure.axes[0].lines[k].get_color() for figure, k in zip(drawn, (1, 0, 0, 0))]
+    assert len(set(of_fedu)) == 1 and drawn[0].axes[0].lines[0].get_color() == drawn[1].axes[0].lines[1].get_color() != of_fedu[0]
+    mus = [write_run(tmp_path / f"mu{k}", mu=k) for k in range(1, 7)]
+    figures.plot(mus, tmp_path / "x.png")
+    lines = drawn[-1].axes[3].lines
+    assert len({(str(line.get_color()), line.get_marker()) for line in lines}) == len(lines) == 6
+
+
+def test_losses_of_different_objectives_have_axes_of_their_own(tmp_path, drawn):  # noqa: F811
+    methods = ("fedu", "fedsimclr", "fedbyol")
+    figures.plot([write_run(tmp_path / method, method=method) for method in methods], tmp_path / "x.png")
+    panels = {axis.get_ylabel(): len(axis.lines) for axis in drawn[0].axes}
+    assert panels["loss\n(BYOL)"] == 2 and panels["loss\n(SimCLR)"] == 1
+
+
+def test_a_client_has_its_number_at_its_line(tmp_path, drawn):  # noqa: F811
+    figures.plot([write_run(tmp_path / "run")], tmp_path / "x.png")
+    for axis, heights in ((drawn[0].axes[0], {"0": 0.25, "1": 0.75}), (drawn[0].axes[2], {"0": 1, "1": 3})):
+        assert {text.get_text(): text.xy[1] for text in axis.texts} == heights
+
+
+def test_files_for_a_paper(tmp_path, command):
+    write_run(tmp_path / "run", [linear(0.5)])
+    for out in ("x.pdf", "x.svg", "x.png"):
+        done = command("eval.py", "--plot", "run", "--size", "3.3,4", "--no-title", "--out", out, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    pdf, svg, png = ((tmp_path / f"x.{kind}").read_bytes() for kind in ("pdf", "svg", "png"))
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # fonts are TrueType and not drawn letter by letter
+    assert b"mean of the clients</text>" in svg and b"classes each" not in svg
+    assert (int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")) == (495, 600)
+    assert refused(
+        command("eval.py", "--table", "run", "--size", "3,3", cwd=tmp_path), "--size goes with --plot or --against, not with --table"
+    )
+    assert refused(command("eval.py", "--plot", "run", "--size", "3", cwd=tmp_path), "--size: got '3', needs W,H in inches from 1 to 100")

@@ -1,8 +1,11 @@
 """Tables that cannot mislead: which runs count, and what a cell says about them."""
 
+import csv
 import shutil
+import subprocess
 
 import pytest
+from conftest import refused
 from test_report import linear, write_run
 
 from report import tables
@@ -40,3 +43,45 @@ def test_a_cell_with_fewer_seeds_than_its_row_says_so(tmp_path):
     runs = [write_run(tmp_path / f"s{seed}", rows, seed=seed) for seed, rows in enumerate(evaluated)]
     assert rows_of(tables.table(runs))[0][3:5] == ["50.00 ± 0.00", "25.00 ± 0.00 (2 seeds)"]
     assert rows_of(tables.table(runs[1:]))[0][3:5] == ["50.00 ± 0.00", "25.00 (1 seed)"]
+
+
+def test_tables_for_a_paper_and_for_a_program(tmp_path, command):
+    knn = {"evaluation": "knn", "features": "backbone", "dataset": "cifar10", "accuracy": 0.25}
+    for seed, rows in enumerate([[linear(0.5), knn], [linear(0.75)]]):
+        write_run(tmp_path / f"runs/s{seed}", rows, seed=seed)
+    write_run(tmp_path / "runs/e1", [linear(0.5)], local_epochs=1)
+    printed = command("eval.py", "--table", "runs", cwd=tmp_path).stdout
+    for kind in ("md", "tex", "csv"):
+        done = command("eval.py", "--table", "runs", "--out", f"x.{kind}", cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.startswith(f"x.{kind} holds the table of "), done.stderr
+    assert (tmp_path / "x.md").read_text() == printed
+    with (tmp_path / "x.csv").open() as file:
+        one, two = csv.DictReader(file)
+    assert (one["local_epochs"], one["linear"], one["linear deviation"], one["linear seeds"]) == ("1", "50.00", "", "1")
+    assert (two["linear"], two["linear deviation"], two["knn"], two["knn deviation"], two["knn seeds"]) == (
+        "62.50",
+        "17.68",
+        "25.00",
+        "",
+        "1",
+    )
+    tex = (tmp_path / "x.tex").read_text()
+    assert r"method & local\_epochs & seeds &" in tex and r"& 2 & 1.0 + 2.0 & 62.50 $\pm$ 17.68 & 25.00 (1 seed) & 80.52 \\" in tex
+    assert refused(
+        command("eval.py", "--table", "runs", "--out", "x.txt", cwd=tmp_path), "x.txt, needs a name that ends in .md, .tex or .csv"
+    )
+
+
+def test_latex_text_has_no_special_characters_left():
+    assert tables.escaped("a_b 50% of {x} & #1 $2 ~^\\ < ± é") == (
+        r"a\_b 50\% of \{x\} \& \#1 \$2 \textasciitilde{}\textasciicircum{}\textbackslash{} \textless{} $\pm$ é"
+    )
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="there is no LaTeX")
+def test_latex_compiles(tmp_path):
+    tex = tables.as_latex("A caption, 50%", [["method", "local_epochs", "linear"], ["a_b^c~{d}\\ <&#$>", "-", "50.00 ± 1.00"]])
+    document = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{tex}" + "\n\\end{document}\n"
+    (tmp_path / "x.tex").write_text(document)
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "x.tex"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
