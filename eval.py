@@ -5,6 +5,7 @@
     python eval.py --plot [RUN ...]         divergence, loss and kNN curves
     python eval.py --against mu RUN ...     accuracies against an option, kNN accuracy against `round`, bars of the `ablation`
     python eval.py --table [RUN ...]        a Markdown row for each setting, seeds as mean and deviation
+    python eval.py --report [RUN ...]       a web page of them, report.html
     python eval.py --export FILE.npz        the representations of all images
     python eval.py --export FILE.safetensors    the backbone's weights; those of resnet18 and resnet50 load into torchvision's
 
@@ -38,6 +39,7 @@ from data import Images, balanced_subset, keyed_generator, load_dataset, refuse_
 from models import build_head, extract_features, feature_dim, load_encoders
 from report.export import export_encoders
 from report.figures import plot, plot_against
+from report.page import write_page
 from report.tables import read_options, table, table_kind
 from runtime.device import choose_device
 from runtime.run import read_config
@@ -61,6 +63,10 @@ def main(options: argparse.Namespace) -> None:
     if options.task == "against":
         out = options.out or Path(f"{options.against}.png")
         plot_against(options.against, runs, out, options.size, not options.no_title)
+        return print(f"{out} shows {', '.join(map(str, runs))}")
+    if options.task == "report":
+        out = options.out or Path("report.html")
+        write_page(runs, out)
         return print(f"{out} shows {', '.join(map(str, runs))}")
     if options.task in ("export", "weights") and len(runs) > 1:
         raise InputError(f"--export got {len(runs)} runs, needs one for its file")

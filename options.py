@@ -455,6 +455,7 @@ TASKS = {
     "table": "--table",
     "plot": "--plot",
     "against": "--against",
+    "report": "--report",
 }
 EVALUATIONS = ("linear", "knn", "semi")
 # each further option of eval.py: its default, and the tasks in which it changes something
@@ -467,7 +468,7 @@ TASK_OPTIONS = {
     "seed": (0, ("linear", "semi")),
     "data_root": (None, (*EVALUATIONS, "export")),
     "device": ("auto", (*EVALUATIONS, "export")),
-    "out": (None, ("table", "plot", "against")),
+    "out": (None, ("table", "plot", "against", "report")),
     "size": (None, ("plot", "against")),
     "no_title": (False, ("plot", "against")),
 }
@@ -502,6 +503,8 @@ def evaluation_parser(description: str | None = None) -> Parser:
     task.add_argument("--against", metavar="OPTION",
         help="draw accuracies against an option of fedu.py, as `mu`, a panel for each evaluation; `round`: kNN accuracy by round; "
         "`ablation`: bars")  # fmt: skip
+    task.add_argument("--report", action="store_true",
+        help="write a web page: accuracies beside published ones, limits, figures, options, commands; it loads nothing")  # fmt: skip
     task.add_argument("--export", type=user_path, metavar="PATH",
         help="PATH.npz: representations and labels of all images, as train, test, y_train and y_test; PATH.safetensors or PATH.onnx: the "
         "backbone; a folder: Hugging Face's layout with a model card; for `single` of each client k as PATH-k")  # fmt: skip
@@ -516,8 +519,8 @@ def evaluation_parser(description: str | None = None) -> Parser:
     how.add_argument("--data-root", help="folder with CIFAR  [the run's]")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute  [auto]")
     how.add_argument("--out", type=user_path,
-        help="file of a figure, as .png, .pdf or .svg, or of a table, .md, .csv or .tex (with booktabs)  "
-        "[RUN/divergence.png; of several runs comparison.png; OPTION.png; a table is printed]")  # fmt: skip
+        help="file of a figure, as .png, .pdf or .svg, of a table, .md, .csv or .tex (with booktabs), or of --report  "
+        "[RUN/divergence.png; of several runs comparison.png; OPTION.png; a table is printed; report.html]")  # fmt: skip
     how.add_argument("--size", type=inches, metavar="W,H", help="of a figure, in inches; its letters get smaller with its width")
     how.add_argument("--no-title", action="store_true", help="leave out a figure's title, for a caption in a paper")
     return parser

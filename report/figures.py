@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from options import ABLATED, CIFAR_CLASSES, METHODS, OPTIONS
+from options import ABLATED, METHODS, OPTIONS
 from report.canvas import COLOURS, METHOD_COLOURS, OTHER, finish, looks, new_figure, number_axis, save_figure, style
 from report.tables import (
     Group,
@@ -26,6 +26,7 @@ from report.tables import (
     distinct_seeds,
     evaluation_names,
     is_trained,
+    line_names,
     mean,
     name_setting,
     read_evaluations,
@@ -99,8 +100,8 @@ def plot(runs: list[Path], out: Path | BytesIO, size: Size = None, title: bool =
         scale = describe_scale(settings)
         finish(figure, (f"{settings[0]['method']} {scale}" if len(groups) == 1 else capitalized(scale)) if title else "", fixed=bool(size))
         if single:
-            for axis in (divergence, *losses):
-                number_lines(axis)
+            number_lines(divergence, groups[0][1][0], "divergence")
+            number_lines(losses[0], groups[0][1][0], "loss")
         save_figure(figure, out)
 
 
@@ -132,27 +133,25 @@ def draw_seeds(axis: Axes, curves: list[dict[float, float]], look: dict[str, Any
 
 
 def draw_clients(axis: Axes, rows: list[dict], key: str, colour: str, own: str = "") -> None:
-    """A thin line for each client through its rounds. own: label of circles around divergences by which it kept its predictor."""
-    lines: dict[int, list[tuple[int, float]]] = {}
+    """A thin line for each client, with its number. own: label of circles around divergences by which it kept its predictor."""
+    for line in client_lines(rows, key).values():
+        width = 0.07 * axis.yaxis.label.get_fontsize()
+        axis.plot(*zip(*line), color=colour, linewidth=width, alpha=0.45, label="one client, with its number")
+    last: dict[int, tuple[int, float]] = {}
     circles = []
     for row in rows:
         decided_on = row.get("decided_on") or [None] * len(row["clients"])  # a run of an earlier version has none
         for client, value, taken, decided in zip(row["clients"], row[key], row["predictor"], decided_on):
-            line = lines.setdefault(client, [])
-            if taken == "local" and line:
-                before, last = line[-1]
-                circles.append((before, last if decided is None else decided))
-            line.append((row["round"], value))
-    width = 0.07 * axis.yaxis.label.get_fontsize()
-    for client, line in lines.items():
-        axis.plot(*zip(*line), color=colour, linewidth=width, alpha=0.45, label="one client, with its number", gid=f"client-{client}")
+            if taken == "local" and client in last:
+                circles.append((last[client][0], last[client][1] if decided is None else decided))
+            last[client] = row["round"], value
     if own and circles:
         axis.scatter(*zip(*circles), s=0.36 * axis.yaxis.label.get_fontsize() ** 2, facecolors="none", edgecolors=colour, label=own)
 
 
-def number_lines(axis: Axes) -> None:
+def number_lines(axis: Axes, rows: list[dict], key: str) -> None:
     """Write each client's number beside that end of the lines where they lie further apart; a number that finds no room is left out."""
-    lines = {line.get_gid()[7:]: line.get_xydata() for line in axis.lines if str(line.get_gid()).startswith("client-")}
+    lines = client_lines(rows, key)
     end = max((0, -1), key=lambda end: np.ptp([line[end][1] for line in lines.values()]))
     font = 0.65 * axis.yaxis.label.get_fontsize()
     free: dict[float, float] = {}  # the lowest free height, in points, at each round
@@ -161,9 +160,18 @@ def number_lines(axis: Axes) -> None:
         place = max(height, free.get(x, -math.inf))
         if place < height + 3 * font:
             free[x] = place + font
-            side = {"ha": "left" if end else "right", "va": "center", "fontsize": font, "gid": "number"}
-            text = axis.annotate(client, (x, y), (4 if end else -4, place - height), textcoords="offset points", **side)
+            offset, side = (4 if end else -4, place - height), "left" if end else "right"
+            text = axis.annotate(str(client), (x, y), offset, textcoords="offset points", ha=side, va="center", fontsize=font)
             text.set_in_layout(False)
+
+
+def client_lines(rows: list[dict], key: str) -> dict[int, list[tuple[int, float]]]:
+    """Each client's rounds with its values."""
+    lines: dict[int, list[tuple[int, float]]] = {}
+    for row in rows:
+        for client, value in zip(row["clients"], row[key]):
+            lines.setdefault(client, []).append((row["round"], value))
+    return lines
 
 
 def draw_band(axis: Axes, rows: list[dict], key: str, colour: str, alpha: float) -> None:
@@ -333,27 +341,3 @@ def place_of(setting: dict, option: str) -> tuple:
     if isinstance(value, int | float):
         return 0, value
     return 1, value is None, choices.index(value) if value in choices else len(choices), describe_option(setting, option)
-
-
-def line_names(settings: list[dict], option: str) -> Callable[[dict], str]:
-    """A function that names a setting's line: its method and its values of the options in which the settings differ, except `option`.
-
-    Local epochs are compared at the same number of rounds or, if that makes fewer lines, of epochs in all; and rounds likewise.
-    """
-    drawn = {"partition": ("partition", "classes_per_client", "alpha")}.get(option, (option,))
-    differ = [k for k in differing(list(map(comparable, settings))) if k not in drawn]
-    pair = ("rounds", "local_epochs")
-    kinds = [[k for k in differ if k != "epochs"], *([[k for k in differ if k not in pair]] if option in pair else [])]
-
-    def name(setting: dict, names: list[str]) -> str:
-        return name_setting(comparable(setting) | ({"method": "trained"} if option == "method" else {}), names)
-
-    names = min(kinds, key=lambda names: len({name(setting, names) for setting in settings}))
-    return lambda setting: name(setting, names)
-
-
-def comparable(setting: dict) -> dict:
-    """A setting with its epochs in all, and without its classes per client if they are the default, 1/K of CIFAR's classes."""
-    share = -(-CIFAR_CLASSES.get(setting["dataset"], 0) // setting["clients"])
-    classes = setting["classes_per_client"] if setting["classes_per_client"] != share else None
-    return setting | {"epochs": setting["rounds"] * setting["local_epochs"], "classes_per_client": classes}

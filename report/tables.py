@@ -7,11 +7,11 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import stdev
 
-from options import ABLATED, EVALUATION_EPOCHS, EVALUATIONS, HOST_OPTIONS, OPTIONS, defaults, in_words, settings_of
+from options import ABLATED, CIFAR_CLASSES, EVALUATION_EPOCHS, EVALUATIONS, HOST_OPTIONS, OPTIONS, defaults, in_words, settings_of
 from runtime.cli import InputError, first_line
 from runtime.run import read_config, read_metrics
 
@@ -85,19 +85,20 @@ def distinct_seeds(runs: list[Path], finished: bool = True) -> list[Group]:
 
     A run is finished if it has its encoder or all of its rounds: results may be kept without weights. Raises InputError if nothing is left.
     """
-    groups = []
+    groups, left_out = [], []
     for setting, members in by_setting(runs):
         of_seed: dict[int, Path] = {}
         for run in members:
             seed, done, rounds = read_options(run)["seed"], len(read_metrics(run)), setting["rounds"] if is_trained(setting) else 0
             if finished and done < rounds and not (run / "encoder.pt").exists():
-                print(f"{run} is left out: it is unfinished, with {done} of {rounds} rounds", file=sys.stderr)
+                left_out.append(f"{run} is left out: it is unfinished, with {done} of {rounds} rounds")
             elif run.resolve() != of_seed.setdefault(seed, run).resolve():
-                print(f"{run} is left out: it has the same setting and seed as {of_seed[seed]}", file=sys.stderr)
+                left_out.append(f"{run} is left out: it has the same setting and seed as {of_seed[seed]}")
         if of_seed:
             groups.append((setting, list(of_seed.values())))
     if not groups:
         raise InputError(f"no run is finished among {', '.join(map(str, runs))}")
+    print("".join(f"{sentence}\n" for sentence in left_out), end="", file=sys.stderr)
     return groups
 
 
@@ -140,7 +141,8 @@ def capitalized(text: str) -> str:
 def describe_partition(setting: dict) -> str:
     classes = "1/K of the" if setting["classes_per_client"] is None else setting["classes_per_client"]
     partitions = {"classes": f"{classes} class{'es' * (classes != 1)} each", "iid": "iid", "own": "with images of their own"}
-    return partitions.get(setting["partition"], f"dirichlet {setting['alpha']}")
+    partitions |= {"dirichlet": f"dirichlet {setting['alpha']}", "folders": "a folder each", "parties": "by party"}
+    return partitions.get(setting["partition"], setting["partition"])
 
 
 def describe_option(setting: dict, name: str) -> str:
@@ -159,6 +161,30 @@ def name_setting(setting: dict, differ: list[str]) -> str:
     """A setting's method, and its values of the options in `differ`."""
     options = (describe_option(setting, k) if k == "partition" else f"{k.replace('_', ' ')} {describe_option(setting, k)}" for k in differ)
     return ", ".join([setting["method"], *options])
+
+
+def line_names(settings: list[dict], option: str) -> Callable[[dict], str]:
+    """A function that names a setting's line: its method and its values of the options in which the settings differ, except `option`.
+
+    Local epochs are compared at the same number of rounds or, if that makes fewer lines, of epochs in all; and rounds likewise.
+    """
+    drawn = {"partition": ("partition", "classes_per_client", "alpha")}.get(option, (option,))
+    differ = [k for k in differing(list(map(comparable, settings))) if k not in drawn]
+    pair = ("rounds", "local_epochs")
+    kinds = [[k for k in differ if k != "epochs"], *([[k for k in differ if k not in pair]] if option in pair else [])]
+
+    def name(setting: dict, names: list[str]) -> str:
+        return name_setting(comparable(setting) | ({"method": "trained"} if option == "method" else {}), names)
+
+    names = min(kinds, key=lambda names: len({name(setting, names) for setting in settings}))
+    return lambda setting: name(setting, names)
+
+
+def comparable(setting: dict) -> dict:
+    """A setting with its epochs in all, and without its classes per client if they are the default, 1/K of CIFAR's classes."""
+    share = -(-CIFAR_CLASSES.get(setting["dataset"], 0) // setting["clients"])
+    classes = setting["classes_per_client"] if setting["classes_per_client"] != share else None
+    return setting | {"epochs": setting["rounds"] * setting["local_epochs"], "classes_per_client": classes}
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -195,12 +221,16 @@ def table(runs: list[Path], kind: str = "md") -> str:
     An evaluation is the mean and, over several seeds, the sample deviation, in % of the test images; it names its number of seeds where it
     has fewer than the row. Traffic is that of all clients. kind: `md`, `tex` with booktabs, or `csv`, where every number has a column.
     """
+    return {"md": as_markdown, "tex": as_latex, "csv": as_csv}[kind](*table_lines(runs, apart=kind == "csv"))
+
+
+def table_lines(runs: list[Path], apart: bool = False) -> tuple[str, list[list[str]]]:
+    """A table's caption and its lines, of which the first is the header. apart: whether every number has a column of its own."""
     groups = distinct_seeds(runs)
     settings = [setting for setting, _ in groups]
     differ = differing(settings)
     found = {run: read_evaluations(run) for _, members in groups for run in members}
     columns, ways = evaluation_names(found.values()), ("upload_bytes", "download_bytes")
-    apart = kind == "csv"
     traffic = ["up, MB a round", "down, MB a round"] if apart else ["up and down, MB a round"]
     lines = [["method", *differ, "seeds", *traffic]]
     lines[0] += [name for column in columns for name in ((column, f"{column} deviation", f"{column} seeds") if apart else (column,))]
@@ -220,7 +250,7 @@ def table(runs: list[Path], kind: str = "md") -> str:
         row = {"method": "raw pixels", "linear": f"{100 * accuracy:.2f}"}
         lines.append([row.get(column, "-") for column in lines[0]])
     caption = f"{capitalized(describe_scale(settings))}; accuracies in % of the test images."
-    return {"md": as_markdown, "tex": as_latex, "csv": as_csv}[kind](caption, lines)
+    return caption, lines
 
 
 def table_kind(out: Path) -> str:
