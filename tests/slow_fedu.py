@@ -1,0 +1,235 @@
+"""FedU and the methods it is compared with, written a second time in plain PyTorch: test_method.py compares runs with it.
+
+It shares nothing with the package but `draw_views`, whose numbers test_views.py checks. A model is a state_dict; the networks of a client
+are a ModuleDict of the encoder (backbone and projector), the predictor and the target, with MoCo's queue as a buffer.
+"""
+
+import copy
+import hashlib
+import math
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, normalize
+from torchvision.transforms.v2 import functional as tv
+
+from data import draw_views
+
+
+def generator(*key):
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") // 2)
+
+
+def view(image, draw):
+    """A view of a uint8 image `[3, S, S]` by its 14 numbers: box, flip, four amounts, the order of the four operations, greyscale."""
+    x = tv.resized_crop(image / 255, *draw[:4].int().tolist(), size=image.shape[1:])
+    x = tv.horizontal_flip(x) if draw[4] else x
+    for i in draw[9:13].int().tolist():
+        x = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)[i](x, draw[5 + i].item())
+    return tv.rgb_to_grayscale(x, num_output_channels=3) if draw[13] else x
+
+
+# ------------------------------------------------------------------------------------------------- networks and losses
+
+
+def mlp(inputs, hidden, outputs):
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+def build(head, predictor, target, queue):
+    """The networks in the order in which the seed initialises them. head: the projector's widths; `tiny` has 128 features."""
+    layers = []
+    for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=mlp(*head) if len(head) == 3 else nn.Linear(*head)))
+    net = nn.ModuleDict({"encoder": encoder, "predictor": mlp(256, 512, 256) if predictor else nn.Identity()})
+    if target:
+        net["target"] = copy.deepcopy(encoder)
+    net.register_buffer("queue", normalize(torch.randn(queue, 128)))
+    net.shared = net.newest = torch.empty(0, 256)  # FedCA's dictionary, and what its client adds
+    return net
+
+
+# A loss takes two views of a batch, a and b, with its labels; o: the options.
+
+
+def byol(net, a, b, labels, o):
+    pairs = [(net.predictor(net.encoder(one)), net.target(other)) for one, other in ((a, b), (b, a))]
+    return sum((2 - 2 * (normalize(p) * normalize(z)).sum(1)).mean() for p, z in pairs)
+
+
+def simsiam(net, a, b, labels, o):
+    za, zb = net.encoder(a), net.encoder(b)
+    pa, pb = net.predictor(za), net.predictor(zb)
+    if not o.no_stop_gradient:
+        za, zb = za.detach(), zb.detach()
+    return -sum((normalize(p) * normalize(z)).sum(1).mean() for p, z in ((pa, zb), (pb, za))) / 2
+
+
+def simclr(net, a, b, labels, o):
+    z, n = normalize(net.encoder(torch.cat([a, b]))), len(a)
+    logits = torch.cat([z @ z.T - torch.diag(torch.full((2 * n,), math.inf)), z @ net.shared.T], 1) / o.temperature
+    net.newest = torch.cat([z.detach(), net.newest])
+    return sum(logits[i].logsumexp(0) - logits[i, (i + n) % (2 * n)] for i in range(2 * n)) / (2 * n)
+
+
+def fedca(net, a, b, labels, o):
+    """SimCLR, and the alignment of as many public images with the base model. labels: here the numbers of the batch's images."""
+    contrast, chosen = simclr(net, a, b, labels, o), labels % len(net.public)
+    aligned = normalize(net.encoder(net.public[chosen] / 255)) * normalize(net.base[chosen])
+    return contrast + (1 - aligned.sum(1)).mean()
+
+
+def moco(net, a, b, labels, o):
+    pairs = [(normalize(net.encoder(one)), normalize(net.target(other)).detach()) for one, other in ((a, b), (b, a))]
+    logits = [torch.cat([(q * k).sum(1, keepdim=True), q @ net.queue.T], 1) / o.temperature for q, k in pairs]
+    net.queue = torch.cat([pairs[0][1], pairs[1][1], net.queue])[: o.queue]
+    return sum((row.logsumexp(1) - row[:, 0]).mean() for row in logits)
+
+
+def supervised(net, a, b, labels, o):
+    return cross_entropy(net.encoder(a), labels)
+
+
+CONSTANTS = {
+    "seed": 0, "clients_per_round": None, "dropout": 0.0, "mu": 0.4, "tau": 0.7, "ema_decay": 0.99, "jitter": 1.0, "queue": 0,
+    "aggregate": "online", "update": "online", "predictor": "global", "divergence": "layer-mean", "divergence_from": "received",
+    "first_target": "copy", "no_predictor": False, "no_stop_gradient": False,
+}  # fmt: skip
+WIDE = (128, 512, 256)
+METHODS = {  # the loss; the projector's widths, and whether there are predictor and target; what differs from the constants
+    "fedu": (byol, (WIDE, True, True), {"predictor": "dapu"}),
+    "fedbyol": (byol, (WIDE, True, True), {}),
+    "single": (byol, (WIDE, True, True), {}),
+    "central": (byol, (WIDE, True, True), {}),
+    "fedema": (byol, (WIDE, True, True), {"update": "ema", "predictor": "ema"}),
+    "fedsimsiam": (simsiam, (WIDE, True, False), {}),
+    "fedsimclr": (simclr, (WIDE, False, False), {"temperature": 0.07}),
+    "fedca": (fedca, (WIDE, False, False), {"temperature": 0.07, "dictionary": 4096}),
+    "fedmoco-v1": (moco, ((128, 128), False, True), {"temperature": 0.07, "queue": 4096, "jitter": 0.5}),
+    "fedmoco-v2": (moco, ((128, 128, 128), False, True), {"temperature": 0.2, "queue": 4096}),
+    "fedavg-supervised": (supervised, ((128, 4), False, False), {}),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ a round
+
+
+def local_training(net, loss, x, y, indices, source, epochs, lr, ema_decay, o):
+    """Train on the images of these indices; returns the mean loss. source: the generator of all random numbers."""
+    trained = [p for name, p in net.named_parameters() if o.no_stop_gradient or not name.startswith("target")]
+    losses, sgd = [], torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=5e-4)
+    for _ in range(epochs):
+        order = indices[torch.randperm(len(indices), generator=source)]
+        for start in range(0, len(order) - o.batch_size + 1, o.batch_size):
+            batch = order[start : start + o.batch_size]
+            draws = draw_views(2 * o.batch_size, *x.shape[2:], x.device, source, o.jitter)
+            a, b = torch.stack([view(image, draw) for image, draw in zip(x[torch.cat([batch, batch])], draws)]).chunk(2)
+            value = loss(net, a, b, y[batch], o)
+            sgd.zero_grad()
+            value.backward()
+            sgd.step()
+            losses.append(value.item())
+            if "target" in net:
+                for p, q in zip(net.target.parameters(), net.encoder.parameters()):
+                    p.data = ema_decay * p.data + (1 - ema_decay) * q.data
+    return sum(losses) / len(losses)
+
+
+def state(net):
+    return {name: t.clone() for name, t in net.state_dict().items() if t.is_floating_point()}  # BatchNorm's counters are not read
+
+
+def only(state, *parts):
+    return {name: t for name, t in state.items() if name.startswith(parts)}
+
+
+def renamed(state, part, other):
+    return {name.replace(part, other, 1): t for name, t in only(state, part).items()}
+
+
+def drift(a, b, kind):
+    moved = [a[name] - b[name] for name in only(a, "encoder") if "running" not in name]
+    norms = [change.norm().item() for change in moved if change.ndim == 4]  # of each convolution
+    return sum(norms) / len(norms) if kind == "layer-mean" else sum(change.square().sum().item() for change in moved)
+
+
+def model_update(client, model, first, round_, o):
+    """What a client starts its round from; and whose predictor that has, how much of its own, and the divergence that decided."""
+    nobodys = "global" if only(model, "predictor") else "-"
+    if not client or (o.update == "ema" and client["round"] != round_ - 1):
+        return first, (nobodys, 0.0, None)
+    own, d = client["state"], client["divergence"]
+    if o.divergence_from == "global":
+        d = drift(own, model, o.divergence)
+        client.setdefault("lambda", o.tau / d)
+    share = min(1.0, client["lambda"] * d)
+    mixed = {name: t if "running" in name else share * own[name] + (1 - share) * t for name, t in model.items()}
+    keeps = {"global": 0.0, "local": 1.0, "dapu": float(d >= o.mu), "ema": share}[o.predictor]
+    start = own | only({"ema": mixed, "target": own}.get(o.update, model), "encoder")
+    start |= only(mixed if o.predictor == "ema" else own if keeps else model, "predictor")
+    if o.update in ("target", "both"):
+        start |= renamed(model, "encoder", "target")
+    return start, ({0: nobodys, 1: "local"}.get(keeps, "mixed"), keeps, d)
+
+
+def federate(x, y, groups, method, public=(), **options):
+    """Train by the options of a run; returns each server's encoder, and the rounds as in metrics.jsonl.
+
+    groups: for each server its clients, `{client: its images as indices}`. public: FedCA's public images, as indices.
+    """
+    loss, networks, row = METHODS[method]
+    o = SimpleNamespace(**CONSTANTS | row | options)
+    torch.manual_seed(o.seed)
+    head, predictor, target = networks
+    net = build(head, predictor and not o.no_predictor, target, o.queue)
+    initial = state(net)
+    if len(public):
+        base, net.public = copy.deepcopy(net), x[public]
+        plain = SimpleNamespace(**vars(o) | {"temperature": 0.07})  # the base model is SimCLR's, whatever the settings of FedCA
+        local_training(base, simclr, x, y, public, generator(o.seed, "public"), o.rounds * o.local_epochs, o.lr, 0, plain)
+        net.base = base.encoder.eval()(net.public / 255).detach()
+    servers, clients, rounds = [only(initial, "encoder", "predictor") for _ in groups], {k: {} for group in groups for k in group}, []
+    sent = sum(t.numel() * t.itemsize for t in only(initial, "encoder", *["predictor"] * (o.predictor != "local")).values())
+    for r in range(o.rounds):
+        lr = o.lr * (1 + math.cos(math.pi * r / o.rounds)) / 2
+        drawn = torch.randperm(len(clients), generator=generator(o.seed, "clients", r))[: o.clients_per_round].tolist()
+        dropped = {k for k in drawn if torch.rand((), generator=generator(o.seed, "dropout", r, k)) < o.dropout}
+        reports, shared = [], []
+        for s, (group, model) in enumerate(zip(groups, servers)):
+            present, uploads = sorted(group.keys() & {*drawn} - dropped), []
+            for k in present:
+                first = initial | model | (renamed(model, "encoder", "target") if target else {})
+                start, (whose, own_share, decided_on) = model_update(clients[k], model, first, r, o)
+                net.load_state_dict(start, strict=False)
+                net.newest = net.shared[:0]
+                decay = 0.0 if o.first_target == "shared" and not clients[k] else o.ema_decay
+                source = generator(o.seed, "training", r, k)
+                mean_loss = local_training(net, loss, x, y, group[k], source, o.local_epochs, lr, decay, o)
+                trained = state(net)
+                d = drift(trained, start, o.divergence)
+                clients[k] |= {"state": trained, "round": r, "divergence": d}
+                if o.divergence_from == "received":
+                    clients[k].setdefault("lambda", o.tau / d)
+                shared.append(net.newest[: o.dictionary // len(present)] if len(public) else None)
+                uploads.append(trained | (renamed(trained, "target", "encoder") if o.aggregate == "target" else {}))
+                reports.append((k, len(group[k]), mean_loss, d, whose, own_share, decided_on))
+            n = sum(len(group[k]) for k in present)
+            if uploads:
+                servers[s] = {name: sum(len(group[k]) / n * upload[name] for k, upload in zip(present, uploads)) for name in model}
+        names = ("clients", "num_examples", "loss", "divergence", "predictor", "own_share", "decided_on")
+        up = down = sent * len(reports) * (len(groups) < len(clients))
+        if len(public):
+            down, net.shared = down + len(reports) * net.shared.nbytes, torch.cat(shared)
+            up += net.shared.nbytes
+        rounds.append({"lr": lr, "dropped": sorted(dropped), "upload_bytes": up, "download_bytes": down})
+        rounds[-1] |= {name: [report[i] for report in reports] for i, name in enumerate(names)}
+    encoders = []
+    for model in servers:
+        net.load_state_dict(model, strict=False)
+        encoders.append(copy.deepcopy(net.encoder))
+    return encoders, rounds
