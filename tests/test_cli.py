@@ -57,7 +57,7 @@ def test_nothing_is_guessed_for_a_word_like_no_other(capsys):
 def test_a_refusal_says_with_what_the_option_goes(options, where):
     with pytest.raises(InputError, match="changes nothing in .*: it goes with (.*)") as error:
         Options(**options)
-    assert str(error.value).endswith(f"it goes with {where}")
+    assert str(error.value).endswith("it goes with " + where.replace("--", ""))
 
 
 def test_a_tilde_is_the_home_folder_wherever_it_is_typed(monkeypatch, tmp_path, npz, tiny):
