@@ -33,7 +33,7 @@ import fedu
 from data import load_images, load_unlabelled, partition
 from federation import build_networks
 from options import Options, parse
-from runtime.cli import InputError
+from runtime.cli import InputError, command_line
 from runtime.run import read_config, read_metrics, write_config
 
 RECIPE = "--encoder small --clients 3 --rounds 3 --local-epochs 1 --batch-size 8 --lr 0.05 --knn-every 3 --device cpu"
@@ -55,9 +55,7 @@ def parts(npz, tmp_path_factory) -> list[Path]:
 def simulate(npz: Path, out: Path, text: str = FEDU, absent: tuple[int, int] | None = None) -> Path:
     """The run of fedu.py on the same parts. absent: a round, and the client that does not take part in it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "federation.partition", lambda labels, clients, kind, seed, *more, **kw: partition(labels, clients, kind, 0, *more, **kw)
-        )
+        patch.setattr("data.partition", lambda labels, clients, kind, seed, *more, **kw: partition(labels, clients, kind, 0, *more, **kw))
         patch.setattr("federation.drops_out", lambda client, probability, seed, round_: (round_, client) == absent)
         return fedu.train(Options(**parse(shlex.split(text)).given, dataset=str(npz), **DEALT), out).folder
 
@@ -124,7 +122,8 @@ class LocalGrid:
 
     def serve(self, text: str, min_clients: int = 0, timeout: float = 60) -> None:
         config = {"options": text, "min-clients": min_clients, "timeout": timeout}
-        inspect.unwrap(server_app.main)(self, Context(1, 0, {}, RecordDict(), config))
+        with command_line():  # as the server's app does, which Flower's decorator hides
+            inspect.unwrap(server_app.main)(self, Context(1, 0, {}, RecordDict(), config))
 
 
 @pytest.fixture
@@ -402,14 +401,14 @@ def test_numbers_that_the_server_refuses(npz, grid, config, sentence):
 def test_runs_that_the_server_does_not_resume(npz, grid, tmp_path):
     """One by a version with other options, and one of fedu.py; nor does fedu.py resume one of the server's."""
     grid.serve(f"{FEDU} --rounds 1 --dataset {npz} --out run")
-    with pytest.raises(InputError, match="run was begun by flwr run, which alone can go on with it"):
+    with pytest.raises(InputError, match="run was begun by flwr run, and only that can go on with it"):
         fedu.resume(tmp_path / "run")
     config = read_config(tmp_path / "run")
     write_config(tmp_path / "run", config | {"options": config["options"] | {"warm_up": 3}})
     with pytest.raises(InputError, match="run was begun by a version that had the option --warm-up: train it again with --overwrite"):
         grid.serve("--resume run")
     simulate(npz, tmp_path / "simulated", f"{FEDU} --rounds 1")
-    with pytest.raises(InputError, match="simulated was begun by fedu.py, which alone can go on with it"):
+    with pytest.raises(InputError, match="simulated was begun by fedu.py, and only that can go on with it"):
         grid.serve("--resume simulated")
 
 
