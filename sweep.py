@@ -287,10 +287,10 @@ def show(out: Path, figures: dict[str, list[Path]]) -> None:
     write_atomic(out / "table.md", lambda file: file.write(text.encode() + b"\n"))
     print(f"\n{text}\n\n{out / 'table.md'} holds this table")
     for option, runs in figures.items():
-        file, accuracy = (out / "figure.png", "kNN") if option == "round" else (out / f"figure-{option}.png", "linear")
+        file, shown = (out / "figure.png", "kNN accuracy") if option == "round" else (out / f"figure-{option}.png", "accuracies")
         try:
             plot_against(option, runs, file)
-            print(f"{file} shows the {accuracy} accuracy against {option}")
+            print(f"{file} shows the {shown} against {option}")
         except InputError as error:
             print(f"{file} was not drawn: {error}", file=sys.stderr)
 

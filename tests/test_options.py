@@ -265,6 +265,7 @@ TASKS = {
     "table": ["--table"],
     "plot": ["--plot"],
     "against": ["--against mu"],
+    "report": ["--report"],
 }
 GOES_WITH = {
     "--features projector": ["linear", "knn", "export"],
@@ -275,7 +276,7 @@ GOES_WITH = {
     "--seed 1": ["linear", "semi"],
     "--data-root x": ["linear", "knn", "semi", "export"],
     "--device cpu": ["linear", "knn", "semi", "export"],
-    "--out x.png": ["plot", "against"],
+    "--out x.png": ["table", "plot", "against", "report"],
 }
 
 
