@@ -311,7 +311,7 @@ def test_what_a_client_has_to_mend_is_said_there_and_at_the_server_and_the_other
     good = [{"client": k, "data": str(parts[k])} for k in range(2)]
     wrong = {
         "DATA has 7 images, a batch needs 8": {"client": 2, "data": str(few)},
-        "DATA: x_train is 32 pixels wide, the federation's images are 16": {"client": 2, "data": str(large)},
+        "DATA: the images are 32 pixels wide, the federation's are 16": {"client": 2, "data": str(large)},
         "data set DATA does not exist": {"client": 2, "data": "absent.npz"},
         "DATA is neither a file PATH.npz nor a folder with images": {"client": 2, "data": str(grey)},
         "--node-config has no client": {"data": str(parts[2])},
