@@ -186,8 +186,12 @@ def test_the_end_of_a_sweep_ends_its_runs_which_the_same_command_continues(tiny,
         assert process.stderr.read() == "\nsweep.py: interrupted; the same command goes on from here\n" * (number == signal.SIGINT)
     folder = next(Path("s").glob("*/"))
     with locked(folder):  # waits for the end of the run
-        last = Path(f"{folder}.log").read_text().splitlines()[-1]
-    assert last == f"fedu.py: interrupted; continue with `python fedu.py --resume {folder}`"
+        pass
+    log, end = Path(f"{folder}.log"), f"fedu.py: interrupted; continue with `python fedu.py --resume {folder}`"
+    deadline = time.monotonic() + 60  # it says so after it has left its folder
+    while log.read_text().splitlines()[-1] != end and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert log.read_text().splitlines()[-1] == end
     capfd.readouterr()
     run_sweep("--list", *argv)
     assert capfd.readouterr().out == f"python fedu.py --resume {folder} --device cpu\n"
