@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from data import Images, client_indices, keyed_generator, require
-from models import Encoder, Objective, Segment, conv_segments
+from models import Encoder, Objective, Segment, conv_segments, initialise
 from options import METHODS, Options
 from runtime.bank import Row
+from runtime.cli import user_path
 from runtime.run import Checkpoint
 
 
@@ -174,6 +175,8 @@ def build_networks(options: Options, labels: Tensor, device: torch.device) -> Ob
     how |= {"labels": labels} if row.uses_labels else {}
     head = (int(labels.max()) + 1,) if row.uses_labels else row.head
     networks = find(row.objective)(Encoder(options.encoder, head), device, **how)
+    if options.init:
+        initialise(networks.online.module.encoder, user_path(options.init))
     if options.compile:
         networks.compile()
     return networks

@@ -294,7 +294,8 @@ def stored_options(out: Path, given: dict[str, object]) -> Options:
     changed = [name for name in given if getattr(resumed, name) != getattr(begun, name) and name not in (*HOST_OPTIONS, *MOVABLE)]
     if changed:
         names = ", ".join(f"{flag(k)} {in_words(getattr(resumed, k))} (it was {in_words(getattr(begun, k))})" for k in changed)
-        longer = "; the learning rate is a cosine over all rounds, so begin a longer run anew, with another --out" * ("rounds" in changed)
+        reason = f"; the learning rate is a cosine over all rounds: for more of them begin a new run with --init {out}"
+        longer = reason * ("rounds" in changed)
         raise InputError(f"--resume {out} got other options than the run has: {names}{longer}")
     return resumed
 

@@ -348,6 +348,29 @@ def load_encoders(run: Path) -> list[Encoder]:
         raise InputError(f"{path} is not a readable encoder ({first_line(error)})") from None
 
 
+def initialise(encoder: Encoder, path: Path) -> None:
+    """Give an encoder the weights of a trained one: of the run in a folder, with its projector if that has the same form, or of a file
+    FILE.safetensors.
+
+    Raises InputError if there is none, or several, or one of another form.
+    """
+    if path.suffix == ".safetensors":
+        name, parts = (backbone := load_backbone(path)).name, {"backbone": backbone}
+    else:
+        trained = load_encoders(path)
+        if len(trained) > 1:
+            raise InputError(f"--init {path} holds {len(trained)} encoders, needs one")
+        name, parts = trained[0].name, {"backbone": trained[0].backbone}
+        parts |= {"projector": trained[0].projector} if trained[0].head == encoder.head else {}
+    if name != encoder.name:
+        raise InputError(f"--init {path} holds the encoder {name}, and --encoder is {encoder.name}")
+    for part, module in parts.items():
+        own = getattr(encoder, part).state_dict()
+        for key, tensor in module.state_dict().items():
+            if key in own:  # BatchNorm's batch counters are not kept
+                own[key].copy_(tensor)
+
+
 def load_backbone(path: Path) -> nn.Module:
     """The backbone in a file of `eval.py --export FILE.safetensors`, as `load_encoders` gives it.
 
@@ -369,7 +392,7 @@ def load_backbone(path: Path) -> nn.Module:
         backbone.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{path} does not hold a {about['encoder']} backbone ({first_line(error)})") from None
-    backbone.image_size = int(about["image_size"])
+    backbone.name, backbone.image_size = about["encoder"], int(about["image_size"])
     return backbone.eval().requires_grad_(False)
 
 

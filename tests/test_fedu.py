@@ -13,6 +13,7 @@ from fedu import dapu, divergence, load_networks, start_of
 from methods.byol import BYOL
 from models import Encoder, in_memory_order, load_encoders
 from options import METHODS, Options, parse
+from report.export import export_encoders
 from runtime.bank import Bank
 from runtime.cli import InputError
 from training import Step, local_batches, local_training
@@ -373,3 +374,37 @@ def test_the_rarer_options_together(tiny, tmp_path):
     assert shared["metrics"][0]["loss"] != copied["metrics"][0]["loss"]
     longest = run(tmp_path / "mean", *tiny, *more[:-4], "--rounds", "1")["metrics"][0]["divergence"]
     assert all(squared > length for squared, length in zip(copied["metrics"][0]["divergence"], longest))
+
+
+def test_a_run_begins_with_the_encoder_of_another(tiny, tmp_path):
+    """Its backbone and, as the heads are alike, its projector; of an exported file the backbone."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    first = run(tmp_path / "first", *tiny, "--rounds", "1", "--seed", "3")["encoders"][0]
+    export_encoders(tmp_path / "first", tmp_path / "b.safetensors")
+    begun = run(tmp_path / "begun", *tiny, "--method", "untrained", "--init", str(tmp_path / "first"))["encoders"][0]
+    assert torch.equal(begun, first)
+    run(tmp_path / "exported", *tiny, "--method", "untrained", "--init", str(tmp_path / "b.safetensors"))
+    one, other = (load_encoders(tmp_path / name)[0] for name in ("exported", "first"))
+    assert torch.equal(one.backbone[0].weight, other.backbone[0].weight) and torch.equal(
+        one.backbone[1].running_var, other.backbone[1].running_var
+    )
+    assert not torch.equal(one.projector[0].weight, other.projector[0].weight)
+    trained = run(tmp_path / "trained", *tiny, "--rounds", "2", "--init", str(tmp_path / "first"))
+    (tmp_path / "trained/encoder.pt").unlink()
+    fedu.resume(tmp_path / "trained")
+    assert torch.equal(load(tmp_path / "trained")["encoders"][0], trained["encoders"][0])
+    other = run(tmp_path / "moco", *tiny, "--method", "fedmoco-v2", "--rounds", "1", "--init", str(tmp_path / "first"))
+    assert other["metrics"][0]["loss"]  # whose projector has another form
+
+
+@pytest.mark.parametrize("init, words", [("absent", "absent has no encoder.pt"), ("x.safetensors", "x.safetensors is not a readable")])
+def test_an_encoder_to_begin_with_that_is_none(tiny, tmp_path, init, words):
+    with pytest.raises(InputError, match=words):
+        run(tmp_path / "run", *tiny, "--init", str(tmp_path / init))
+    run(tmp_path / "other", *tiny, "--method", "single", "--encoder", "tiny", "--rounds", "1")
+    with pytest.raises(InputError, match="holds 2 encoders, needs one"):
+        run(tmp_path / "run", *tiny, "--init", str(tmp_path / "other"))
+    run(tmp_path / "tiny", *tiny, "--method", "untrained", "--encoder", "tiny")
+    with pytest.raises(InputError, match="--init .*tiny holds the encoder tiny, and --encoder is small"):
+        run(tmp_path / "run", *tiny, "--init", str(tmp_path / "tiny"))
+    assert not (tmp_path / "run").exists()

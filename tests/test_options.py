@@ -27,7 +27,7 @@ PAPER = {
     "first_target": "copy", "no_predictor": False, "no_stop_gradient": False, "compile": False, "tau": 0.7, "alpha": 0.5,
     "seed": 0, "knn_every": 10, "on_nonfinite": "skip", "device": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
     "settings": {"jitter": 1}, "labels": None, "holdout": 0, "pixel_range": None, "skip_broken": False, "no_cache": False,
-    "save_partition": None, "dry_run": False,
+    "save_partition": None, "dry_run": False, "init": None,
 }  # fmt: skip
 FASHION = {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}
 # aggregate, update, predictor; the servers; what a client minimises, and its numbers
