@@ -1,6 +1,6 @@
 """fused_cuda.cu without a GPU: what nvcc makes of it, and its kernels executed on the CPU (cuda_on_cpu/) and shown able to fail.
 
-`FEDU_FAULTS=1 python -m pytest -v tests/test_cuda.py` plants every fault of FAULTS, which takes some minutes; otherwise two are planted.
+`FEDU_FAULTS=1 python -m pytest -vv tests/test_cuda.py` plants every fault of FAULTS, which takes some minutes; otherwise two are planted.
 """
 
 import os

@@ -273,10 +273,13 @@ GOES_WITH = {
     "--head mlp": ["semi"],
     "--epochs 3": ["linear", "semi"],
     "--transfer cifar10": ["linear", "knn", "semi", "export"],
+    "--dataset x.npz": ["linear", "knn", "semi", "export"],
     "--seed 1": ["linear", "semi"],
     "--data-root x": ["linear", "knn", "semi", "export"],
     "--device cpu": ["linear", "knn", "semi", "export"],
     "--out x.png": ["table", "plot", "against", "report"],
+    "--size 3,2.5": ["plot", "against"],
+    "--no-title": ["plot", "against"],
 }
 
 
@@ -287,18 +290,20 @@ def test_defaults_of_an_evaluation():
             assert (options.task, options.runs) == (task, [])
             assert options.epochs == {"linear": 200, "semi": 100}.get(task)
             assert (options.features, options.head, options.seed, options.device) == ("backbone", "linear", 0, "auto")
-            assert (options.transfer, options.data_root, options.out) == (None, None, None)
+            assert (options.transfer, options.dataset, options.data_root, options.out, options.size) == (None,) * 5
+            assert not options.no_title
     assert parse_evaluation(["--semi", "0.1"]).semi == 0.1 and parse_evaluation(["--against", "mu"]).against == "mu"
 
 
 @pytest.mark.parametrize("option", GOES_WITH)
 def test_an_evaluations_option_is_refused_where_it_changes_nothing(refuses, option):
-    name, value = option[2:].replace("-", "_").split()
+    name, _, text = option[2:].replace("-", "_").partition(" ")
+    value = {"3,2.5": (3.0, 2.5), "": True}.get(text, text)
     for task, lines in TASKS.items():
         for line in lines:
             given = f"{line} {option}".split()
             if task in GOES_WITH[option]:
-                assert str(getattr(parse_evaluation(given), name)) == value
+                assert getattr(parse_evaluation(given), name) == value or str(getattr(parse_evaluation(given), name)) == value
             else:
                 assert refuses(lambda given=given: parse_evaluation(given), option.split()[0], lines[-1].split()[0])
 
@@ -310,6 +315,8 @@ def test_an_evaluations_option_is_refused_where_it_changes_nothing(refuses, opti
         ("--epochs 0|--epochs 1.5", "--epochs 1"),
         ("--seed -1|--seed 9223372036854775808", "--seed 0|--seed 9223372036854775807"),
         ("--features image|--head cosine --semi 1|--device tpu", "--head linear --semi 1|--features backbone"),
+        ("--plot --size 3|--plot --size 0.5,3|--plot --size 3,101|--plot --size a,b", "--plot --size 1,100"),
+        ("--transfer cifar10 --dataset x.npz", "--transfer cifar10|--dataset x.npz"),
         ("--export f.txt|--export f.pt", "--export f.npz|--export f.safetensors|--export f.onnx|--export folder"),
         ("--knn --linear|--semi 0.1 --knn|--table --plot|--bogus", "run1 run2 --knn"),
     ],
@@ -318,7 +325,7 @@ def test_values_of_an_evaluation(refuses, outside, inside):
     for line in inside.split("|"):
         parse_evaluation(line.split())
     for line in outside.split("|"):
-        assert refuses(lambda line=line: parse_evaluation(line.split()), line.split()[0])
+        assert refuses(lambda line=line: parse_evaluation(line.split()), line.removeprefix("--plot ").split()[0])
 
 
 # ------------------------------------------------------------------------------------------------ the name of a run
