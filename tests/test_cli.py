@@ -104,7 +104,7 @@ def test_a_folder_with_nothing_of_a_run_may_be_used(tiny, tmp_path, command):
         fedu.main(parse([*tiny, "--out", str(run), "--overwrite"]))
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full", "| true"])
+@pytest.mark.parametrize("redirection", ["<&- >&- 2>&-", "> /dev/full 2> /dev/full", "2>&- | true"])
 def test_what_is_printed_never_costs_a_run(tiny, tmp_path, redirection):
     options = " ".join([*tiny, "--rounds", "2", "--encoder", "tiny", "--out", "run"])
     line = f"{sys.executable} {ROOT / 'fedu.py'} {options} {redirection}"

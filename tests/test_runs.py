@@ -137,6 +137,6 @@ def test_onnx_gives_the_same_features(finished, trained, tmp_path, npz):
 @pytest.mark.parametrize("package, name", [("safetensors.torch", "b.safetensors"), ("onnxscript", "b.onnx"), ("safetensors.torch", "hub")])
 def test_a_missing_package_is_one_sentence(finished, tmp_path, monkeypatch, package, name):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=f"--export .*{name} needs the package.*pip install -r requirements-optional.txt"):
+    with pytest.raises(InputError, match=f"export .*{name} needs the package.*pip install -r requirements-optional.txt"):
         export_encoders(finished / "runs/run", tmp_path / name)
     assert not list(tmp_path.iterdir())

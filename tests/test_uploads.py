@@ -93,6 +93,6 @@ def test_a_rule_sees_all_rows_or_one_sentence():
         if memory == MEMORY:
             assert torch.equal(uploads.rows(), vectors)
         else:
-            with pytest.raises(InputError, match="lower --clients-per-round"):
+            with pytest.raises(InputError, match="lower clients_per_round"):
                 uploads.rows()
         assert [norms.item() for norms in uploads.close()] == pytest.approx(vectors.norm(dim=1).tolist())
