@@ -19,6 +19,7 @@ from runtime.cli import user_errors
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start too, which other tests run beside
 
 
 @pytest.fixture(scope="session")
