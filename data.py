@@ -19,7 +19,7 @@ from torch import Tensor
 import ops
 from images import note
 from options import CIFAR_CLASSES, Data
-from runtime.cli import InputError, first_line, nearest, write_atomic
+from runtime.cli import InputError, first_line, nearest, user_path, write_atomic
 from sources import Split, decode_splits, find_source, label_files, read_cifar, read_npz, read_table, some
 
 ASSETS = Path(__file__).parent / "assets"
@@ -130,7 +130,7 @@ def load_images(
     file with their images. option: that named the source, for an error. Raises InputError if the source is missing, unreadable or of
     another form.
     """
-    root, path = root.expanduser(), Path(name).expanduser()
+    root, path = user_path(root, "--data-root"), user_path(name, option)
     if name == "fashion":
         path = ASSETS / "fashion.npz"
     elif name in CIFAR_CLASSES:
@@ -145,7 +145,7 @@ def load_images(
         meant = nearest(name, ("fashion", *CIFAR_CLASSES))
         raise InputError(f"{option} got {name!r}; it needs fashion, cifar10, cifar100, a file PATH.npz or an image folder{meant}")
     if labels:
-        splits = label_files(path, splits, Path(labels).expanduser())
+        splits = label_files(path, splits, user_path(labels, "--labels"))
     if holdout:
         splits = hold_out(path, *splits, holdout)
     if isinstance(splits[0].images, list):
@@ -153,12 +153,7 @@ def load_images(
     images = to_images(path, *splits)
     if images.num_classes != CIFAR_CLASSES.get(name, images.num_classes):
         raise InputError(f"{path} holds {images.num_classes} classes, {name} has {CIFAR_CLASSES[name]}")
-    return read_partition(Path(partition).expanduser(), images) if partition.endswith((".json", ".csv")) else images
-
-
-def load_npz(path: Path) -> Images:
-    """Load an .npz, see `read_npz`."""
-    return to_images(path, *read_npz(path))
+    return read_partition(user_path(partition, "--partition"), images) if partition.endswith((".json", ".csv")) else images
 
 
 def hold_out(source: Path, train: Split, test: Split, fraction: float) -> list[Split]:

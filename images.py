@@ -26,7 +26,7 @@ import PIL
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
-from runtime.cli import RANK, InputError, first_line, locked, os_errors, write_atomic
+from runtime.cli import RANK, InputError, bars_are_hidden, first_line, locked, os_errors, write_atomic
 
 
 def note(text: str) -> None:
@@ -334,7 +334,7 @@ def in_parallel(work: Callable[[int], object], indices: Sequence[int], title: st
     """Call `work` with each index, in as many threads as there are processors, for Pillow and numpy leave the interpreter to others."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for _ in tqdm(pool.map(work, indices), total=len(indices), desc=title, unit="image", leave=False, disable=not sys.stderr.isatty()):
+        for _ in tqdm(pool.map(work, indices), total=len(indices), desc=title, unit="image", leave=False, disable=bars_are_hidden()):
             pass
     finally:
         pool.shutdown(cancel_futures=True)

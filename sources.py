@@ -11,7 +11,7 @@ import json
 import urllib.error
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +43,14 @@ class Split(NamedTuple):
             return values[np.asarray(indices)] if isinstance(values, np.ndarray | Tensor) else values and [values[k] for k in indices]
 
         return Split(*map(chosen, self))
+
+
+def name_of_test(source: Path, there: Collection[str]) -> str:
+    """Which of the splits that a source has holds its test images: `test`, or if that is missing a validation split, as a line says."""
+    name = next((name for name in ("test", *INSTEAD_OF_TEST) if name in there), "test")
+    if name != "test":
+        note(f"{source}: the {name} images are taken as test images, since it has none")
+    return name
 
 
 def some(values: Sequence[object], most: int = 10) -> str:
@@ -89,10 +97,8 @@ def find_source(path: Path, partition: str = "") -> list[Split]:
 def split_folders(path: Path) -> tuple[Path | None, Path | None]:
     """The folders of the training and of the test images in a folder, if it has them."""
     folders = {name.lower(): path / name for name in listing(path) if (path / name).is_dir()} if path.is_dir() else {}
-    train, test = folders.get("train"), folders.get("test")
-    if train and not test and (test := next(filter(None, map(folders.get, INSTEAD_OF_TEST)), None)):
-        note(f"{path}: the {test.name} images are taken as test images, since it has none")
-    return train, test
+    train = folders.get("train")
+    return train, folders.get(name_of_test(path, folders) if train else "test")
 
 
 def find_parties(path: Path) -> list[Split]:
@@ -185,10 +191,9 @@ def read_npz(path: Path, splits: Sequence[str] = SPLITS) -> list[Split]:
             found = {name: [k for k in names if k in archive.files] for name, names in keys.items()}
             if not any(key in keys["train"][:2] for key in found["train"]):
                 raise InputError(f"{path} has no array x_train or train_images; it has {some(archive.files) or 'none'}")
-            test = next((name for name in keys if name != "train" and found[name]), "test")
-            if test != "test" and "test" in splits:
-                note(f"{path}: the {test} images are taken as test images, since it has none")
-            chosen = [name for name in ("train", test) if name == "train" or "test" in splits]
+            chosen = ["train"]
+            if "test" in splits:
+                chosen.append(name_of_test(path, [name for name in keys if found[name]]))
             if "client_train" in archive.files and "test" in splits:
                 found["train"].append("client_train")
             arrays = {key: archive[key] for name in chosen for key in found[name]}
@@ -220,8 +225,11 @@ def as_split(path: Path, arrays: dict[str, np.ndarray], name: str) -> Split:
     return Split(images, labels, owners=owners)
 
 
-def as_images(path: Path, name: str, x: np.ndarray) -> Tensor:
-    """Images of an array as uint8 `[N, 3, S, S]`. Raises InputError if it is of another form, with the expression that converts it."""
+def as_images(path: Path | str, name: str, x: np.ndarray) -> Tensor:
+    """Images of an array as uint8 `[N, 3, S, S]`. path, name: what an error calls it.
+
+    Raises InputError if it is of another form, with the expression that converts it.
+    """
     if x.dtype == np.uint8 and x.size and x.ndim in (3, 4) and x.shape[3:] in ((), (1,), (3,)) and x.shape[1] == x.shape[2]:
         return channels_first(x)
     if x.dtype != np.uint8 and x.size:
@@ -290,11 +298,11 @@ def read_parquet(path: Path) -> list[Split]:
             split = Split(content, [classes[k] if classes else str(k) for k in labels], [image.name for image in content])
         known = next((name for name in (*SPLITS, *INSTEAD_OF_TEST) if file.name.lower().startswith(name)), "train")
         found[known] = join([found[known], split]) if known in found else split
-    test = next((name for name in ("test", *INSTEAD_OF_TEST) if name in found), "test")
     if "train" not in found:
         raise InputError(f"{path} holds no parquet file whose name begins with train")
-    for name in found.keys() - {"train"}:
-        note(f"{path}: the {name} images are {'taken as test images' if name == test else 'not read'}") if name != "test" else None
+    test = name_of_test(path, found)
+    for name in found.keys() - {"train", test}:
+        note(f"{path}: the {name} images are not read")
     return [found["train"], found.get(test, Split([]))]
 
 
@@ -337,11 +345,9 @@ def label_files(folder: Path, found: Sequence[Split], table: Path) -> list[Split
         if split not in known:
             raise InputError(f"--labels {table} has the split {split}; it needs one of {', '.join(known)}")
         chosen.setdefault(split, []).append(row)
-    test = next((name for name in known[1:] if name in chosen), "test")
     if "train" not in chosen:
         raise InputError(f"--labels {table} has no training image")
-    if test != "test":
-        note(f"{table}: the {test} images are taken as test images, since it has none")
+    test = name_of_test(table, chosen)
     for name in chosen.keys() - {"train", test}:
         note(f"{table}: {len(chosen[name])} {name} images are not read")
     return [rows_as_split(sorted(chosen.get(name, []), key=lambda row: row["file"]), paths) for name in ("train", test)]

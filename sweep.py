@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from options import HOST_OPTIONS, OPTIONS, Ineffective, Options, flag, run_name, training_parser
-from runtime.cli import InputError, Parser, command_line, number, os_errors, user_errors, user_path, write_atomic
+from runtime.cli import InputError, Parser, bars_are_hidden, command_line, number, os_errors, user_errors, user_path, write_atomic
 
 ROOT, LIBC = Path(__file__).parent, ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
@@ -68,7 +68,7 @@ def make(runs: list[Run], jobs: int, after: Callable[[Run], None] = lambda run: 
     threads = max(1, os.cpu_count() // jobs)  # together no more than cores, or the threads of a run would wait for those of another
     waiting = [(run, steps) for run in runs if (steps := run.steps_left())]
     working, failed = [], []
-    with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=bars_are_hidden()) as bar:
         try:
             while waiting or working:
                 if waiting and len(working) < jobs:

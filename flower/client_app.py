@@ -23,7 +23,7 @@ from data import load_unlabelled
 from federation import Client, Federation, Turn, assemble
 from options import Options
 from runtime.bank import Bank
-from runtime.cli import InputError, command_line, first_line, locked, os_errors
+from runtime.cli import InputError, command_line, first_line, locked, os_errors, user_path
 from runtime.device import choose_device, keep_memory
 from runtime.run import load_checkpoint, save_checkpoint
 from training import train_client
@@ -74,7 +74,7 @@ def train(message: Message, context: Context) -> Message:
     options = read_options(config, context)
     client, images = open_client(context, options, config)
     received = torch.from_numpy(message.content["model"]["model"].numpy()).to(images.device)
-    state = Path(str(context.node_config.get("state", "fedu-state"))).expanduser()
+    state = user_path(str(context.node_config.get("state", "fedu-state")), "--node-config state")
     folder = state / config["run"] / f"client-{client.id}"
     turn, upload = take_turn(client, images, received, options, config["round"], config["last-round"], folder)
     divergence = math.nan if client.divergence is None else client.divergence  # of an upload that is not finite
@@ -154,11 +154,11 @@ def open_client(context: Context, options: Options, config: ConfigRecord) -> tup
         raise ReportedError(f"--node-config has no {min(missing)}; it needs at least 'client=0 data=\"PATH\"'")
     if not isinstance(node["client"], int) or not 0 <= node["client"] < options.clients:
         raise ReportedError(f"--node-config got client={node['client']}; the federation has the clients 0 to {options.clients - 1}")
-    data = Path(str(node["data"])).expanduser()
+    data = user_path(str(node["data"]), "--node-config data")
     try:
         images = load_unlabelled(
             data, config["image-size"], node.get("pixel-range"), bool(node.get("skip-broken")),
-            None if node.get("no-cache") else Path("~/.cache/fedu").expanduser(),
+            None if node.get("no-cache") else user_path("~/.cache/fedu"),
         )  # fmt: skip
         if len(images) < options.batch_size:
             raise InputError(f"{data} has {len(images)} images, a batch needs {options.batch_size}")

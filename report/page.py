@@ -12,7 +12,7 @@ from pathlib import Path
 from options import OPTIONS, Options
 from report.figures import plot, plot_against
 from report.progress import duration
-from report.tables import describe_option, distinct_seeds, is_trained, read_options, table_lines
+from report.tables import describe_option, distinct_seeds, is_trained, read_options, table_lines, trained_among
 from runtime.cli import write_atomic
 from runtime.run import read_config, read_metrics
 
@@ -95,7 +95,7 @@ def html_table(lines: list[list[str]]) -> str:
 
 def html_options(settings: list[dict]) -> list[str]:
     """The options that the trained settings have in common, changed ones first; those that differ are in the table of accuracies."""
-    trained = [setting for setting in settings if is_trained(setting)] or settings
+    trained = trained_among(settings)
     first = trained[0]
     common = [name for name in OPTIONS if name in first and name != "method" and all(setting[name] == first[name] for setting in trained)]
     usual = asdict(Options(method=first["method"], dataset=first["dataset"]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from report.tables import mean
-from runtime.cli import InputError
+from runtime.cli import InputError, bars_are_hidden
 
 TABLE_HEADER = (
     f"{'round':>7}{'lr':>10}{'loss':>9}{'divergence':>12}{'kNN %':>8}{'seconds':>9}{'left':>11}  predictor taken (global, local, mixed, -)"
@@ -89,11 +89,6 @@ def tensorboard_log(folder: Path) -> Callable[[dict], None]:
             print(f"cannot write to {folder} ({error.strerror}): the run goes on without this log", file=sys.stderr)
 
     return write
-
-
-def bars_are_hidden() -> bool:
-    """Bars are shown on a terminal and in a notebook."""
-    return not (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 class Progress(tqdm):

@@ -14,11 +14,10 @@ from tqdm import tqdm
 from data import load_unlabelled
 from models import extract_features, load_backbone, load_encoders
 from report.figures import plot
-from report.progress import bars_are_hidden
-from runtime.cli import InputError, user_path
+from runtime.cli import bars_are_hidden, user_path
 from runtime.device import choose_device
 from runtime.run import read_config, read_metrics
-from sources import channels_first
+from sources import as_images as read_images
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,4 @@ def as_images(images: Tensor | np.ndarray | Path | str, image_size: int) -> Tens
     array = np.asarray(images)
     if array.ndim == 4 and array.shape[1] == 3:
         array = array.transpose(0, 2, 3, 1)
-    square = array.ndim in (3, 4) and array.shape[1] == array.shape[2] and array.shape[3:] in ((), (3,))
-    if array.dtype == np.uint8 and array.size and square:
-        return channels_first(array)
-    shape = f"{array.dtype} {list(array.shape)}"
-    raise InputError(f"images is {shape}, it needs uint8 [N, 3, S, S], [N, S, S, 3] or [N, S, S]: a path, or values 0 to 255 as uint8")
+    return read_images("images", "the array", array)

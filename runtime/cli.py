@@ -68,6 +68,11 @@ def in_python(sentence: str) -> str:
     return "`".join(pieces)
 
 
+def bars_are_hidden() -> bool:
+    """Progress bars are shown on a terminal and in a notebook."""
+    return not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, for use inside a sentence: its type and at most 100 characters of its first line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:100]}"
@@ -119,14 +124,21 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
     return convert
 
 
-def user_path(text: str | Path) -> Path:
-    """A path that a user gives, with `~` for the home folder wherever it was typed; an argparse type."""
+class PathError(InputError, argparse.ArgumentTypeError):
+    """A text that is no path, for argparse too."""
+
+
+def user_path(text: str | Path, option: str = "") -> Path:
+    """A path that a user gives, with `~` for the home folder wherever it was typed; an argparse type. option: that named it, for an error.
+
+    Raises PathError if the text is empty, or names the home of somebody whom this machine does not know.
+    """
     try:
         if str(text):
             return Path(text).expanduser()
-    except RuntimeError:  # ~somebody whom this machine does not know
+    except RuntimeError:  # the home is not known
         pass
-    raise argparse.ArgumentTypeError(f"got {str(text)!r}, needs the path of a file or folder")
+    raise PathError(f"{option} got {str(text)!r}, needs the path of a file or folder".strip())
 
 
 @contextmanager

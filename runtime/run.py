@@ -28,7 +28,8 @@ from runtime.device import describe_device
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin", "encoder.pt")
 RUN_FILES += ("partition.png", "divergence.png", "eval.jsonl")
-TRAINING_SOURCES = ("*.py", "methods/*.py", "runtime/*.py", "ops/*")  # but eval.py, which comes after the training
+TRAINING_SOURCES = ("*.py", "methods/*.py", "runtime/*.py", "ops/*")
+AFTER_TRAINING = ("eval.py", "sweep.py")  # which train nothing themselves
 
 
 def read_config(run: Path) -> dict:
@@ -138,7 +139,7 @@ def reopen_run(out: Path, parties: bool = False) -> dict:
 def describe_code() -> dict:
     """The code that runs: a hash over the sources that can change the result of a training, and git's commit if there is one."""
     here = Path(__file__).parent.parent
-    sources = sorted(p for pattern in TRAINING_SOURCES for p in here.glob(pattern) if p.is_file() and p.name != "eval.py")
+    sources = sorted(p for pattern in TRAINING_SOURCES for p in here.glob(pattern) if p.is_file() and p.name not in AFTER_TRAINING)
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     git = shutil.which("git") and subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
     return {"source": hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16], "commit": git or None}

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, load_metrics, refused
+from PIL import Image
 
 import fedu
+from data import load_dataset
 from options import Options, evaluation_parser, parse, parse_evaluation
 from runtime.cli import InputError, unbreakable_output
 
@@ -172,3 +174,13 @@ def test_a_data_set_and_an_argument_of_python_are_corrected_too(tmp_path):
     with pytest.raises(InputError, match="^method got 'FedU', .*; did you mean fedu\\?$"):
         Options(method="FedU")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["dataset", "data_root", "labels", "partition"])
+def test_a_home_that_is_not_known_is_one_sentence_wherever_it_is_named(option, tmp_path):
+    given = {"dataset": str(tmp_path)} if option in ("labels", "partition") else {"dataset": "cifar10"} if option == "data_root" else {}
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    path = "~nobody-of-this-name/x" + {"dataset": ".npz", "labels": ".csv", "partition": ".json"}.get(option, "")
+    with pytest.raises(InputError, match=f"{option} got '{path}', needs the path of a file or folder"):
+        load_dataset(Options(**given, **{option: path}))

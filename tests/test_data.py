@@ -143,7 +143,7 @@ def test_labelled_subset_is_balanced():
 def test_as_many_classes_as_a_byte_can_name(tmp_path):
     x, y = np.zeros((256, 4, 4), np.uint8), np.arange(256, dtype=np.uint8)
     np.savez(tmp_path / "x.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    assert data.load_npz(tmp_path / "x.npz").num_classes == 256
+    assert data.load_images(str(tmp_path / "x.npz")).num_classes == 256
 
 
 def test_fashion_is_balanced_and_padded():
@@ -254,7 +254,7 @@ GOOD["y_test"] = np.arange(2)
 def test_npz_of_another_form_is_refused(change, words, tmp_path):
     np.savez(tmp_path / "bad.npz", **{k: v for k, v in (GOOD | change).items() if v is not None})
     with pytest.raises(InputError, match=words):
-        data.load_npz(tmp_path / "bad.npz")
+        data.load_images(str(tmp_path / "bad.npz"))
 
 
 @pytest.mark.parametrize("change", range(4))
@@ -264,10 +264,10 @@ def test_the_expression_in_a_refusal_converts_the_array(change, tmp_path):
     x = [ramp, (ramp * 255).astype(np.float32), (ramp * 4095).astype(np.uint16), (ramp * 65535 - 32768).astype(np.int16)][change]
     np.savez(tmp_path / "x.npz", x_train=x)
     with pytest.raises(InputError) as refusal:
-        data.load_npz(tmp_path / "x.npz")
+        data.load_images(str(tmp_path / "x.npz"))
     convert = str(refusal.value).split("`")[1]
     np.savez(tmp_path / "x.npz", x_train=eval(convert, {"x": x, "numpy": np}).astype(np.uint8))
-    assert np.abs(data.load_npz(tmp_path / "x.npz").x_train[0, 0].numpy() - 255 * ramp[0]).max() <= 1
+    assert np.abs(data.load_images(str(tmp_path / "x.npz")).x_train[0, 0].numpy() - 255 * ramp[0]).max() <= 1
 
 
 def test_medmnist_is_read_as_it_is_downloaded(tmp_path, capsys):
@@ -281,7 +281,7 @@ def test_medmnist_is_read_as_it_is_downloaded(tmp_path, capsys):
     assert capsys.readouterr().err == f"{tmp_path}/medmnist.npz: arrays that are not read: val_images, val_labels\n"
     del arrays["test_images"], labels["test_labels"]
     np.savez(tmp_path / "medmnist.npz", **arrays, **labels)
-    assert torch.equal(data.load_npz(tmp_path / "medmnist.npz").x_test[:, 0], torch.from_numpy(arrays["val_images"]))
+    assert torch.equal(data.load_images(str(tmp_path / "medmnist.npz")).x_test[:, 0], torch.from_numpy(arrays["val_images"]))
     assert "the val images are taken as test images, since it has none" in capsys.readouterr().err
 
 
@@ -299,7 +299,7 @@ def test_medmnist_is_read_as_it_is_downloaded(tmp_path, capsys):
 @pytest.mark.parametrize("shape", [(4, 8, 8), (4, 8, 8, 1), (4, 8, 8, 3)])
 def test_labels_of_any_kind_are_numbered_in_their_order(labels, classes, said, shape, tmp_path, capsys):
     np.savez(tmp_path / "x.npz", x_train=np.zeros(shape, np.uint8), y_train=labels, x_test=np.zeros(shape, np.uint8)[:1], y_test=labels[:1])
-    images = data.load_npz(tmp_path / "x.npz")
+    images = data.load_images(str(tmp_path / "x.npz"))
     assert images.classes == classes and images.num_classes == len(classes) and said in capsys.readouterr().err
     names = [classes[k] for k in images.y_train]
     assert names == [n.decode() if isinstance(n, bytes) else str(int(n) if isinstance(n, np.bool) else n) for n in labels.flatten()]
@@ -311,9 +311,9 @@ def test_damaged_npz_is_refused(npz, tmp_path):
     for damaged in (b"", b"not a zip", whole[: len(whole) // 2], whole[:2000] + b"\0" * 40 + whole[2040:]):
         (tmp_path / "bad.npz").write_bytes(damaged)
         with pytest.raises(InputError, match="bad.npz"):
-            data.load_npz(tmp_path / "bad.npz")
+            data.load_images(str(tmp_path / "bad.npz"))
     with pytest.raises(InputError, match="does not exist"):
-        data.load_npz(tmp_path / "none.npz")
+        data.load_images(str(tmp_path / "none.npz"))
     with pytest.raises(InputError, match="--dataset got 'mnist'"):
         data.load_images("mnist")
 
@@ -382,14 +382,14 @@ def test_images_without_labels_train_and_are_exported_with_their_names(kind, tmp
 def test_test_images_that_are_missing_or_have_no_labels_are_said(tmp_path):
     x, y = np.zeros((8, 16, 16, 3), np.uint8), np.arange(8) % 2
     np.savez(tmp_path / "train.npz", x_train=x, y_train=y)
-    images = data.load_npz(tmp_path / "train.npz")
+    images = data.load_images(str(tmp_path / "train.npz"))
     with pytest.raises(InputError, match=r"kNN needs labels and test images, .* has no test images \(--holdout 0.1 makes some\)"):
         data.require(images, "kNN")
     data.require(images, "fedavg-supervised", test=False)
     np.savez(tmp_path / "test.npz", x_train=x, y_train=y, x_test=x)
-    assert data.lacks(data.load_npz(tmp_path / "test.npz")) == "the test images have no labels"
+    assert data.lacks(data.load_images(str(tmp_path / "test.npz"))) == "the test images have no labels"
     np.savez(tmp_path / "none.npz", x_train=x, x_test=x, y_test=y)
-    assert data.lacks(data.load_npz(tmp_path / "none.npz")) == "the data set has no labels"
+    assert data.lacks(data.load_images(str(tmp_path / "none.npz"))) == "the data set has no labels"
 
 
 @pytest.mark.parametrize("kind", ["npz", "folder"])
@@ -557,7 +557,7 @@ def test_three_folders_train_as_three_clients_and_their_partition_is_saved_and_u
 
 
 def test_classes_of_each_client_are_counted(npz):
-    images = data.load_npz(npz)  # of which image k has the class k % 4
+    images = data.load_images(str(npz))  # of which image k has the class k % 4
     assert data.count_classes(images, [torch.tensor([0, 4, 1]), torch.tensor([3])]).tolist() == [[2, 1, 0, 0], [0, 0, 0, 1]]
     without = images._replace(y_train=images.y_train[:0])
     assert data.count_classes(without, [torch.tensor([0, 4, 1]), torch.tensor([3])]).tolist() == [[3], [1]]
@@ -567,8 +567,8 @@ def test_classes_of_each_client_are_counted(npz):
 
 
 def test_a_hash_of_images_and_labels_tells_every_change(npz):
-    images = data.load_npz(npz)
-    assert images.digest == data.load_npz(npz).digest
+    images = data.load_images(str(npz))
+    assert images.digest == data.load_images(str(npz)).digest
     for name in ("x_train", "y_train", "x_test", "y_test"):
         changed = getattr(images, name).clone()
         changed.view(-1)[-1] ^= 1

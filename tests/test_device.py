@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import training
-from data import load_npz, seed_of
+from data import load_images, seed_of
 
 
 class EmulatedGraph(TorchDispatchMode):
@@ -80,7 +80,7 @@ def graphs(monkeypatch) -> list[EmulatedGraph]:
 
 def train_three_clients(kind: str, npz, precision: str) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Three clients one after the other, each with images, learning rate and random numbers of its own; FedCA's share a dictionary."""
-    images = load_npz(npz)
+    images = load_images(str(npz))
     torch.manual_seed(0)
     objective = networks_of(kind, images.y_train, CPU)
     if kind == "fedca":
@@ -111,7 +111,7 @@ def test_one_graph_serves_all_clients(npz, graphs, monkeypatch, kind, precision)
 
 def test_a_graph_that_holds_something_else_is_captured_anew(npz, graphs):
     """The moving average's decay is a number inside the graph, and the dictionary that clients share lies elsewhere in each round."""
-    images = load_npz(npz).x_train
+    images = load_images(str(npz)).x_train
     step = training.Step(networks_of("simclr"), images)
 
     def train(ema_decay: float) -> int:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import eval as evaluation
-from data import Images, balanced_subset, load_npz
+from data import Images, balanced_subset, load_images
 from models import Encoder, build_backbone, extract_features, load_encoders
 from options import Data, parse_evaluation
 from runtime.cli import InputError
@@ -30,7 +30,7 @@ from runtime.cli import InputError
 
 @pytest.fixture
 def images(npz) -> Images:
-    return load_npz(npz)
+    return load_images(str(npz))
 
 
 def hard_images(num_train: int, num_test: int, spread: float = 60, numbered: bool = False, side: int = 4) -> Images:

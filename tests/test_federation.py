@@ -3,7 +3,7 @@ import torch
 from conftest import run
 
 import training
-from data import load_npz, partition
+from data import load_images, partition
 from federation import build, drops_out, sample_clients
 from options import Options, parse
 
@@ -47,7 +47,7 @@ def test_one_who_has_all_images_does_not_care_how_they_would_be_dealt(tiny, tmp_
 
 
 def test_fedca_sets_public_images_aside_and_shares_representations(npz, tmp_path, tiny):
-    images = load_npz(npz)
+    images = load_images(str(npz))
     options = Options(**parse([*tiny, "--method", "fedca"]).given)
     federation = build(options, images)
     training.prepare(federation, options)

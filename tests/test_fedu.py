@@ -7,7 +7,7 @@ from conftest import CPU, load, objective, run
 
 import fedu
 import ops
-from data import load_npz, seed_of
+from data import load_images, seed_of
 from federation import Client, Start, assemble, build, divergence_segments
 from fedu import dapu, divergence, load_networks, start_of
 from methods.byol import BYOL
@@ -171,7 +171,7 @@ def test_fedema_is_scaled_by_the_first_divergence_that_was_measured(tiny, tmp_pa
 def test_divergence_from_the_next_average(npz):
     """Own encoder 3, average 1: every weight of a convolution moved by 2."""
     options = Options(method="fedema", divergence_from="global", encoder="small")
-    images = load_npz(npz)
+    images = load_images(str(npz))
     federation = assemble(options, [[Client(0, torch.arange(8))]], images.x_train, images.y_train)
     (server,), net = federation.servers, federation.networks
     bank = Bank(fedu.kept_parts(net, options))
@@ -206,7 +206,7 @@ def test_the_target_can_be_what_is_averaged():
 
 def test_order_of_training_does_not_matter(npz):
     """Random numbers are keyed by (seed, round, client), so the clients may train in any order."""
-    images = load_npz(npz).x_train
+    images = load_images(str(npz)).x_train
     net = objective()
     model, results = net.online.vector.clone(), []
     for order in ((0, 1, 2), (2, 0, 1)):
@@ -224,7 +224,7 @@ def test_order_of_training_does_not_matter(npz):
 @pytest.mark.parametrize("rows", [None, 2])
 def test_two_servers_of_several_clients_average_their_own(npz, monkeypatch, rows):
     """Clients of unequal size, so that those of one server would lie between those of the other; rows: of the matrix of uploads."""
-    images, options = load_npz(npz), Options(encoder="tiny", clients=5, batch_size=4, local_epochs=1, lr=0.05, rounds=2)
+    images, options = load_images(str(npz)), Options(encoder="tiny", clients=5, batch_size=4, local_epochs=1, lr=0.05, rounds=2)
     sizes = [(0, 5), (5, 25), (25, 35), (35, 43), (43, 64)]
     clients = [Client(k, torch.arange(*span)) for k, span in enumerate(sizes)]
     federation = assemble(options, [[clients[0], clients[1], clients[4]], [clients[2], clients[3]]], images.x_train, images.y_train)
@@ -256,7 +256,7 @@ def test_two_servers_of_several_clients_average_their_own(npz, monkeypatch, rows
 
 def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkeypatch):
     """Client 1 of 3 gets an infinite weight in round 1. It is as if it had dropped out, up to rounding, since the mean is rescaled."""
-    images = load_npz(npz)
+    images = load_images(str(npz))
     options = Options(**parse([*tiny, "--clients", "3", "--method", "fedema"]).given)
     training = fedu.train_client
 

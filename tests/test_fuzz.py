@@ -13,7 +13,7 @@ from PIL import Image
 
 import eval as evaluation
 import fedu
-from data import load_images, load_npz
+from data import load_images
 from federation import build
 from options import Options
 from runtime.bank import Bank
@@ -69,13 +69,13 @@ def readers(npz, finished, tmp_path):
 
     def resume() -> None:
         options = Options(**read_config(run)["options"])
-        federation = build(options, load_npz(npz))
+        federation = build(options, load_images(str(npz)))
         bank = Bank(fedu.kept_parts(federation.networks, options), run / "bank.bin")
         federation.restore(read_checkpoint(run / "checkpoint.pt", bank, CPU))
 
     places = {
-        "npz": (tmp_path / "plain.npz", npz.read_bytes(), lambda: load_npz(tmp_path / "plain.npz")),
-        "packed npz": (tmp_path / "packed.npz", None, lambda: load_npz(tmp_path / "packed.npz")),
+        "npz": (tmp_path / "plain.npz", npz.read_bytes(), lambda: load_images(str(tmp_path / "plain.npz"))),
+        "packed npz": (tmp_path / "packed.npz", None, lambda: load_images(str(tmp_path / "packed.npz"))),
         "png": (folder / "train/a/0.png", None, lambda: load_images(str(folder), image_size=12)),
         "jpeg": (folder / "test/b/0.jpeg", None, lambda: load_images(str(folder), image_size=12)),
         "checkpoint": (run / "checkpoint.pt", None, resume),

@@ -7,7 +7,7 @@ import torch
 from conftest import KINDS, load, load_metrics, networks_of, refused
 
 import training
-from data import load_npz, two_views
+from data import load_images, two_views
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
@@ -24,7 +24,7 @@ def train(kind: str, npz, device: torch.device, views=two_views):
 
     So small a learning rate that rounding is not amplified: at 0.01, 1e-6 in the weights becomes 10% of the update.
     """
-    images = load_npz(npz).to(device)
+    images = load_images(str(npz)).to(device)
     torch.manual_seed(0)
     objective = networks_of(kind, images.y_train, device)
     if kind == "fedca":

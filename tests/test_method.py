@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 import fedu
 import ops
-from data import load_npz, partition, seed_of
+from data import load_images, partition, seed_of
 from federation import build
 from options import Options
 
@@ -113,7 +113,7 @@ def compare(dataset, folder, rel, method, clients=3, rounds=3, local_epochs=1, l
     training = {"method": method, "rounds": rounds, "local_epochs": local_epochs, "batch_size": 8, "lr": lr}
     run = fedu.train(Options(dataset=str(dataset), encoder="tiny", device="cpu", knn_every=2, clients=clients, **training, **case), folder)
     case |= case.pop("settings", {})
-    images = load_npz(dataset)
+    images = load_images(str(dataset))
     data = {"kind": case.pop("partition", "classes"), "seed": case.get("seed", 0), "at_least": 8}
     data |= {name: case.pop(name) for name in ("alpha", "classes_per_client") if name in case}
     if method == "central":
@@ -248,7 +248,7 @@ def test_resnet18_is_the_papers(dataset, tmp_path):
     sizes = [sum(t.numel() for name, t in part.items() if "running" not in name) for part in (saved["backbone"], saved["projector"])]
     projector, predictor = (inputs * 4096 + 4096 + 2 * 4096 + 4096 * 2048 + 2048 for inputs in (512, 2048))
     statistics = 2 * (64 + 4 * 64 + 5 * 128 + 5 * 256 + 5 * 512 + 4096 + 4096)  # a shortcut has some too, where the width changes
-    model = build(replace(options, method="fedu"), load_npz(dataset)).servers[0].model
+    model = build(replace(options, method="fedu"), load_images(str(dataset))).servers[0].model
     assert sizes == [11_168_832, projector] and len(model) - statistics == sum(sizes) + predictor == 38_460_480
 
     for name, t in [*saved["backbone"].items(), *saved["projector"].items()]:

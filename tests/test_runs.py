@@ -11,7 +11,7 @@ from conftest import run
 from PIL import Image
 
 import fedu
-from data import load_npz
+from data import load_images
 from models import build_backbone, extract_features, load_encoders
 from report.export import export_encoders
 from runtime.cli import InputError
@@ -25,7 +25,7 @@ def trained(finished) -> fedu.Run:
 def test_the_encoder_is_read_once_in_eval_mode_and_needs_no_gradient(trained, npz):
     assert trained.encoder is trained.encoder and trained.encoders == [trained.encoder]
     assert not trained.encoder.training and not any(p.requires_grad for p in trained.encoder.parameters())
-    images = load_npz(npz).x_test.float() / 255
+    images = load_images(str(npz)).x_test.float() / 255
     together = trained.encoder(images)
     assert together.shape == (16, 256)  # the backbone's features, not projections
     one_by_one = torch.cat([trained.encoder(image[None]) for image in images])
@@ -33,7 +33,7 @@ def test_the_encoder_is_read_once_in_eval_mode_and_needs_no_gradient(trained, np
 
 
 def test_features_are_those_that_are_evaluated_whatever_the_batch(trained, npz, finished):
-    images = load_npz(npz)
+    images = load_images(str(npz))
     (encoder,) = load_encoders(finished / "runs/run")
     expected = extract_features(encoder.backbone, images.x_test)
     for batch_size in (1, 5, 500):
@@ -45,7 +45,7 @@ def test_features_are_those_that_are_evaluated_whatever_the_batch(trained, npz, 
 
 
 def test_features_of_files(trained, npz, tmp_path):
-    images = load_npz(npz)
+    images = load_images(str(npz))
     torch.testing.assert_close(trained.features(str(npz)), trained.features(images.x_train), rtol=1e-4, atol=1e-5)
     for k, image in enumerate(images.x_test[:3].permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(tmp_path / f"{k}.png")
@@ -54,7 +54,7 @@ def test_features_of_files(trained, npz, tmp_path):
 
 def test_features_of_every_client_of_single(tiny, tmp_path, npz):
     run(tmp_path / "run", *tiny, "--method", "single", "--rounds", "1")
-    single, images = fedu.load(str(tmp_path / "run")), load_npz(npz).x_test
+    single, images = fedu.load(str(tmp_path / "run")), load_images(str(npz)).x_test
     features = single.features(images)
     assert features.shape == (2, 16, 256) and not torch.equal(features[0], features[1])
     torch.testing.assert_close(features[1], extract_features(single.encoders[1], images), rtol=1e-4, atol=1e-5)
@@ -91,7 +91,7 @@ def test_an_exported_encoder_says_what_it_is_and_loads_again(trained, finished, 
         about = file.metadata()
     assert about["encoder"] == "small" and about["features"] == "256" and about["image_size"] == "16" and about["version"] == "1.0.0"
     assert about["input"] == "float32 [N, 3, S, S], RGB in 0..1, no mean and deviation subtracted" and about["method"] == "fedu"
-    again, images = fedu.load(tmp_path / "b.safetensors"), load_npz(npz).x_test
+    again, images = fedu.load(tmp_path / "b.safetensors"), load_images(str(npz)).x_test
     assert torch.equal(again.features(images), trained.features(images)) and again.metrics == []
 
 
@@ -117,7 +117,7 @@ def test_a_folder_in_hugging_faces_layout(finished, trained, tmp_path, npz, monk
     assert config["encoder"] == "small" and config["image_size"] == 16 and config["features"] == 256
     card = (tmp_path / "hub/README.md").read_text()
     assert card.startswith("---\n") and "| linear | 62.50 |" in card and "2 clients" in card and "## Limits" in card
-    images = load_npz(npz).x_test
+    images = load_images(str(npz)).x_test
     assert torch.equal(fedu.load(tmp_path / "hub/model.safetensors").features(images), trained.features(images))
     with pytest.raises(InputError, match="hub is a folder that is not empty"):
         export_encoders(copy, tmp_path / "hub")
@@ -128,7 +128,7 @@ def test_onnx_gives_the_same_features(finished, trained, tmp_path, npz):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     export_encoders(finished / "runs/run", tmp_path / "b.onnx")
-    session, images = runtime.InferenceSession(tmp_path / "b.onnx"), load_npz(npz).x_test
+    session, images = runtime.InferenceSession(tmp_path / "b.onnx"), load_images(str(npz)).x_test
     for count in (1, 7):
         (features,) = session.run(["features"], {"images": (images[:count].float() / 255).numpy()})
         torch.testing.assert_close(torch.from_numpy(features), trained.features(images[:count]), rtol=1e-4, atol=1e-5)

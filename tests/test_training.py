@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import models
 import ops
 import training
-from data import draw_views, load_npz
+from data import draw_views, load_images
 from training import Step, cosine, local_batches, local_training
 
 
@@ -47,7 +47,7 @@ def test_local_training_never_waits_for_the_device(monkeypatch):
 
 def test_every_step_is_the_same_sequence_of_operations(npz):
     """A CUDA graph needs this for all images, draws and states. The first record also has what comes before the steps."""
-    images = load_npz(npz).x_train
+    images = load_images(str(npz)).x_train
     net, steps = objective(), []
     with Recorder(CPU) as recorder:
 
@@ -80,7 +80,7 @@ def test_compiled_networks_train_as_they_are(npz, monkeypatch, kind):
     """Three steps of a network so small that it is compiled in seconds: same loss, vectors and statistics but for rounding."""
     monkeypatch.setitem(models.WIDTHS, "tiny", (8,))
     monkeypatch.setitem(models.HEADS, "tiny", (16, 8))
-    images, results = load_npz(npz), []
+    images, results = load_images(str(npz)), []
     for compiled in (False, True):
         torch.manual_seed(0)
         net = networks_of(kind, images.y_train, CPU)
@@ -127,7 +127,7 @@ def test_batches_are_shuffled_passes_without_the_rest():
 def test_without_decay_the_target_is_the_online_encoder(npz):
     """A client's first round with --first-target shared has no decay."""
     net = objective()
-    images = load_npz(npz).x_train
+    images = load_images(str(npz)).x_train
     for ema_decay in (0.0, 0.99):
         batches = local_batches(torch.arange(16), 1, 8, torch.Generator().manual_seed(0))
         local_training(Step(net, images), batches, 0.05, ema_decay)
