@@ -24,6 +24,7 @@ if __name__ == "__main__":
     COMMAND = parse(description=__doc__.split("\n\n")[0])  # before torch is imported: --help and mistakes are answered at once
 
 import math
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -47,7 +48,7 @@ from report.tables import mean
 from runtime import ranks
 from runtime.bank import Bank
 from runtime.cli import RANK, InputError, command_line, unbreakable_output, user_errors, user_path
-from runtime.device import choose_device, describe_device, keep_memory
+from runtime.device import choose_device, describe_device, keep_memory, limited_threads
 from runtime.recorder import Recorder
 from runtime.run import holds_run, open_run, read_config, reopen_run, resumable, run_folder
 from runtime.uploads import Uploads
@@ -227,7 +228,7 @@ def num_bytes_sent(server: Server, networks: Objective, exchange: Exchange, shar
 def steps_per_rank(turns: list[Turn], options: Options) -> int:
     """The steps of a round, of which ranks make equal shares."""
     steps = sum(num_steps(turn.client.num_examples, options.batch_size, options.local_epochs) for turn in turns)
-    return steps // min(ranks.COUNT, len(turns) or 1)
+    return steps // min(ranks.count(), len(turns) or 1)
 
 
 def refuse_nonfinite(round_: int, nonfinite: list[int], num_reported: int, on_nonfinite: str) -> None:
@@ -306,7 +307,8 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
     keep_memory()
     log = tensorboard_log(out / "tensorboard") if options.log == "tensorboard" else None
     device = choose_device(options.device)
-    with ranks.process_group(device):
+    processes = num_processes(options, device)
+    with ranks.process_group(device), limited_threads(max(1, torch.get_num_threads() // processes)):
         images = load_dataset(options).to(device)
         federation = build(options, images)
         parts = [client.indices for client in federation.clients]
@@ -317,10 +319,11 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
             plot_partition(count_classes(images, parts), images.classes, Path("partition.png"))
             return Run(out, [])
         prepare(federation, options)
+        serve = partial(ranks.serve, partial(train_client, options, federation, None), federation.networks)
         if RANK:
-            ranks.serve(partial(train_client, options, federation, None), federation.networks)
+            serve()
             return Run(out, [])
-        with run_folder(out), resumable(out), unbreakable_output():
+        with ranks.forked(processes, serve), run_folder(out), resumable(out), unbreakable_output():
             data = {"images": images.digest, "clients": digest_of(*parts)}
             config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite, data)
             refuse_other_data(out, config.get("data", {}), data, options.dataset, options.dataset != config["options"]["dataset"])
@@ -347,6 +350,17 @@ def load_kernels() -> None:
 
 def num_rounds(options: Options) -> int:
     return options.rounds if METHODS[options.method].trains else 0
+
+
+def num_processes(options: Options, device: torch.device) -> int:
+    """How many processes of this machine train the clients of a round, apart from those that torchrun starts."""
+    given, possible = options.processes, device.type == "cpu" and ranks.TORCHRUN == 1
+    if not possible and given not in ("auto", 1):
+        raise InputError(f"--processes got {given}, needs a CPU and no torchrun, which itself starts a process for each GPU")
+    jobs = 1 if METHODS[options.method].servers == "pooled" else options.clients_per_round or options.clients
+    if not possible or not num_rounds(options) or multiprocessing.current_process().daemon:  # which may not have children
+        return 1
+    return ranks.best_count(torch.get_num_threads(), jobs) if given == "auto" else min(given, jobs)
 
 
 def uploads_of(federation: Federation, options: Options) -> Uploads:

@@ -115,6 +115,11 @@ def value_range(text: str) -> str:
     return text
 
 
+def process_count(text: str) -> int | str:
+    """An argparse type: a number of processes, or auto."""
+    return text if text == "auto" else COUNT(text)
+
+
 def partition_kind(text: str) -> str:
     """An argparse type: a way to partition the images, or a file that says it."""
     if text not in PARTITIONS and not text.endswith((".json", ".csv")):
@@ -214,6 +219,10 @@ class Host:
 
     seed: int = option(0, "random numbers are keyed by (seed, purpose, round, client)", type=number(int, 0, 2**63 - 1))
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"), host=True)
+    processes: int | str = option(
+        "auto", "on a CPU: processes that train the clients of a round side by side, and share out torch's threads; auto: as many as end a "
+        "round first", type=process_count, host=True,
+    )  # fmt: skip
     knn_every: int = option(None, "rounds between kNN measurements, 0 for none", type=number(int, 0), shown="10; fashion: 2")
     log: str = option("none", "also log the rounds to RUN/tensorboard", ("none", "tensorboard"), host=True)
 

@@ -21,6 +21,10 @@ from typing import BinaryIO, NoReturn, TextIO
 
 RANK = int(os.environ.get("RANK", 0))  # this process's number among those that torchrun started
 
+# how often a thread that waits for another one looks again before it sleeps, which OpenMP reads when torch is imported: by default so often
+# that beside another busy program every step takes ten times as long, and threads that sleep at once double it on an idle machine
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 for descriptor in range(3):  # a stream that the shell has closed (`2>&-`): the next file that is opened would get its number
     try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from runtime import ranks
 from runtime.cli import InputError
 
 GRAPHS_ON = "cuda"  # the type of device on which a step is launched as a graph
@@ -23,7 +25,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads, processes = torch.get_num_threads(), ranks.count()
+    return "cpu, " + f"{processes} processes of " * (processes > 1) + f"{threads} thread{'s' * (threads > 1)}"
+
+
+@contextmanager
+def limited_threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads inside this block."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)
 
 
 class StepGraph:

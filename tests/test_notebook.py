@@ -16,7 +16,7 @@ def test_the_notebook_runs_from_its_folder(tmp_path, monkeypatch):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     (tmp_path / "examples").mkdir()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # so that the runs have several processes, forked from the kernel
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as a notebook's kernel sets it
     notebook = nbformat.read(ROOT / "examples/fedu.ipynb", 4)
     preprocessors.ExecutePreprocessor(timeout=600).preprocess(notebook, {"metadata": {"path": tmp_path / "examples"}})

@@ -25,7 +25,7 @@ PAPER = {
     "encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "ema_decay": 0.99, "precision": "fp32",
     "aggregate": "online", "update": "online", "predictor": "dapu", "mu": 0.4, "divergence": "layer-mean", "divergence_from": "received",
     "first_target": "copy", "no_predictor": False, "no_stop_gradient": False, "compile": False, "tau": 0.7, "alpha": 0.5,
-    "seed": 0, "knn_every": 10, "on_nonfinite": "skip", "device": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
+    "seed": 0, "knn_every": 10, "on_nonfinite": "skip", "device": "auto", "processes": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
     "settings": {"jitter": 1}, "labels": None, "holdout": 0, "pixel_range": None, "skip_broken": False, "no_cache": False,
     "save_partition": None, "dry_run": False, "init": None,
 }  # fmt: skip
@@ -97,7 +97,7 @@ def test_what_is_given_wins_over_recipe_and_row(line, differs):
 
 
 def test_only_where_a_run_computes_may_change_when_it_is_resumed():
-    assert set(HOST_OPTIONS) == {"data_root", "device", "log", "no_cache", "save_partition", "dry_run"}
+    assert set(HOST_OPTIONS) == {"data_root", "device", "processes", "log", "no_cache", "save_partition", "dry_run"}
 
 
 # --------------------------------------------------------------------------------------------------------------- ranges
@@ -106,6 +106,7 @@ PROBABILITIES = ("-0.1 1.1 nan many", "0 1 0.3")
 # option: texts that are refused and texts that are taken, and the options beside which it changes something
 RANGES = {
     "--clients": ("0 -1 2.5 many", "1 100", ""),
+    "--processes": ("0 -2 1.5 many", "auto 1 64", ""),
     "--clients-per-round": ("0 6", "1 5", ""),
     "--classes-per-client": ("0 0.5", "1 9", ""),
     "--rounds": ("0 1.5", "1 1000", ""),
