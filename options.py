@@ -76,6 +76,7 @@ METHODS = {
         rule="fedca:share_dictionary", public=0.02,
     ),
     "fedavg-supervised": Method("supervised:Supervised", **WITHOUT_PREDICTOR, uses_labels=True),
+    "ldawa": Method(rule="ldawa:weigh_by_angle"),
     "single": Method(servers="each"),
     "central": Method(servers="pooled"),
     "untrained": Method(trains=False),

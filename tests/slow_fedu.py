@@ -107,6 +107,7 @@ METHODS = {  # the loss; the projector's widths, and whether there are predictor
     "single": (byol, (WIDE, True, True), {}),
     "central": (byol, (WIDE, True, True), {}),
     "fedema": (byol, (WIDE, True, True), {"update": "ema", "predictor": "ema"}),
+    "ldawa": (byol, (WIDE, True, True), {}),
     "fedsimsiam": (simsiam, (WIDE, True, False), {}),
     "fedsimclr": (simclr, (WIDE, False, False), {"temperature": 0.07}),
     "fedca": (fedca, (WIDE, False, False), {"temperature": 0.07, "dictionary": 4096}),
@@ -114,6 +115,22 @@ METHODS = {  # the loss; the projector's widths, and whether there are predictor
     "fedmoco-v2": (moco, ((128, 128, 128), False, True), {"temperature": 0.2, "queue": 4096}),
     "fedavg-supervised": (supervised, ((128, 4), False, False), {}),
 }
+
+
+# A server's rule for one tensor: its name, each client's, each client's share of the images, and the server's of before the round.
+
+
+def fedavg(name, uploads, shares, former):
+    return sum(share * x for share, x in zip(shares, uploads))
+
+
+def ldawa(name, uploads, shares, former):
+    norms = [x.norm() * former.norm() for x in uploads]
+    cosines = [1 if "running" in name or norm == 0 else min(1, (x * former).sum() / norm) for x, norm in zip(uploads, norms)]
+    return sum(c * x for c, x in zip(cosines, uploads)) / len(uploads)
+
+
+RULES = {"ldawa": ldawa}
 
 
 # ------------------------------------------------------------------------------------------------------------ a round
@@ -220,7 +237,10 @@ def federate(x, y, groups, method, public=(), **options):
                 reports.append((k, len(group[k]), mean_loss, d, whose, own_share, decided_on))
             n = sum(len(group[k]) for k in present)
             if uploads:
-                servers[s] = {name: sum(len(group[k]) / n * upload[name] for k, upload in zip(present, uploads)) for name in model}
+                rule = RULES.get(method, fedavg)
+                servers[s] = {
+                    name: rule(name, [u[name] for u in uploads], [len(group[k]) / n for k in present], t) for name, t in model.items()
+                }
         names = ("clients", "num_examples", "loss", "divergence", "predictor", "own_share", "decided_on")
         up = down = sent * len(reports) * (len(groups) < len(clients))
         if len(public):

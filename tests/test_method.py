@@ -6,6 +6,7 @@
 | target: EMA 0.99 after each step, of parameters only, in train mode, with running statistics of its own | `fedu`; `target to ...` |
 | SGD: momentum 0.9 from zero in each round, weight decay 5e-4; cosine over rounds; epochs, batches, the last dropped | all |
 | mean with weights n_k / n, BatchNorm's statistics included | all with clients of unequal size (`DIRICHLET`) |
+| other rules of a server | the method's name; test_rules.py |
 | divergence: layer-mean or squared, of the online encoder, from what was received or the average | `..., divergence ...`; `target to ...` |
 | divergence of a ResNet-18: 17 convolutions | `test_the_divergence_of_a_resnet` |
 | DAPU: below mu the server's predictor, else the client's own | the cases that are named `dapu` |
@@ -62,6 +63,8 @@ CASES = {
     "fedsimclr, settings": {"method": "fedsimclr", "settings": {"temperature": 0.5, "jitter": 0.7}},
     "fedca, settings": {"method": "fedca", "settings": {"temperature": 0.3, "dictionary": 60}, "rounds": 2},
     "fedmoco-v2, settings": {"method": "fedmoco-v2", "settings": {"temperature": 0.3, "queue": 40}},
+    "ldawa": {"method": "ldawa", **DIRICHLET},
+    "ldawa, target to target": {"method": "ldawa", "aggregate": "target", "update": "target", "seed": 3, **ABSENT},
     "fedavg-supervised": {"method": "fedavg-supervised", **DIRICHLET},
     "single": {"method": "single", **DIRICHLET},
     "central": {"method": "central"},

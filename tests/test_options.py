@@ -41,6 +41,7 @@ ROWS = {
     "fedmoco-v2": ("online", "online", "global", "one", "MoCo", {"jitter": 1, "temperature": 0.2, "queue": 4096}),
     "fedca": ("online", "online", "global", "one", "FedCA", {"jitter": 1, "temperature": 0.07, "dictionary": 4096}),
     "fedavg-supervised": ("online", "online", "global", "one", "Supervised", {"jitter": 1}),
+    "ldawa": ("online", "online", "global", "one", "BYOL", {"jitter": 1}),
     "single": ("online", "online", "global", "each", "BYOL", {"jitter": 1}),
     "central": ("online", "online", "global", "pooled", "BYOL", {"jitter": 1}),
     "untrained": ("online", "online", "global", "one", "BYOL", {"jitter": 1}),

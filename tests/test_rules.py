@@ -1,0 +1,48 @@
+"""The servers' rules other than FedAvg's mean, each by hand; test_method.py compares runs with a second, slow implementation."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fedu
+from federation import Client, Server
+from methods.ldawa import weigh_by_angle
+from models import Segment
+from options import Options
+from runtime.cli import InputError
+from runtime.uploads import Uploads
+
+# two running statistics, parameters of two and of one number, and one statistic of the predictor
+NETWORKS = SimpleNamespace(online=SimpleNamespace(param_slice=slice(2, 5), segments=[Segment("a", 2, 4), Segment("b", 4, 5)]))
+
+
+def apply(rule, model: list[float], rows: list[list[float]], num_examples: list[int], networks=NETWORKS) -> list[float]:
+    """What a rule makes of these uploads and the server's model."""
+    server = Server(torch.tensor(model, dtype=torch.float32), [Client(k, torch.empty(n)) for k, n in enumerate(num_examples)])
+    uploads = Uploads(server.model, len(rows), torch.tensor([[0, len(model)]]))
+    for row, n in zip(rows, num_examples, strict=True):
+        uploads.next_row().copy_(torch.tensor(row))
+        uploads.add(n / sum(num_examples), server.model)
+    return rule(server, uploads, networks, []).tolist()
+
+
+def test_ldawa_by_hand():
+    """Cosines 3/5 and 1 in the first tensor, -1 and 1 in the second; statistics count equally, whatever the clients' sizes."""
+    rows = [[2, 4, 3, 4, -1, 8], [4, 0, 2, 0, 3, 2]]
+    expected = [3, 2, (0.6 * 3 + 2) / 2, 0.6 * 4 / 2, (1 + 3) / 2, 5]
+    assert apply(weigh_by_angle, [9, 9, 7, 0, 5, 9], rows, [1, 30]) == pytest.approx(expected)
+
+
+def test_ldawa_averages_a_tensor_of_norm_0_plainly():
+    """In the server's model, as BatchNorm's shift at first, or in one client's."""
+    rows = [[0, 0, 3, 4, 0, 0], [0, 0, 1, 0, 4, 0]]
+    assert apply(weigh_by_angle, [0, 0, 0, 0, 2, 0], rows, [1, 1]) == [0, 0, 2, 2, 2, 0]
+
+
+@pytest.mark.parametrize("more", [{"method": "ldawa"}])
+def test_a_rule_that_needs_all_rows_is_refused_in_tiles(npz, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(Uploads.__init__, "__defaults__", (False, 1))
+    options = Options(dataset=str(npz), encoder="tiny", clients=3, batch_size=8, rounds=1, local_epochs=1, device="cpu", **more)
+    with pytest.raises(InputError, match="a round's uploads exceed the memory for them, .*: lower clients_per_round"):
+        fedu.train(options, tmp_path / "run")
