@@ -18,7 +18,7 @@ its last divergence was below mu (DAPU). One process, or several under torchrun,
 
 from __future__ import annotations
 
-from options import HOST_OPTIONS, METHODS, MOVABLE, OPTIONS, Command, Exchange, Options, flag, in_words, parse, run_name
+from options import HOST_OPTIONS, METHODS, MOVABLE, OPTIONS, SERVER_RULES, Command, Exchange, Options, flag, in_words, parse, run_name
 
 if __name__ == "__main__":
     COMMAND = parse(description=__doc__.split("\n\n")[0])  # before torch is imported: --help and mistakes are answered at once
@@ -109,12 +109,17 @@ def model_upload(networks: Objective, aggregate: str, out: Tensor | None = None)
 
 def aggregate(server: Server, accepted: list[Turn], uploads: Uploads, networks: Objective, options: Options) -> None:
     """Stage 3: the server's rule makes its next model of the accepted uploads, and each client's divergence is measured."""
-    rule = METHODS[options.method].rule
     shared = [turn.shared for turn in sorted(accepted, key=lambda turn: turn.client.id)]
-    model = (find(rule) if rule else fedavg)(server, uploads, networks, shared)
+    model = rule_of(options)(server, uploads, networks, shared)
     for turn, norms in zip(accepted, uploads.close(), strict=True):
         record_divergence(turn.client, norms, options)
     server.model.copy_(model)
+
+
+def rule_of(options: Options) -> Callable[[Server, Uploads, Objective, list[Tensor]], Tensor]:
+    """What the server makes of a round's uploads: the method's own rule, or that of `server_rule`."""
+    name = METHODS[options.method].rule or SERVER_RULES[options.server_rule]
+    return find(name) if name else fedavg
 
 
 def fedavg(server: Server, uploads: Uploads, networks: Objective, shared: list[Tensor]) -> Tensor:

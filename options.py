@@ -81,6 +81,7 @@ METHODS = {
     "central": Method(servers="pooled"),
     "untrained": Method(trains=False),
 }  # fmt: skip
+SERVER_RULES = {"mean": "", "median": "robust:median", "trimmed": "robust:trimmed"}  # where a method has no rule of its own
 ABLATED = ("aggregate", "update", "predictor")  # the columns of a method's row that are options too
 
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
@@ -184,6 +185,10 @@ class Exchange:
         ("received", "global"),
     )  # fmt: skip
     first_target: str = option("copy", "shared: no EMA in a client's first round, as in the authors' code", ("copy", "shared"))
+    server_rule: str = option(
+        "mean", "what the server makes of the uploads: their mean weighted by images; or of each number the median, or the mean without "
+        "the smallest and the largest fifth (at least one each)", SERVER_RULES,
+    )  # fmt: skip
     no_predictor: bool = option(False, "BYOL and SimSiam without a predictor")
     no_stop_gradient: bool = option(False, "BYOL and SimSiam with gradients through the target's projections")
     settings: dict[str, float] = option(None, "numbers of the method's objective, by name", shown="by method")
@@ -260,6 +265,8 @@ class Options(Host, Training, Clients, Exchange, Data):
         self.refuse_ineffective(name for name, value in default.items() if getattr(self, name) != value)
         if (self.clients_per_round or 1) > self.clients:
             raise InputError(f"--clients-per-round got {self.clients_per_round}, there are {self.clients} clients")
+        if self.server_rule == "trimmed" and (uploads := self.clients_per_round or self.clients) < 3:
+            raise InputError(f"--server-rule trimmed needs at least 3 clients a round, and there are {uploads}: use median")
 
     def resolved_defaults(self) -> dict[str, object]:
         """The default of each option, for this method and data set."""
@@ -278,6 +285,7 @@ class Options(Host, Training, Clients, Exchange, Data):
             "predictor": (not row.has_predictor or self.no_predictor or row.servers != "one", with_predictor),
             "no_predictor": (not row.has_predictor, with_predictor),
             "no_stop_gradient": (not row.has_predictor, with_predictor),
+            "server_rule": (bool(row.rule) or row.servers != "one", "a method whose server takes the mean of several clients"),
             "aggregate": (self.aggregate == "target" and not row.has_target, with_target),
             "update": (self.update in ("target", "both") and not row.has_target, with_target),
             "mu": (self.predictor != "dapu", "--predictor dapu"),

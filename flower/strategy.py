@@ -124,7 +124,7 @@ class FedU(FedAvg):
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The mean of the uploads that came and are finite, weighted by their clients' images, becomes the server's model."""
+        """What the server's rule makes of the uploads that came and are finite becomes its model."""
         round_, server, answers = server_round - 1, self.server, {reply.metadata.src_node_id: reply for reply in replies}
         uploads: dict[int, tuple[Tensor, float]] = {}
         left_out, nonfinite = {}, []
@@ -151,7 +151,7 @@ class FedU(FedAvg):
             self.uploads.next_row().copy_(server.model)[: self.num_floats] = uploads[turn.client.id][0]
             self.uploads.add(turn.fraction, server.model)
             turn.client.divergence, turn.client.last_round = uploads[turn.client.id][1], round_  # as the client measured it
-        server.model.copy_(self.uploads.sum())
+        server.model.copy_(fedu.rule_of(self.options)(server, self.uploads, self.federation.networks, []))
         self.uploads.close()
         reported.sort(key=lambda turn: turn.client.id)
         size = self.num_floats * server.model.itemsize

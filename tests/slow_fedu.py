@@ -7,6 +7,7 @@ are a ModuleDict of the encoder (backbone and projector), the predictor and the 
 import copy
 import hashlib
 import math
+import statistics
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -98,7 +99,7 @@ def supervised(net, a, b, labels, o):
 CONSTANTS = {
     "seed": 0, "clients_per_round": None, "dropout": 0.0, "mu": 0.4, "tau": 0.7, "ema_decay": 0.99, "jitter": 1.0, "queue": 0,
     "aggregate": "online", "update": "online", "predictor": "global", "divergence": "layer-mean", "divergence_from": "received",
-    "first_target": "copy", "no_predictor": False, "no_stop_gradient": False,
+    "first_target": "copy", "server_rule": "mean", "no_predictor": False, "no_stop_gradient": False,
 }  # fmt: skip
 WIDE = (128, 512, 256)
 METHODS = {  # the loss; the projector's widths, and whether there are predictor and target; what differs from the constants
@@ -130,7 +131,22 @@ def ldawa(name, uploads, shares, former):
     return sum(c * x for c, x in zip(cosines, uploads)) / len(uploads)
 
 
-RULES = {"ldawa": ldawa}
+def by_number(middle):
+    """A rule that takes each number of the tensor by itself; middle: of one number's values at the clients."""
+
+    def rule(name, uploads, shares, former):
+        columns = zip(*(x.flatten().tolist() for x in uploads))
+        return torch.tensor([middle(column) for column in columns]).view(former.shape)
+
+    return rule
+
+
+def trimmed(column):
+    cut = max(1, len(column) // 5)
+    return sum(sorted(column)[cut:-cut]) / (len(column) - 2 * cut)
+
+
+RULES = {"ldawa": ldawa, "median": by_number(statistics.median), "trimmed": by_number(trimmed)}
 
 
 # ------------------------------------------------------------------------------------------------------------ a round
@@ -237,7 +253,7 @@ def federate(x, y, groups, method, public=(), **options):
                 reports.append((k, len(group[k]), mean_loss, d, whose, own_share, decided_on))
             n = sum(len(group[k]) for k in present)
             if uploads:
-                rule = RULES.get(method, fedavg)
+                rule = RULES.get(o.server_rule, RULES.get(method, fedavg))
                 servers[s] = {
                     name: rule(name, [u[name] for u in uploads], [len(group[k]) / n for k in present], t) for name, t in model.items()
                 }

@@ -142,6 +142,7 @@ def grid(parts, tmp_path, monkeypatch) -> LocalGrid:
         f"{RECIPE} --method fedema",
         f"{RECIPE} --predictor local",
         f"{FEDU} --clients-per-round 2",
+        f"{FEDU} --server-rule median",
         f"{FEDU} --seed 3",
     ],
 )

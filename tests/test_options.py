@@ -24,8 +24,9 @@ PAPER = {
     "method": "fedu", "clients": 5, "clients_per_round": None, "dropout": 0, "partition": "classes", "classes_per_client": None,
     "encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "ema_decay": 0.99, "precision": "fp32",
     "aggregate": "online", "update": "online", "predictor": "dapu", "mu": 0.4, "divergence": "layer-mean", "divergence_from": "received",
-    "first_target": "copy", "no_predictor": False, "no_stop_gradient": False, "compile": False, "tau": 0.7, "alpha": 0.5,
-    "seed": 0, "knn_every": 10, "on_nonfinite": "skip", "device": "auto", "processes": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
+    "first_target": "copy", "server_rule": "mean", "no_predictor": False, "no_stop_gradient": False, "compile": False,
+    "tau": 0.7, "alpha": 0.5, "seed": 0, "knn_every": 10,
+    "on_nonfinite": "skip", "device": "auto", "processes": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
     "settings": {"jitter": 1}, "labels": None, "holdout": 0, "pixel_range": None, "skip_broken": False, "no_cache": False,
     "save_partition": None, "dry_run": False, "init": None,
 }  # fmt: skip
@@ -130,6 +131,7 @@ RANGES = {
     "--divergence": ("l2", "layer-mean squared", "--mu 1"),
     "--divergence-from": ("sent", "received global", ""),
     "--first-target": ("own", "copy shared", ""),
+    "--server-rule": ("krum", "mean median trimmed", ""),
     "--on-nonfinite": ("warn", "skip error", ""),
     "--encoder": ("vgg", "tiny small resnet18-narrow resnet18 resnet50", ""),
     "--precision": ("fp16", "fp32 bf16", ""),
@@ -160,6 +162,7 @@ def test_values_inside_a_range_are_taken_and_outside_refused(refuses, option):
         ({"mu": 0.5, "method": "fedbyol"}, "^mu 0.5 changes nothing in method fedbyol"),
         ({"divergence": "squared"}, "^divergence squared .* mu "),
         ({"clients_per_round": 9}, "^clients_per_round got 9.* 5 clients"),
+        ({"clients_per_round": 2, "server_rule": "trimmed"}, "^server_rule trimmed needs at least 3 clients a round, and there are 2"),
     ],
 )
 def test_options_from_a_notebook_are_checked_like_those_of_a_command(given, words):
@@ -223,6 +226,7 @@ EFFECTIVE = [
      ["--predictor local", "--method fedbyol", "--method fedema --update online --predictor local"]),
     ("--divergence squared", ["--mu 1", "--predictor global", *methods("fedbyol", "fedema", "single", "central")],
      ["", "--method fedbyol --predictor dapu"]),
+    ("--server-rule median", ["", *methods("fedema", "fedsimclr", "untrained")], methods("fedca", "ldawa", *NOT_EXCHANGED)),
     ("--classes-per-client 2", ["", "--partition classes"], ["--partition iid", "--partition dirichlet"]),
     ("--alpha 0.5", ["--partition dirichlet"], ["", "--partition classes", "--partition iid"]),
     ("--clients-per-round 5", ["", "--method single"], ["--method central"]),

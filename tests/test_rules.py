@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import run
 
 import fedu
 from federation import Client, Server
 from methods.ldawa import weigh_by_angle
+from methods.robust import median, trimmed
 from models import Segment
 from options import Options
 from runtime.cli import InputError
@@ -40,7 +42,40 @@ def test_ldawa_averages_a_tensor_of_norm_0_plainly():
     assert apply(weigh_by_angle, [0, 0, 0, 0, 2, 0], rows, [1, 1]) == [0, 0, 2, 2, 2, 0]
 
 
-@pytest.mark.parametrize("more", [{"method": "ldawa"}])
+def test_median_and_trimmed_mean_by_hand(monkeypatch):
+    """One of five clients is faulty, with most of the images; of four, the median lies between two. In pieces of two numbers."""
+    monkeypatch.setattr("methods.robust.COLUMNS", 2)
+    rows = [[1, 5, 0], [2, 6, 0], [4, 7, 3], [9, 8, 3], [-1e30, 1e30, 3]]
+    assert apply(median, [0, 0, 0], rows, [1, 1, 1, 1, 99]) == [2, 7, 3]
+    assert apply(median, [0, 0, 0], rows[:4], [1, 2, 3, 4]) == [3, 6.5, 1.5]
+    assert apply(trimmed, [0, 0, 0], rows, [1, 1, 1, 1, 99]) == pytest.approx([7 / 3, 7, 2])
+    assert apply(trimmed, [0, 0, 0], 2 * rows, [1] * 10) == pytest.approx([7 / 3, 7, 2])  # two of ten on either side
+
+
+def test_fewer_than_three_uploads_cannot_be_trimmed(capsys):
+    assert apply(trimmed, [7, 8], [[1, 2], [3, 4]], [1, 1]) == [7, 8]
+    assert "needs 3 uploads, and got 2" in capsys.readouterr().err
+
+
+def test_a_faulty_client_moves_the_mean_and_not_the_median(tiny, tmp_path, monkeypatch):
+    """It uploads its model a thousand times too large; the divergences are measured all the same."""
+    upload, found = fedu.model_upload, {}
+
+    def faulty(networks, aggregate, out):
+        count["uploads"] += 1
+        return upload(networks, aggregate, out=out).mul_(1000 if count["uploads"] % 3 == 0 else 1)
+
+    for rule in ("mean", "median", "trimmed"):
+        count = {"uploads": 0}
+        monkeypatch.setattr(fedu, "model_upload", faulty)
+        result = run(tmp_path / rule, *tiny, "--clients", "3", "--rounds", "1", "--server-rule", rule)
+        found[rule] = result["encoders"][0].abs().max().item()
+        first, second, third = sorted(result["metrics"][0]["divergence"])
+        assert 0 < first < second < 10 and third > 100
+    assert found["mean"] > 100 and found["median"] < 10 and found["trimmed"] < 10, found
+
+
+@pytest.mark.parametrize("more", [{"method": "ldawa"}, {"server_rule": "median"}, {"server_rule": "trimmed"}])
 def test_a_rule_that_needs_all_rows_is_refused_in_tiles(npz, tmp_path, monkeypatch, more):
     monkeypatch.setattr(Uploads.__init__, "__defaults__", (False, 1))
     options = Options(dataset=str(npz), encoder="tiny", clients=3, batch_size=8, rounds=1, local_epochs=1, device="cpu", **more)
