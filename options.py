@@ -59,6 +59,8 @@ def temperature(default: float) -> Setting:
 
 QUEUE = Setting(4096, "keys that a client keeps as negatives", COUNT)
 DICTIONARY = Setting(4096, "projections that the clients of a round share as negatives of the next", COUNT)
+UNIFORMITY = Setting(0.01, "weight of the regulariser FUR", number(float, 0))
+SERVER_LR = Setting(0.1, "a round moves the server's parameters by at most twice this length", POSITIVE)
 WITHOUT_PREDICTOR = {"has_predictor": False, "has_target": False}
 
 METHODS = {
@@ -76,6 +78,7 @@ METHODS = {
         rule="fedca:share_dictionary", public=0.02,
     ),
     "fedavg-supervised": Method("supervised:Supervised", **WITHOUT_PREDICTOR, uses_labels=True),
+    "fedu2": Method("fedu2:FedU2", settings={"uniformity": UNIFORMITY, "server_lr": SERVER_LR}, rule="fedu2:move_in_unison"),
     "ldawa": Method(rule="ldawa:weigh_by_angle"),
     "single": Method(servers="each"),
     "central": Method(servers="pooled"),

@@ -63,6 +63,24 @@ def byol(net, a, b, labels, o):
     return sum((2 - 2 * (normalize(p) * normalize(z)).sum(1)).mean() for p, z in pairs)
 
 
+def fedu2(net, a, b, labels, o):
+    """BYOL, and the distance of both views' projections from uniform ones, direction by direction."""
+    total = 0
+    for one, other in ((a, b), (b, a)):
+        z = net.encoder(one)
+        total = total + (2 - 2 * (normalize(net.predictor(z)) * normalize(net.target(other))).sum(1)).mean()
+        z, d = normalize(z), z.shape[1]
+        points, uniform, directions = (torch.randn(shape, generator=net.source) for shape in ((6, d), z.shape, (6, d, 6)))
+        for u, columns in zip(normalize(points), directions):
+            for direction in columns.T:
+                sets = []
+                for x in (z, normalize(uniform)):
+                    angle = torch.acos(x @ u)[:, None]
+                    sets.append(((x - torch.cos(angle) * u) * angle / torch.sin(angle) @ direction).sort().values)
+                total = total + o.uniformity / 36 * (sets[0] - sets[1]).square().mean()
+    return total
+
+
 def simsiam(net, a, b, labels, o):
     za, zb = net.encoder(a), net.encoder(b)
     pa, pb = net.predictor(za), net.predictor(zb)
@@ -108,6 +126,7 @@ METHODS = {  # the loss; the projector's widths, and whether there are predictor
     "single": (byol, (WIDE, True, True), {}),
     "central": (byol, (WIDE, True, True), {}),
     "fedema": (byol, (WIDE, True, True), {"update": "ema", "predictor": "ema"}),
+    "fedu2": (fedu2, (WIDE, True, True), {"uniformity": 0.01, "server_lr": 0.1}),
     "ldawa": (byol, (WIDE, True, True), {}),
     "fedsimsiam": (simsiam, (WIDE, True, False), {}),
     "fedsimclr": (simclr, (WIDE, False, False), {"temperature": 0.07}),
@@ -118,25 +137,44 @@ METHODS = {  # the loss; the projector's widths, and whether there are predictor
 }
 
 
-# A server's rule for one tensor: its name, each client's, each client's share of the images, and the server's of before the round.
+# A server's rule: the model's tensors, those of each client, and each client's share of the images.
 
 
-def fedavg(name, uploads, shares, former):
-    return sum(share * x for share, x in zip(shares, uploads))
+def fedavg(model, uploads, shares, o):
+    return {name: sum(share * x[name] for share, x in zip(shares, uploads)) for name in model}
 
 
-def ldawa(name, uploads, shares, former):
-    norms = [x.norm() * former.norm() for x in uploads]
-    cosines = [1 if "running" in name or norm == 0 else min(1, (x * former).sum() / norm) for x, norm in zip(uploads, norms)]
-    return sum(c * x for c, x in zip(cosines, uploads)) / len(uploads)
+def ldawa(model, uploads, shares, o):
+    result = {name: sum(x[name] for x in uploads) / len(uploads) for name in model}
+    for name, g in model.items():
+        norms = [x[name].norm() * g.norm() for x in uploads]
+        if "running" not in name and all(norms):
+            result[name] = sum(min(1, (x[name] * g).sum() / norm) * x[name] for x, norm in zip(uploads, norms)) / len(uploads)
+    return result
+
+
+def fedu2_rule(model, uploads, shares, o):
+    """Frank-Wolfe on the vectors themselves."""
+    names = [name for name in model if "running" not in name]
+    deltas = [torch.cat([(model[name] - x[name]).flatten() for name in names]) for x in uploads]
+    deltas = [2 * d / d.norm() for d in deltas]
+    point = sum(share * d for share, d in zip(shares, deltas))
+    for _ in range(250):
+        corner = min(deltas, key=lambda d: point @ d)
+        if point @ (point - corner) < 1e-5:
+            break
+        point = point + min(1, point @ (point - corner) / (point - corner).square().sum()) * (corner - point)
+    moves = point.split([model[name].numel() for name in names])
+    moved = {name: model[name] - o.server_lr * move.view(model[name].shape) for name, move in zip(names, moves)}
+    return fedavg(model, uploads, shares, o) | moved
 
 
 def by_number(middle):
-    """A rule that takes each number of the tensor by itself; middle: of one number's values at the clients."""
+    """A rule that takes each number of the model by itself; middle: of one number's values at the clients."""
 
-    def rule(name, uploads, shares, former):
-        columns = zip(*(x.flatten().tolist() for x in uploads))
-        return torch.tensor([middle(column) for column in columns]).view(former.shape)
+    def rule(model, uploads, shares, o):
+        columns = {name: zip(*(x[name].flatten().tolist() for x in uploads)) for name in model}
+        return {name: torch.tensor([middle(column) for column in columns[name]]).view(t.shape) for name, t in model.items()}
 
     return rule
 
@@ -146,7 +184,7 @@ def trimmed(column):
     return sum(sorted(column)[cut:-cut]) / (len(column) - 2 * cut)
 
 
-RULES = {"ldawa": ldawa, "median": by_number(statistics.median), "trimmed": by_number(trimmed)}
+RULES = {"ldawa": ldawa, "fedu2": fedu2_rule, "median": by_number(statistics.median), "trimmed": by_number(trimmed)}
 
 
 # ------------------------------------------------------------------------------------------------------------ a round
@@ -155,6 +193,7 @@ RULES = {"ldawa": ldawa, "median": by_number(statistics.median), "trimmed": by_n
 def local_training(net, loss, x, y, indices, source, epochs, lr, ema_decay, o):
     """Train on the images of these indices; returns the mean loss. source: the generator of all random numbers."""
     trained = [p for name, p in net.named_parameters() if o.no_stop_gradient or not name.startswith("target")]
+    net.source = source  # of the random numbers of a loss
     losses, sgd = [], torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=5e-4)
     for _ in range(epochs):
         order = indices[torch.randperm(len(indices), generator=source)]
@@ -254,9 +293,7 @@ def federate(x, y, groups, method, public=(), **options):
             n = sum(len(group[k]) for k in present)
             if uploads:
                 rule = RULES.get(o.server_rule, RULES.get(method, fedavg))
-                servers[s] = {
-                    name: rule(name, [u[name] for u in uploads], [len(group[k]) / n for k in present], t) for name, t in model.items()
-                }
+                servers[s] = rule(model, uploads, [len(group[k]) / n for k in present], o)
         names = ("clients", "num_examples", "loss", "divergence", "predictor", "own_share", "decided_on")
         up = down = sent * len(reports) * (len(groups) < len(clients))
         if len(public):

@@ -66,6 +66,8 @@ CASES = {
     "fedu, median": {"method": "fedu", "server_rule": "median", "seed": 3, **ABSENT},
     "fedu, median, divergence squared": {"method": "fedu", "server_rule": "median", "divergence": "squared", "mu": 1.0, **DIRICHLET},
     "fedsimclr, trimmed": {"method": "fedsimclr", "server_rule": "trimmed", **DIRICHLET},
+    "fedu2": {"method": "fedu2", **DIRICHLET},
+    "fedu2, settings": {"method": "fedu2", "settings": {"uniformity": 0.3, "server_lr": 2.0}, "seed": 3, **ABSENT},
     "ldawa": {"method": "ldawa", **DIRICHLET},
     "ldawa, target to target": {"method": "ldawa", "aggregate": "target", "update": "target", "seed": 3, **ABSENT},
     "fedavg-supervised": {"method": "fedavg-supervised", **DIRICHLET},

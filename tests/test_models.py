@@ -8,6 +8,7 @@ from conftest import KINDS, networks_of
 
 from methods.byol import BYOL
 from methods.fedca import FedCA
+from methods.fedu2 import FedU2, distance_from_uniform
 from methods.moco import MoCo
 from methods.simclr import SimCLR
 from methods.simsiam import SimSiam
@@ -270,6 +271,35 @@ def test_fedca_by_hand():
     first, second = (-math.log(math.exp(2) / (math.exp(2) + 2 + math.exp(d))) for d in (2, 0))
     assert contrast == pytest.approx((first + second) / 2) and alignment == pytest.approx(0.5)
     assert objective.take_shared().tolist() == 2 * [[1.0, 0.0], [0.0, 1.0]] and len(objective.take_shared()) == 0
+
+
+def test_fedu2s_regulariser_by_hand(monkeypatch):
+    """On the circle, at the tangent point (1, 0), the log map is the signed angle along (0, 1), so FUR compares sorted angles.
+
+    The projections are at 90 and -45 degrees, the uniform points at 60 and 0, and the direction has length 2 along (0, 1).
+    """
+    draws = [[[3.0, 0.0]], [[4.0, 0.0], [1.0, 3.0**0.5]], [[[0.5], [2.0]]]]
+    monkeypatch.setattr(torch, "randn", lambda shape, **kwargs: torch.tensor(draws.pop(0)))
+    expected = (2 * torch.tensor([-45.0, 90 - 60])).deg2rad().square().mean()
+    assert distance_from_uniform(torch.tensor([[0.0, 7.0], [2.0, -2.0]])).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_fedu2_is_byol_and_its_regulariser():
+    """The regulariser has a weight, is small for uniform projections and large for equal ones, and has a gradient at each of them."""
+    views = torch.randn(2, 64, 16, requires_grad=True)
+    sums = []
+    for weight in (0.0, 0.01, 0.02):
+        torch.manual_seed(0)
+        objective = with_identity(FedU2(Encoder("tiny"), CPU, uniformity=weight))
+        torch.manual_seed(0)
+        sums.append(loss(objective, *views))
+    assert sums[0].item() == pytest.approx(loss(with_identity(byol()), *views).item())
+    assert (sums[2] - sums[0]).item() == pytest.approx(2 * (sums[1] - sums[0]).item(), rel=1e-4) and sums[1] > sums[0]
+    equal = torch.ones(64, 16, requires_grad=True)
+    far, near = distance_from_uniform(equal), distance_from_uniform(views[0])
+    assert far > 10 * near
+    far.backward()
+    assert equal.grad.isfinite().all() and equal.grad.any()
 
 
 def test_moco_by_hand():

@@ -8,6 +8,7 @@ from conftest import run
 
 import fedu
 from federation import Client, Server
+from methods.fedu2 import min_norm_weights, move_in_unison
 from methods.ldawa import weigh_by_angle
 from methods.robust import median, trimmed
 from models import Segment
@@ -40,6 +41,43 @@ def test_ldawa_averages_a_tensor_of_norm_0_plainly():
     """In the server's model, as BatchNorm's shift at first, or in one client's."""
     rows = [[0, 0, 3, 4, 0, 0], [0, 0, 1, 0, 4, 0]]
     assert apply(weigh_by_angle, [0, 0, 0, 0, 2, 0], rows, [1, 1]) == [0, 0, 2, 2, 2, 0]
+
+
+def weights_of(*vectors: list[float], start: list[float]) -> torch.Tensor:
+    points = torch.tensor(vectors, dtype=torch.float64)
+    return min_norm_weights(points @ points.T, torch.tensor(start, dtype=torch.float64))
+
+
+def test_the_weights_of_least_norm_by_hand():
+    """Two at right angles share it; one inside the hull of the others, where these start, gets nothing; opposite ones meet at zero."""
+    assert weights_of([2, 0], [0, 2], start=[0.9, 0.1]).tolist() == pytest.approx([0.5, 0.5])
+    assert weights_of([1, 1], [1, -1], [4, 0], [1.5, 0], start=[0.25] * 4).tolist() == pytest.approx([0.5, 0.5, 0, 0], abs=2e-3)
+    assert weights_of([1, 0], [3, 0.1], start=[0.5, 0.5]).tolist() == [1, 0]
+    assert weights_of([3, 0], [-1, 0], start=[0.5, 0.5]).tolist() == pytest.approx([0.25, 0.75])
+    assert weights_of([5, 7], start=[1]).tolist() == [1]
+
+
+def test_the_weights_of_least_norm_are_those_of_a_fine_grid():
+    """Up to what 250 steps of Frank-Wolfe leave, which near the middle of a side is some hundredths."""
+    torch.manual_seed(0)
+    steps = torch.linspace(0, 1, 401, dtype=torch.float64)
+    grid = torch.cartesian_prod(steps, steps)
+    grid = torch.cat([grid, 1 - grid.sum(1, keepdim=True)], 1)
+    for vectors in torch.randn(20, 3, 5, dtype=torch.float64):
+        best = (grid[grid[:, 2] >= 0] @ vectors).square().sum(1).min()
+        mine = (weights_of(*vectors.tolist(), start=[0.2, 0.3, 0.5]) @ vectors).square().sum()
+        assert best - 2e-3 < mine < 1.05 * best
+
+
+def test_fedu2_by_hand(monkeypatch):
+    """The model moves by 2 lr_g along one client's delta, and by both halves of two at right angles, however far the clients went."""
+    monkeypatch.setattr("methods.fedu2.COLUMNS", 2)
+    networks = SimpleNamespace(**vars(NETWORKS), server_lr=0.5)
+    assert apply(move_in_unison, [0, 0, 1, 1, 1, 0], [[5, 6, 1, 5, -2, 7]], [4], networks) == pytest.approx([5, 6, 1, 1.8, 0.4, 7])
+    rows = [[4, 0, 1, 9, 1, 8], [0, 4, 3, 1, 1, 0]]
+    assert apply(move_in_unison, [0, 0, 1, 1, 1, 0], rows, [1, 3], networks) == pytest.approx([1, 3, 1.5, 1.5, 1, 2])
+    unmoved = [[0, 0, 1, 1, 1, 0], [0, 0, 3, 1, 1, 0]]
+    assert apply(move_in_unison, [0, 0, 1, 1, 1, 0], unmoved, [1, 1], networks) == pytest.approx([0, 0, 1, 1, 1, 0])
 
 
 def test_median_and_trimmed_mean_by_hand(monkeypatch):
@@ -75,7 +113,7 @@ def test_a_faulty_client_moves_the_mean_and_not_the_median(tiny, tmp_path, monke
     assert found["mean"] > 100 and found["median"] < 10 and found["trimmed"] < 10, found
 
 
-@pytest.mark.parametrize("more", [{"method": "ldawa"}, {"server_rule": "median"}, {"server_rule": "trimmed"}])
+@pytest.mark.parametrize("more", [{"method": "fedu2"}, {"method": "ldawa"}, {"server_rule": "median"}, {"server_rule": "trimmed"}])
 def test_a_rule_that_needs_all_rows_is_refused_in_tiles(npz, tmp_path, monkeypatch, more):
     monkeypatch.setattr(Uploads.__init__, "__defaults__", (False, 1))
     options = Options(dataset=str(npz), encoder="tiny", clients=3, batch_size=8, rounds=1, local_epochs=1, device="cpu", **more)

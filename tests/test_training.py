@@ -29,10 +29,11 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-def test_local_training_never_waits_for_the_device(monkeypatch):
+@pytest.mark.parametrize("kind", ["byol", "fedu2"])
+def test_local_training_never_waits_for_the_device(monkeypatch, kind):
     """On the meta device, every synchronisation and every mixing with another device's tensors raises. Nothing is copied there either."""
     meta = torch.device("meta")
-    net = objective(meta)
+    net = networks_of(kind, device=meta)
     images = torch.empty(40, 3, 16, 16, dtype=torch.uint8, device=meta)
     batches = local_batches(torch.arange(40, device=meta), 2, 8, None)
     for constructor in ("tensor", "as_tensor", "from_numpy"):  # each would copy from the host, unseen by the recorder
@@ -45,10 +46,11 @@ def test_local_training_never_waits_for_the_device(monkeypatch):
         loss.item()
 
 
-def test_every_step_is_the_same_sequence_of_operations(npz):
+@pytest.mark.parametrize("kind", ["byol", "fedu2"])
+def test_every_step_is_the_same_sequence_of_operations(npz, kind):
     """A CUDA graph needs this for all images, draws and states. The first record also has what comes before the steps."""
     images = load_images(str(npz)).x_train
-    net, steps = objective(), []
+    net, steps = networks_of(kind), []
     with Recorder(CPU) as recorder:
 
         def batches():
