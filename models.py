@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -91,6 +92,7 @@ class Encoder(nn.Module):
     """
 
     image_size = 32
+    passed: list[Tensor] | None = None  # while it is a list, it gets the features of every forward pass, `[B, d]`
 
     def __init__(self, name: str, head: Sequence[int] = ()):
         super().__init__()
@@ -101,7 +103,10 @@ class Encoder(nn.Module):
         self.projector = build_head(width, *self.head)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
+        features = self.backbone(images)
+        if self.passed is not None:
+            self.passed.append(features)
+        return self.projector(features)
 
 
 # ------------------------------------------------------------------------------------------------- flat vectors
@@ -201,11 +206,13 @@ class Objective:
     the predictor is empty where the objective has none. `initial` has an entry for each part that an objective adds, such as a target or
     a queue: its content in a client's first round. `param_slices` says where in each part its parameters lie. `trainable` are the tensors
     that the optimizer sees, `ema_target` the target encoder's parameters, which follow `xi <- m xi + (1 - m) theta` after each step.
-    `shared` `[N, d]` is what the clients shared through the server in the last round.
+    `shared` `[N, d]` is what the clients shared through the server in the last round. `decorrelation` is the weight of FedDecorr's term.
 
     A method of its own overrides `terms`, and of the rest what it needs. Its constructor takes an encoder, a device, and by keyword the
     settings of its row in `options.METHODS`; `predictor` and `stop_gradient` if the row has a predictor, and `labels` if it uses them.
     """
+
+    decorrelation = 0.0
 
     def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = False):
         module = Online(encoder, predictor).to(device)
@@ -256,6 +263,19 @@ class Objective:
 
     # ---- what training and the ranks need of it
 
+    def losses(self, view1: Tensor, view2: Tensor, batch: Tensor, generator: torch.Generator | None) -> list[Callable[[], Tensor]]:
+        """The terms that training differentiates: the method's, see `terms`, each with FedDecorr's if that has a weight."""
+        terms = self.terms(view1, view2, batch, generator)
+        return [partial(self.decorrelated, term) for term in terms] if self.decorrelation else terms
+
+    def decorrelated(self, term: Callable[[], Tensor]) -> Tensor:
+        """A term, and FedDecorr's of the backbone's features in each pass of the online encoder that it makes."""
+        encoder = self.online.module.encoder
+        encoder.passed = []
+        loss = term()
+        passed, encoder.passed = encoder.passed, None
+        return loss + self.decorrelation * sum(map(correlation, passed))
+
     def tensors(self) -> list[Tensor]:
         """Views of every tensor that training changes: what travels to a rank and back."""
         return [self.online.vector, *(self.parts[name] for name in self.initial)]
@@ -268,6 +288,17 @@ class Objective:
     def check_views(self) -> None:
         """Assert that the networks still are views into their vectors."""
         self.online.check_views()
+
+
+def correlation(features: Tensor) -> Tensor:
+    """FedDecorr's term (Shi et al., ICLR 2023, arXiv 2210.00226) of features `[B, d]`, `[]`: how much they say the same.
+
+    With x the features, each centred and divided by its deviation over the batch, it is the mean of the squared numbers of `x^T x` off the
+    diagonal, divided by B, as in the authors' code: about B times the mean squared correlation, which is what the paper's equation has.
+    """
+    deviation, centre = torch.std_mean(features.float(), 0)
+    x, (batch, width) = (features.float() - centre) / (deviation.square() + 1e-8).sqrt(), features.shape
+    return (x.T @ x).tril(-1).float().square().sum() * 2 / (width * (width - 1)) / batch
 
 
 class WithTarget(Objective):

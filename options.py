@@ -42,7 +42,7 @@ class Method(NamedTuple):
     has_target: bool = True  # whether there is a target encoder, a moving average of the online one
     uses_labels: bool = False
     head: tuple[int, ...] = ()  # widths of the projector, 0 for that of the features; by default the encoder's own
-    settings: Mapping[str, Setting] = {}  # of the objective, in addition to `jitter`
+    settings: Mapping[str, Setting] = {}  # of the objective, in addition to those that all have: `jitter` and `decorrelation`
     jitter: float = 1.0  # default of the setting of this name
     rule: str = ""  # what the server makes of a round's uploads, as FILE:FUNCTION of methods/; by default FedAvg's mean
     public: float = 0.0  # fraction of the training images that are public: no client has them, and the objective may prepare itself on them
@@ -59,6 +59,7 @@ def temperature(default: float) -> Setting:
 
 QUEUE = Setting(4096, "keys that a client keeps as negatives", COUNT)
 DICTIONARY = Setting(4096, "projections that the clients of a round share as negatives of the next", COUNT)
+DECORRELATION = Setting(0.0, "weight of FedDecorr's term, which decorrelates the features of the backbone", number(float, 0))
 UNIFORMITY = Setting(0.01, "weight of the regulariser FUR", number(float, 0))
 SERVER_LR = Setting(0.1, "a round moves the server's parameters by at most twice this length", POSITIVE)
 WITHOUT_PREDICTOR = {"has_predictor": False, "has_target": False}
@@ -368,7 +369,8 @@ def checked(name: str, value: object) -> object:
 def settings_of(method: str) -> dict[str, Setting]:
     """The settings that a method has."""
     row = METHODS[method]
-    return {"jitter": Setting(row.jitter, JITTER, number(float, 0, 1.25)), **row.settings}  # beyond 1.25, factors would be negative
+    jitter = Setting(row.jitter, JITTER, number(float, 0, 1.25))  # beyond 1.25, factors would be negative
+    return {"jitter": jitter, "decorrelation": DECORRELATION, **row.settings}
 
 
 def resolved_settings(method: str, given: Mapping[str, object]) -> dict[str, float]:

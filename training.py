@@ -45,7 +45,7 @@ class Step:
     def __call__(self, batch: Tensor) -> None:
         view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in self.views(self.images[batch], self.generator))
         with self.in_bf16():  # around all terms, so that a weight is cast once for them
-            for term in self.networks.terms(view1, view2, batch, self.generator):
+            for term in self.networks.losses(view1, view2, batch, self.generator):
                 loss = term()
                 with self.in_bf16(False):
                     loss.backward()

@@ -68,7 +68,9 @@ def read_options(run: Path) -> dict:
     """
     config = read_config(run)
     options = config["options"] | ({"partition": "own"} if "run" in config else {})
-    return {name: value for name, value in (defaults(options["method"]) | options).items() if name in OPTIONS}
+    default = defaults(options["method"])
+    options = default | options | {"settings": default["settings"] | options.get("settings", {})}
+    return {name: value for name, value in options.items() if name in OPTIONS}
 
 
 def by_setting(runs: list[Path]) -> list[Group]:

@@ -114,7 +114,14 @@ def supervised(net, a, b, labels, o):
     return cross_entropy(net.encoder(a), labels)
 
 
+def feddecorr(h):
+    """Of features: the mean of x^T x squared off the diagonal, over the batch's size, number by number."""
+    x = (h - h.mean(0)) / (h.var(0) + 1e-8).sqrt()
+    return sum((x[:, i] @ x[:, [j for j in range(h.shape[1]) if j != i]]).square().mean() for i in range(h.shape[1])) / h.shape[1] / len(h)
+
+
 CONSTANTS = {
+    "decorrelation": 0.0,
     "seed": 0, "clients_per_round": None, "dropout": 0.0, "mu": 0.4, "tau": 0.7, "ema_decay": 0.99, "jitter": 1.0, "queue": 0,
     "aggregate": "online", "update": "online", "predictor": "global", "divergence": "layer-mean", "divergence_from": "received",
     "first_target": "copy", "server_rule": "mean", "no_predictor": False, "no_stop_gradient": False,
@@ -201,7 +208,11 @@ def local_training(net, loss, x, y, indices, source, epochs, lr, ema_decay, o):
             batch = order[start : start + o.batch_size]
             draws = draw_views(2 * o.batch_size, *x.shape[2:], x.device, source, o.jitter)
             a, b = torch.stack([view(image, draw) for image, draw in zip(x[torch.cat([batch, batch])], draws)]).chunk(2)
+            features = []  # of each pass of the online encoder
+            hook = net.encoder[0].register_forward_hook(lambda module, inputs, output, features=features: features.append(output))
             value = loss(net, a, b, y[batch], o)
+            value = value + o.decorrelation * sum(map(feddecorr, features)) if o.decorrelation else value
+            hook.remove()
             sgd.zero_grad()
             value.backward()
             sgd.step()

@@ -70,6 +70,8 @@ CASES = {
     "fedu2, settings": {"method": "fedu2", "settings": {"uniformity": 0.3, "server_lr": 2.0}, "seed": 3, **ABSENT},
     "ldawa": {"method": "ldawa", **DIRICHLET},
     "ldawa, target to target": {"method": "ldawa", "aggregate": "target", "update": "target", "seed": 3, **ABSENT},
+    "fedu, decorrelation": {"method": "fedu", "settings": {"decorrelation": 0.1}, "rounds": 2},
+    "fedsimclr, decorrelation": {"method": "fedsimclr", "settings": {"decorrelation": 1.0}, "rounds": 2, **DIRICHLET},
     "fedavg-supervised": {"method": "fedavg-supervised", **DIRICHLET},
     "single": {"method": "single", **DIRICHLET},
     "central": {"method": "central"},

@@ -21,6 +21,7 @@ from models import (
     build_backbone,
     build_head,
     conv_segments,
+    correlation,
     feature_dim,
 )
 
@@ -300,6 +301,34 @@ def test_fedu2_is_byol_and_its_regulariser():
     assert far > 10 * near
     far.backward()
     assert equal.grad.isfinite().all() and equal.grad.any()
+
+
+def test_feddecorrs_term_by_hand():
+    """With unit deviation, two features of three images are (1, 0, -1) and (0, 1, -1), whose product is 1; a third is constant."""
+    features = torch.tensor([[1.0, 0.0, 5.0], [0.0, 4.0, 5.0], [-1.0, -4.0, 5.0]])
+    assert correlation(features[:, :2]).item() == pytest.approx(1 / 3)
+    assert correlation(features).item() == pytest.approx(1 / 3 / 3, rel=1e-5)
+    assert correlation(torch.eye(4)[:, :2] - torch.eye(4)[:, 2:]).item() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_objective_takes_the_decorrelation(kind):
+    """Its terms get greater by a share that the weight says, and its backbone gets another gradient."""
+    labels, views, sums, gradients = torch.arange(8) % 4, torch.rand(2, 8, 3, 16, 16), [], []
+    for weight in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        objective = networks_of(kind, labels)
+        if kind == "fedca":
+            objective.align(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.randn(8, 256))
+        objective.decorrelation = weight
+        torch.manual_seed(1)
+        total = sum(term() for term in objective.losses(*views, torch.arange(8), None))
+        total.backward()
+        sums.append(total.item())
+        gradients.append(objective.online.trainable.grad[:100].clone())
+        assert objective.online.module.encoder.passed is None
+    assert sums[2] - sums[0] == pytest.approx(2 * (sums[1] - sums[0]), rel=1e-3) and sums[1] > sums[0] + 0.01
+    assert not torch.equal(gradients[0], gradients[1])
 
 
 def test_moco_by_hand():

@@ -27,26 +27,27 @@ PAPER = {
     "first_target": "copy", "server_rule": "mean", "no_predictor": False, "no_stop_gradient": False, "compile": False,
     "tau": 0.7, "alpha": 0.5, "seed": 0, "knn_every": 10,
     "on_nonfinite": "skip", "device": "auto", "processes": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
-    "settings": {"jitter": 1}, "labels": None, "holdout": 0, "pixel_range": None, "skip_broken": False, "no_cache": False,
-    "save_partition": None, "dry_run": False, "init": None,
+    "settings": {"jitter": 1, "decorrelation": 0}, "labels": None, "holdout": 0, "pixel_range": None, "skip_broken": False,
+    "no_cache": False, "save_partition": None, "dry_run": False, "init": None,
 }  # fmt: skip
 FASHION = {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}
+ALL = {"jitter": 1, "decorrelation": 0}  # settings of every method
 # aggregate, update, predictor; the servers; what a client minimises, and its numbers
 ROWS = {
-    "fedu": ("online", "online", "dapu", "one", "BYOL", {"jitter": 1}),
-    "fedbyol": ("online", "online", "global", "one", "BYOL", {"jitter": 1}),
-    "fedema": ("online", "ema", "ema", "one", "BYOL", {"jitter": 1}),
-    "fedsimsiam": ("online", "online", "global", "one", "SimSiam", {"jitter": 1}),
-    "fedsimclr": ("online", "online", "global", "one", "SimCLR", {"jitter": 1, "temperature": 0.07}),
-    "fedmoco-v1": ("online", "online", "global", "one", "MoCo", {"jitter": 0.5, "temperature": 0.07, "queue": 4096}),
-    "fedmoco-v2": ("online", "online", "global", "one", "MoCo", {"jitter": 1, "temperature": 0.2, "queue": 4096}),
-    "fedca": ("online", "online", "global", "one", "FedCA", {"jitter": 1, "temperature": 0.07, "dictionary": 4096}),
-    "fedavg-supervised": ("online", "online", "global", "one", "Supervised", {"jitter": 1}),
-    "fedu2": ("online", "online", "global", "one", "FedU2", {"jitter": 1, "uniformity": 0.01, "server_lr": 0.1}),
-    "ldawa": ("online", "online", "global", "one", "BYOL", {"jitter": 1}),
-    "single": ("online", "online", "global", "each", "BYOL", {"jitter": 1}),
-    "central": ("online", "online", "global", "pooled", "BYOL", {"jitter": 1}),
-    "untrained": ("online", "online", "global", "one", "BYOL", {"jitter": 1}),
+    "fedu": ("online", "online", "dapu", "one", "BYOL", ALL),
+    "fedbyol": ("online", "online", "global", "one", "BYOL", ALL),
+    "fedema": ("online", "ema", "ema", "one", "BYOL", ALL),
+    "fedsimsiam": ("online", "online", "global", "one", "SimSiam", ALL),
+    "fedsimclr": ("online", "online", "global", "one", "SimCLR", {**ALL, "temperature": 0.07}),
+    "fedmoco-v1": ("online", "online", "global", "one", "MoCo", {**ALL, "jitter": 0.5, "temperature": 0.07, "queue": 4096}),
+    "fedmoco-v2": ("online", "online", "global", "one", "MoCo", {**ALL, "temperature": 0.2, "queue": 4096}),
+    "fedca": ("online", "online", "global", "one", "FedCA", {**ALL, "temperature": 0.07, "dictionary": 4096}),
+    "fedavg-supervised": ("online", "online", "global", "one", "Supervised", ALL),
+    "fedu2": ("online", "online", "global", "one", "FedU2", {**ALL, "uniformity": 0.01, "server_lr": 0.1}),
+    "ldawa": ("online", "online", "global", "one", "BYOL", ALL),
+    "single": ("online", "online", "global", "each", "BYOL", ALL),
+    "central": ("online", "online", "global", "pooled", "BYOL", ALL),
+    "untrained": ("online", "online", "global", "one", "BYOL", ALL),
 }
 
 
@@ -173,8 +174,8 @@ def test_options_from_a_notebook_are_checked_like_those_of_a_command(given, word
 
 def test_settings_belong_to_a_method():
     line = "--method fedmoco-v2 --set queue=64 --set temperature=0.1 --set queue=128"
-    assert options_of(line).settings == {"jitter": 1, "temperature": 0.1, "queue": 128}
-    assert options_of("--set jitter=0.25").settings == {"jitter": 0.25}
+    assert options_of(line).settings == {**ALL, "temperature": 0.1, "queue": 128}
+    assert options_of("--set jitter=0.25 --set decorrelation=2").settings == {"jitter": 0.25, "decorrelation": 2}
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,7 @@ def test_settings_belong_to_a_method():
         ("--method fedca --set dictionary=0", ["--set dictionary got '0'", "at least 1"]),
         ("--method fedsimclr --set temperature=0", ["--set temperature got '0'", "above 0"]),
         ("--set jitter=1.3", ["--set jitter got '1.3'", "at least 0 and at most 1.25"]),
+        ("--set decorrelation=-1", ["--set decorrelation got '-1'", "at least 0"]),
         ("--set jitter=-0.1", ["--set jitter got '-0.1'"]),
         ("--set jitter", ["--set got 'jitter'", "NAME=VALUE"]),
         ("--set jitter=", ["--set got 'jitter='", "NAME=VALUE"]),

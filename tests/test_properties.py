@@ -114,7 +114,7 @@ SOME = {  # values of each option, also neighbours and values that look alike
     "pixel_range": [None, "0,4095", "0,4096", "-1000,400"],
     "holdout": [0.0, 0.1, 0.10000001, 0.5],
     "method": [*METHODS],
-    "settings": [{}, {"jitter": 0.5}, {"temperature": 0.5}, {"jitter": 0.5, "temperature": 0.5}, {"queue": 5}],
+    "settings": [{}, {"jitter": 0.5}, {"temperature": 0.5}, {"decorrelation": 0.5}, {"jitter": 0.5, "temperature": 0.5}, {"queue": 5}],
     "seed": [0, 1, 11, 2**63 - 1],
     **{k: [*f.metadata["choices"]] for k, f in OPTIONS.items() if f.metadata["choices"] and k != "method"},
     **{k: [False, True] for k, f in OPTIONS.items() if isinstance(f.default, bool)},

@@ -6,10 +6,11 @@ import subprocess
 
 import pytest
 from conftest import refused
-from test_report import linear, write_run
+from test_report import linear, set_options, write_run
 
 from report import tables
 from runtime.cli import InputError
+from runtime.run import read_config
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -35,6 +36,14 @@ def test_a_seed_counts_once_and_an_unfinished_run_not_at_all(tmp_path, capsys):
     ]
     with pytest.raises(InputError, match="no run is finished among .*unfinished"):
         tables.table([unfinished])
+
+
+def test_a_run_from_before_a_setting_of_the_objective_has_its_default(tmp_path):
+    now, before = write_run(tmp_path / "now", [linear(0.5)]), write_run(tmp_path / "before", [linear(0.7)], seed=1)
+    options = read_config(before)["options"]
+    set_options(before, options | {"settings": {"jitter": options["settings"]["jitter"]}})
+    (row,) = rows_of(tables.table([now, before]))
+    assert row[1] == "2" and row[3] == "60.00 ± 14.14"
 
 
 def test_a_cell_with_fewer_seeds_than_its_row_says_so(tmp_path):

@@ -77,8 +77,8 @@ def test_views_and_loss_compile_without_a_graph_break():
     torch.testing.assert_close(compiled(images, draws), step(images, draws))
 
 
-@pytest.mark.parametrize("kind", ["byol", "simclr"])
-def test_compiled_networks_train_as_they_are(npz, monkeypatch, kind):
+@pytest.mark.parametrize("kind, decorrelation", [("byol", 0.0), ("simclr", 0.0), ("byol", 0.1)])
+def test_compiled_networks_train_as_they_are(npz, monkeypatch, kind, decorrelation):
     """Three steps of a network so small that it is compiled in seconds: same loss, vectors and statistics but for rounding."""
     monkeypatch.setitem(models.WIDTHS, "tiny", (8,))
     monkeypatch.setitem(models.HEADS, "tiny", (16, 8))
@@ -86,6 +86,7 @@ def test_compiled_networks_train_as_they_are(npz, monkeypatch, kind):
     for compiled in (False, True):
         torch.manual_seed(0)
         net = networks_of(kind, images.y_train, CPU)
+        net.decorrelation = decorrelation
         if compiled:
             net.compile()
         step = Step(net, images.x_train)
