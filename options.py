@@ -62,6 +62,8 @@ DICTIONARY = Setting(4096, "projections that the clients of a round share as neg
 DECORRELATION = Setting(0.0, "weight of FedDecorr's term, which decorrelates the features of the backbone", number(float, 0))
 UNIFORMITY = Setting(0.01, "weight of the regulariser FUR", number(float, 0))
 SERVER_LR = Setting(0.1, "a round moves the server's parameters by at most twice this length", POSITIVE)
+REDUNDANCY = Setting(0.005, "weight of correlations between different features (lambda)", number(float, 0))
+SPREAD = Setting(1.0, "weight of the uniformity (w)", number(float, 0))
 WITHOUT_PREDICTOR = {"has_predictor": False, "has_target": False}
 
 METHODS = {
@@ -78,6 +80,8 @@ METHODS = {
         "fedca:FedCA", **WITHOUT_PREDICTOR, settings={"temperature": temperature(0.07), "dictionary": DICTIONARY},
         rule="fedca:share_dictionary", public=0.02,
     ),
+    "fedbarlow": Method("barlow:BarlowTwins", **WITHOUT_PREDICTOR, settings={"redundancy": REDUNDANCY}),
+    "fedalignuniform": Method("alignuniform:AlignUniform", **WITHOUT_PREDICTOR, settings={"uniformity": SPREAD}),
     "fedavg-supervised": Method("supervised:Supervised", **WITHOUT_PREDICTOR, uses_labels=True),
     "fedu2": Method("fedu2:FedU2", settings={"uniformity": UNIFORMITY, "server_lr": SERVER_LR}, rule="fedu2:move_in_unison"),
     "ldawa": Method(rule="ldawa:weigh_by_angle"),

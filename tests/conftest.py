@@ -99,7 +99,7 @@ def refuses(capsys):
 
 KINDS = {  # a method of each objective
     "byol": "fedu", "simsiam": "fedsimsiam", "simclr": "fedsimclr", "fedca": "fedca", "moco-v1": "fedmoco-v1", "moco-v2": "fedmoco-v2",
-    "supervised": "fedavg-supervised", "fedu2": "fedu2",
+    "barlow": "fedbarlow", "alignuniform": "fedalignuniform", "supervised": "fedavg-supervised", "fedu2": "fedu2",
 }  # fmt: skip
 
 

@@ -110,6 +110,20 @@ def moco(net, a, b, labels, o):
     return sum((row.logsumexp(1) - row[:, 0]).mean() for row in logits)
 
 
+def barlow(net, a, b, labels, o):
+    za, zb = (net.encoder(a), net.encoder(b))
+    za, zb = ((z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() for z in (za, zb))
+    errors = (za.T @ zb / len(a) - torch.eye(za.shape[1])).square()
+    return errors.diag().sum() + o.redundancy * errors[~torch.eye(len(errors), dtype=torch.bool)].sum()
+
+
+def alignuniform(net, a, b, labels, o):
+    views = [[*z] for z in normalize(net.encoder(torch.cat([a, b]))).chunk(2)]
+    near = sum((x - y).square().sum() for x, y in zip(*views)) / len(a)
+    spread = [torch.stack([(-2 * (x - y).square().sum()).exp() for x in z for y in z if x is not y]).mean().log() for z in views]
+    return near + o.uniformity * sum(spread) / 2
+
+
 def supervised(net, a, b, labels, o):
     return cross_entropy(net.encoder(a), labels)
 
@@ -140,6 +154,8 @@ METHODS = {  # the loss; the projector's widths, and whether there are predictor
     "fedca": (fedca, (WIDE, False, False), {"temperature": 0.07, "dictionary": 4096}),
     "fedmoco-v1": (moco, ((128, 128), False, True), {"temperature": 0.07, "queue": 4096, "jitter": 0.5}),
     "fedmoco-v2": (moco, ((128, 128, 128), False, True), {"temperature": 0.2, "queue": 4096}),
+    "fedbarlow": (barlow, (WIDE, False, False), {"redundancy": 0.005}),
+    "fedalignuniform": (alignuniform, (WIDE, False, False), {"uniformity": 1}),
     "fedavg-supervised": (supervised, ((128, 4), False, False), {}),
 }
 

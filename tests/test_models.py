@@ -6,6 +6,8 @@ import torch
 import torchvision
 from conftest import KINDS, networks_of
 
+from methods.alignuniform import AlignUniform
+from methods.barlow import BarlowTwins
 from methods.byol import BYOL
 from methods.fedca import FedCA
 from methods.fedu2 import FedU2, distance_from_uniform
@@ -341,6 +343,23 @@ def test_moco_by_hand():
     update(objective)
     assert objective.queue.tolist() == [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]
     assert objective.parts["queue"].tolist() == objective.queue.flatten().tolist() and not objective.keys
+
+
+def test_barlow_twins_by_hand():
+    """Two uncorrelated features of four images; the second view's features decide C, whatever their mean and deviation."""
+    objective = with_identity(BarlowTwins(Encoder("tiny"), CPU, redundancy=0.5))
+    a, b = torch.tensor([[1.0, 1, -1, -1], [1, -1, 1, -1]])
+    pairs = {0.0: (a, b), 4.0: (a, -b), 1.5: (a, a), 3.0: (b, a)}  # C: the identity; -1 at C_22; 1 at C_12 and 0 at C_22; exchanged
+    for expected, features in pairs.items():
+        views = torch.stack([a, b], 1), torch.stack(features, 1) * 30 + 7
+        assert loss(objective, *views).item() == pytest.approx(expected, abs=1e-3)  # 1e-5 is added to a variance
+
+
+def test_alignment_and_uniformity_by_hand():
+    """One of two images has its views at right angles. Those of the first view lie at right angles too, those of the second together."""
+    objective = with_identity(AlignUniform(Encoder("tiny"), CPU, uniformity=0.25))
+    views = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 2.0], [0.0, 5.0]])
+    assert loss(objective, *views).item() == pytest.approx((2 + 0) / 2 + 0.25 * (-4 + 0) / 2)
 
 
 def test_supervised_sees_the_labels_of_its_batch():

@@ -42,6 +42,8 @@ ROWS = {
     "fedmoco-v1": ("online", "online", "global", "one", "MoCo", {**ALL, "jitter": 0.5, "temperature": 0.07, "queue": 4096}),
     "fedmoco-v2": ("online", "online", "global", "one", "MoCo", {**ALL, "temperature": 0.2, "queue": 4096}),
     "fedca": ("online", "online", "global", "one", "FedCA", {**ALL, "temperature": 0.07, "dictionary": 4096}),
+    "fedbarlow": ("online", "online", "global", "one", "BarlowTwins", {**ALL, "redundancy": 0.005}),
+    "fedalignuniform": ("online", "online", "global", "one", "AlignUniform", {**ALL, "uniformity": 1}),
     "fedavg-supervised": ("online", "online", "global", "one", "Supervised", ALL),
     "fedu2": ("online", "online", "global", "one", "FedU2", {**ALL, "uniformity": 0.01, "server_lr": 0.1}),
     "ldawa": ("online", "online", "global", "one", "BYOL", ALL),
@@ -185,6 +187,8 @@ def test_settings_belong_to_a_method():
         ("--method fedmoco-v1 --set queue=0.5", ["--set queue got '0.5'", "whole number of at least 1"]),
         ("--method fedca --set dictionary=0", ["--set dictionary got '0'", "at least 1"]),
         ("--method fedsimclr --set temperature=0", ["--set temperature got '0'", "above 0"]),
+        ("--method fedbarlow --set redundancy=-1", ["--set redundancy got '-1'", "at least 0"]),
+        ("--method fedalignuniform --set uniformity=nan", ["--set uniformity got 'nan'", "at least 0"]),
         ("--set jitter=1.3", ["--set jitter got '1.3'", "at least 0 and at most 1.25"]),
         ("--set decorrelation=-1", ["--set decorrelation got '-1'", "at least 0"]),
         ("--set jitter=-0.1", ["--set jitter got '-0.1'"]),
@@ -198,8 +202,8 @@ def test_wrong_settings_are_one_sentence(refuses, line, words):
 
 # --------------------------------------------------------------------------------------------- options that change nothing
 
-NO_TARGET = ["fedsimsiam", "fedsimclr", "fedca", "fedavg-supervised"]
-NO_PREDICTOR = ["fedsimclr", "fedmoco-v1", "fedmoco-v2", "fedca", "fedavg-supervised"]
+NO_TARGET = ["fedsimsiam", "fedsimclr", "fedca", "fedbarlow", "fedalignuniform", "fedavg-supervised"]
+NO_PREDICTOR = ["fedsimclr", "fedmoco-v1", "fedmoco-v2", "fedca", "fedbarlow", "fedalignuniform", "fedavg-supervised"]
 NOT_EXCHANGED = ["single", "central"]
 
 
