@@ -355,14 +355,16 @@ def balanced_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ two views
 
 
-def two_views(images: Tensor, generator: torch.Generator | None = None, jitter: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Two independent random views of each image, by the recipe of the authors' code (SimCLR's, without blur).
+def random_views(
+    images: Tensor, generator: torch.Generator | None = None, count: int = 2, jitter: float = 1.0
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`count` independent random views of each image, by the recipe of the authors' code (SimCLR's, without blur).
 
-    images: uint8 `[B, 3, H, W]`. Returns two float32 `[B, 3, H, W]` in [0, 1] on the same device. `generator` lives there too. jitter: the
-    strength of the colour jitter, `ColorJitter(0.8 jitter, 0.8 jitter, 0.8 jitter, 0.2 jitter)`.
+    images: uint8 `[B, 3, H, W]`. Returns float32 `[B, 3, H, W]` in [0, 1] on the same device, `count` times. `generator` lives there too.
+    jitter: the strength of the colour jitter, `ColorJitter(0.8 jitter, 0.8 jitter, 0.8 jitter, 0.2 jitter)`.
     """
-    draws = draw_views(2 * len(images), *images.shape[2:], images.device, generator, jitter)
-    return ops.augment(images, draws).chunk(2)
+    draws = draw_views(count * len(images), *images.shape[2:], images.device, generator, jitter)
+    return ops.augment(images, draws).chunk(count)
 
 
 def draw_views(

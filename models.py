@@ -76,31 +76,43 @@ def feature_dim(backbone: nn.Module) -> int:
     return [m.num_features for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)][-1]
 
 
-def build_head(inputs: int, *widths: int) -> nn.Module:
-    """The projector's and the predictor's form: Linear - BN - ReLU - Linear of widths (hidden, out), or one Linear of width (out,)."""
-    if len(widths) == 1:
-        return nn.Linear(inputs, *widths)
-    hidden, outputs = widths
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
+def build_head(inputs: int, *layers: int | str) -> nn.Module:
+    """A projector or a predictor, by its layers: a number is the width of a linear one, and between two widths lie BN and ReLU.
+
+    (hidden, out) is Linear - BN - ReLU - Linear, and (hidden, "relu", out) the same without BN. "standardise" is a BN without parameters.
+    """
+    modules: list[nn.Module] = []
+    for layer, following in zip(layers, (*layers[1:], "")):
+        if layer == "relu":
+            modules.append(nn.ReLU(inplace=True))
+        elif layer == "standardise":
+            modules.append(nn.BatchNorm1d(inputs, affine=False))
+        else:
+            modules.append(nn.Linear(inputs, layer))
+            inputs = layer
+            if isinstance(following, int):
+                modules += [nn.BatchNorm1d(inputs), nn.ReLU(inplace=True)]
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
 class Encoder(nn.Module):
-    """Backbone and projector, images `[B, 3, S, S]` -> projections `[B, head[-1]]`.
+    """Backbone and projector, images `[B, 3, S, S]` -> projections `[B, width]`.
 
-    head: the projector's widths, hidden and out or out alone, by default `HEADS[name]`; 0 is the width of the backbone's features.
-    `image_size` is S of the images that it was trained on.
+    head: the projector's layers, see `build_head`, by default `HEADS[name]`; 0 is the width of the backbone's features. `image_size` is S
+    of the images that it was trained on.
     """
 
     image_size = 32
     passed: list[Tensor] | None = None  # while it is a list, it gets the features of every forward pass, `[B, d]`
 
-    def __init__(self, name: str, head: Sequence[int] = ()):
+    def __init__(self, name: str, head: Sequence[int | str] = ()):
         super().__init__()
         self.name = name
         self.backbone = build_backbone(name)
-        width = feature_dim(self.backbone)
-        self.head = tuple(w or width for w in head or HEADS[name])
-        self.projector = build_head(width, *self.head)
+        features = feature_dim(self.backbone)
+        self.head = tuple(layer or features for layer in head or HEADS[name])
+        self.width = next(layer for layer in reversed(self.head) if isinstance(layer, int))
+        self.projector = build_head(features, *self.head)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.backbone(images)
@@ -193,7 +205,7 @@ class Online(nn.Module):
     def __init__(self, encoder: Encoder, predictor: bool):
         super().__init__()
         self.encoder = encoder
-        self.predictor = build_head(encoder.head[-1], *encoder.head) if predictor else nn.Identity()
+        self.predictor = build_head(encoder.width, *encoder.head) if predictor else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.predictor(self.encoder(images))
@@ -208,11 +220,17 @@ class Objective:
     that the optimizer sees, `ema_target` the target encoder's parameters, which follow `xi <- m xi + (1 - m) theta` after each step.
     `shared` `[N, d]` is what the clients shared through the server in the last round. `decorrelation` is the weight of FedDecorr's term.
 
+    A step hands `batches` batches of the client's images to `terms`, each in an order of its own. `view(batch)` draws one more random view
+    `[B, 3, S, S]` of the images of a batch `[B]`, to be called in `terms`. All tensors that `terms` uses must stay where they are: a CUDA
+    graph holds their addresses.
+
     A method of its own overrides `terms`, and of the rest what it needs. Its constructor takes an encoder, a device, and by keyword the
     settings of its row in `options.METHODS`; `predictor` and `stop_gradient` if the row has a predictor, and `labels` if it uses them.
     """
 
     decorrelation = 0.0
+    batches = 1
+    view: Callable[[Tensor], Tensor]  # set by the step of local training
 
     def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = False):
         module = Online(encoder, predictor).to(device)
@@ -236,13 +254,16 @@ class Objective:
         """
 
     def begin(self, client_id: int, num_clients: int) -> None:
-        """Called when a client's turn begins and the networks hold what it starts from. num_clients: of the round."""
+        """Called when a client's turn begins, while the networks hold the model that it received. num_clients: K, of the round.
+
+        What the terms need of that model later has to be copied here, into tensors of the objective.
+        """
 
     def terms(self, view1: Tensor, view2: Tensor, batch: Tensor, generator: torch.Generator | None) -> list[Callable[[], Tensor]]:
         """The loss as terms, each to be computed and differentiated before the next, so that only one term's activations are in memory.
 
-        view1, view2: `[B, 3, S, S]`, of the images whose indices are `batch`, `[B]`. generator: the client's, for random numbers of the
-        loss; None on the meta device.
+        view1, view2: `[B, 3, S, S]`, of the images whose indices are `batch`, `[B]`; with several `batches` it is `[batches, B]`, and the
+        views are of the first. generator: the client's, for random numbers of the loss; None on the meta device.
         """
         raise NotImplementedError
 
@@ -344,7 +365,7 @@ class WithTarget(Objective):
 
 
 def save_encoders(run: Path, image_size: int, encoders: Iterable[Encoder]) -> None:
-    """Write encoder.pt: its backbone's name, its projector's widths (`head`), and the weights of one encoder for each server.
+    """Write encoder.pt: its backbone's name, its projector's layers (`head`), and the weights of one encoder for each server.
 
     An encoder is copied before the next is asked for, so that all may be one module with other weights.
     """

@@ -41,7 +41,8 @@ class Method(NamedTuple):
     has_predictor: bool = True  # whether a predictor stands on the online encoder, which ablations can leave out
     has_target: bool = True  # whether there is a target encoder, a moving average of the online one
     uses_labels: bool = False
-    head: tuple[int, ...] = ()  # widths of the projector, 0 for that of the features; by default the encoder's own
+    ablations: bool = True  # whether the objective can do without its predictor, and without its stop-gradient
+    head: tuple[int | str, ...] = ()  # the projector's layers, see models.build_head, 0 for the features' width; by default the encoder's
     settings: Mapping[str, Setting] = {}  # of the objective, in addition to those that all have: `jitter` and `decorrelation`
     jitter: float = 1.0  # default of the setting of this name
     rule: str = ""  # what the server makes of a round's uploads, as FILE:FUNCTION of methods/; by default FedAvg's mean
@@ -62,6 +63,7 @@ DICTIONARY = Setting(4096, "projections that the clients of a round share as neg
 DECORRELATION = Setting(0.0, "weight of FedDecorr's term, which decorrelates the features of the backbone", number(float, 0))
 UNIFORMITY = Setting(0.01, "weight of the regulariser FUR", number(float, 0))
 SERVER_LR = Setting(0.1, "a round moves the server's parameters by at most twice this length", POSITIVE)
+TARGET_TEMPERATURE = Setting(0.1, "temperature of the relations that both views are drawn to", POSITIVE)
 REDUNDANCY = Setting(0.005, "weight of correlations between different features (lambda)", number(float, 0))
 SPREAD = Setting(1.0, "weight of the uniformity (w)", number(float, 0))
 WITHOUT_PREDICTOR = {"has_predictor": False, "has_target": False}
@@ -79,6 +81,10 @@ METHODS = {
     "fedca": Method(
         "fedca:FedCA", **WITHOUT_PREDICTOR, settings={"temperature": temperature(0.07), "dictionary": DICTIONARY},
         rule="fedca:share_dictionary", public=0.02,
+    ),
+    "fedx": Method(
+        "fedx:FedX", has_target=False, ablations=False, head=(256, "relu", 256),
+        settings={"temperature": temperature(0.1), "target_temperature": TARGET_TEMPERATURE},
     ),
     "fedbarlow": Method("barlow:BarlowTwins", **WITHOUT_PREDICTOR, settings={"redundancy": REDUNDANCY}),
     "fedalignuniform": Method("alignuniform:AlignUniform", **WITHOUT_PREDICTOR, settings={"uniformity": SPREAD}),
@@ -291,8 +297,7 @@ class Options(Host, Training, Clients, Exchange, Data):
         with_target = "a method that has a target encoder"
         goes_with = {  # of each option that changes nothing here, what it goes with
             "predictor": (not row.has_predictor or self.no_predictor or row.servers != "one", with_predictor),
-            "no_predictor": (not row.has_predictor, with_predictor),
-            "no_stop_gradient": (not row.has_predictor, with_predictor),
+            **dict.fromkeys(("no_predictor", "no_stop_gradient"), (not (row.has_predictor and row.ablations), "BYOL or SimSiam")),
             "server_rule": (bool(row.rule) or row.servers != "one", "a method whose server takes the mean of several clients"),
             "aggregate": (self.aggregate == "target" and not row.has_target, with_target),
             "update": (self.update in ("target", "both") and not row.has_target, with_target),

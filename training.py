@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from data import seed_of, two_views
+from data import random_views, seed_of
 from models import Objective
 from options import Options
 from runtime.device import GRAPHS_ON, StepGraph, release_memory
@@ -26,13 +26,13 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 class Step:
     """A step of local training: two views of a batch, the gradient of their loss, and the update of the networks.
 
-    images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` draws its two views from `generator`. `lr` and `loss`, the
-    sum of the losses so far, are scalars on the device. Every tensor that a step touches keeps its address from client to client, so that
-    one CUDA graph serves all clients.
+    images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` draws two or more of its views from `generator`. `lr` and
+    `loss`, the sum of the losses so far, are scalars on the device. Every tensor that a step touches keeps its address from client to
+    client, so that one CUDA graph serves all clients.
     """
 
     def __init__(
-        self, networks: Objective, images: Tensor, precision: str = "fp32", views: Callable[..., tuple[Tensor, Tensor]] = two_views
+        self, networks: Objective, images: Tensor, precision: str = "fp32", views: Callable[..., tuple[Tensor, ...]] = random_views
     ):  # fmt: skip
         self.networks, self.images, self.precision, self.views = networks, images, precision, views
         device = images.device
@@ -41,9 +41,15 @@ class Step:
         self.ema_decay = 0.99
         self.graph: StepGraph | None = None
         self.captured: tuple = ()  # what the graph was captured with
+        networks.view = lambda batch: self.draw(batch, 1)[0]
+
+    def draw(self, batch: Tensor, count: int) -> list[Tensor]:
+        """Views of the images of a batch, each `[B, 3, S, S]`."""
+        views = self.views(self.images[batch], self.generator, count)
+        return [view.contiguous(memory_format=torch.channels_last) for view in views]
 
     def __call__(self, batch: Tensor) -> None:
-        view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in self.views(self.images[batch], self.generator))
+        view1, view2 = self.draw(batch if batch.ndim == 1 else batch[0], 2)
         with self.in_bf16():  # around all terms, so that a weight is cast once for them
             for term in self.networks.losses(view1, view2, batch, self.generator):
                 loss = term()
@@ -88,11 +94,18 @@ def local_training(step: Step, batches: Iterable[Tensor], lr: float, ema_decay: 
     return step.loss / steps
 
 
-def local_batches(indices: Tensor, epochs: int, batch_size: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """The batches of `epochs` shuffled passes over a client's images, as indices `[B]`; the last partial one of a pass is dropped."""
+def local_batches(
+    indices: Tensor, epochs: int, batch_size: int, generator: torch.Generator | None, count: int = 1
+) -> Iterator[Tensor]:  # fmt: skip
+    """The batches of `epochs` shuffled passes over a client's images, as indices `[B]`; the last partial one of a pass is dropped.
+
+    count: if it is not 1, each pass has so many orders, and a step gets a batch of each, `[count, B]`.
+    """
+    whole = len(indices) // batch_size * batch_size
     for _ in range(epochs):
-        order = indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
-        yield from order[: len(order) // batch_size * batch_size].split(batch_size)
+        orders = [indices[torch.randperm(len(indices), generator=generator, device=indices.device)] for _ in range(count)]
+        batches = [order[:whole].split(batch_size) for order in orders]
+        yield from batches[0] if count == 1 else map(torch.stack, zip(*batches))
 
 
 def train_client(
@@ -107,7 +120,7 @@ def train_client(
     networks.begin(client_id, num_clients)
     indices = next(client.indices for client in federation.clients if client.id == client_id)
     step.generator.manual_seed(seed_of(options.seed, "training", round_, client_id))
-    batches = local_batches(indices, options.local_epochs, options.batch_size, step.generator)
+    batches = local_batches(indices, options.local_epochs, options.batch_size, step.generator, networks.batches)
     ema_decay = 0.0 if options.first_target == "shared" and first_round else options.ema_decay
     loss = local_training(step, batches, cosine(options.lr, round_, options.rounds), ema_decay, progress).item()
     shared = networks.take_shared()
@@ -123,7 +136,7 @@ def local_step(federation: Federation, options: Options) -> Step:
 
 
 def make_step(networks: Objective, images: Tensor, options: Options) -> Step:
-    return Step(networks, images, options.precision, partial(two_views, jitter=options.settings["jitter"]))
+    return Step(networks, images, options.precision, partial(random_views, jitter=options.settings["jitter"]))
 
 
 def prepare(federation: Federation, options: Options) -> None:
@@ -133,7 +146,8 @@ def prepare(federation: Federation, options: Options) -> None:
         step, indices = make_step(objective, images, options), torch.arange(len(images), device=images.device)
         step.generator.manual_seed(seed_of(options.seed, "public"))
         epochs = options.rounds * options.local_epochs
-        local_training(step, local_batches(indices, epochs, options.batch_size, step.generator), options.lr)
+        batches = local_batches(indices, epochs, options.batch_size, step.generator, objective.batches)
+        local_training(step, batches, options.lr)
 
     if len(federation.public):
         federation.networks.prepare(federation.images[federation.public], train)

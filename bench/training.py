@@ -54,7 +54,7 @@ import models
 import ops
 import training
 from bench.timing import print_origin, time_ways
-from data import Images, draw_views, load_images, two_views
+from data import Images, draw_views, load_images, random_views
 from federation import build
 from methods.byol import BYOL
 from models import HEADS, Encoder, Online, build_backbone, feature_dim
@@ -148,7 +148,7 @@ def bench_views(images: Tensor, repeats: int) -> None:
     batch = images[:128].contiguous()
     on_host = batch.cpu()
     ways = {
-        "ours": lambda: two_views(batch),
+        "ours": lambda: random_views(batch),
         "reference": lambda: two_views_of_the_reference(batch),
         "PIL": lambda: [torch.stack([PIL_VIEW(x) for x in on_host]).to(DEVICE) for _ in range(2)],
     }
@@ -194,7 +194,7 @@ def some_images(count: int) -> Tensor:
 
 
 def ours(
-    encoder: str, count: int, batch_size: int, views: Callable = two_views, ema: bool = True, precision: str = "fp32"
+    encoder: str, count: int, batch_size: int, views: Callable = random_views, ema: bool = True, precision: str = "fp32"
 ) -> Callable[[], object]:
     keep_memory()
     networks, images = BYOL(Encoder(encoder), DEVICE), some_images(count)

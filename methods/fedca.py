@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from methods.simclr import SimCLR
+from methods.simclr import SimCLR, nt_xent
 from models import Encoder, Objective, extract_features
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class FedCA(SimCLR):
 
     def __init__(self, encoder: Encoder, device: torch.device, temperature: float = 0.07, dictionary: int = 4096):
         super().__init__(encoder, device, temperature)
-        self.newest = torch.zeros(dictionary, encoder.head[-1], device=device)  # rows of zeros are not filled yet
+        self.newest = torch.zeros(dictionary, encoder.width, device=device)  # rows of zeros are not filled yet
         self.num_clients = 1
         self.public = self.base = torch.empty(0, device=device)
 
@@ -53,7 +53,7 @@ class FedCA(SimCLR):
     def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
         z = normalize(self.online.module(torch.cat([view1, view2])))
         self.newest.copy_(torch.cat([z.detach(), self.newest])[: len(self.newest)])
-        return self.contrast(z, self.shared if len(self.shared) else None)
+        return nt_xent(z, self.temperature, self.shared if len(self.shared) else None)
 
     def alignment(self, chosen: Tensor) -> Tensor:
         images = self.public[chosen].float().div_(255).contiguous(memory_format=torch.channels_last)

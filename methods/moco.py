@@ -24,7 +24,7 @@ class MoCo(WithTarget):
     def __init__(self, encoder: Encoder, device: torch.device, temperature: float, queue: int = 4096):
         super().__init__(encoder, device)
         self.temperature, self.keys = temperature, []
-        start = normalize(torch.randn(queue, encoder.head[-1])).to(device)
+        start = normalize(torch.randn(queue, encoder.width)).to(device)
         self.initial["queue"] = start.flatten()
         self.parts["queue"] = self.initial["queue"].clone()
         self.queue = self.parts["queue"].view(start.shape)

@@ -27,12 +27,13 @@ class SimCLR(Objective):
         return [partial(self.loss, view1, view2)]
 
     def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
-        return self.contrast(normalize(self.online.module(torch.cat([view1, view2]))))
+        return nt_xent(normalize(self.online.module(torch.cat([view1, view2]))), self.temperature)
 
-    def contrast(self, z: Tensor, negatives: Tensor | None = None) -> Tensor:
-        """NT-Xent of unit vectors `[2B, d]`, the first view's and then the second's, with more negatives `[N, d]` for each."""
-        n = len(z)
-        logits = (z @ z.T / self.temperature).masked_fill(torch.eye(n, dtype=torch.bool, device=z.device), float("-inf"))
-        if negatives is not None:
-            logits = torch.cat([logits, z @ negatives.T / self.temperature], 1)
-        return cross_entropy(logits, torch.arange(n, device=z.device).roll(n // 2))
+
+def nt_xent(z: Tensor, temperature: float, negatives: Tensor | None = None) -> Tensor:
+    """NT-Xent of unit vectors `[2B, d]`, the first view's and then the second's, with more negatives `[N, d]` for each."""
+    n = len(z)
+    logits = (z @ z.T / temperature).masked_fill(torch.eye(n, dtype=torch.bool, device=z.device), float("-inf"))
+    if negatives is not None:
+        logits = torch.cat([logits, z @ negatives.T / temperature], 1)
+    return cross_entropy(logits, torch.arange(n, device=z.device).roll(n // 2))

@@ -99,13 +99,24 @@ def refuses(capsys):
 
 KINDS = {  # a method of each objective
     "byol": "fedu", "simsiam": "fedsimsiam", "simclr": "fedsimclr", "fedca": "fedca", "moco-v1": "fedmoco-v1", "moco-v2": "fedmoco-v2",
-    "barlow": "fedbarlow", "alignuniform": "fedalignuniform", "supervised": "fedavg-supervised", "fedu2": "fedu2",
+    "fedx": "fedx", "barlow": "fedbarlow", "alignuniform": "fedalignuniform", "supervised": "fedavg-supervised", "fedu2": "fedu2",
 }  # fmt: skip
 
 
 def networks_of(kind: str, labels: torch.Tensor | None = None, device: torch.device = CPU, encoder: str = "tiny") -> Objective:
     """An objective with its networks, as a run has them."""
     return build_networks(Options(method=KINDS[kind], encoder=encoder), labels, device)
+
+
+def ready(networks: Objective) -> Objective:
+    """An objective that has what it is given before its clients train, here made up: FedCA's public images."""
+    device = networks.online.vector.device
+    if hasattr(networks, "labels"):
+        networks.labels = networks.labels.to(device)
+    if hasattr(networks, "align"):
+        images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, device=device)
+        networks.align(images, torch.randn(8, 256, device=device))
+    return networks
 
 
 def objective(device: torch.device = CPU) -> BYOL:

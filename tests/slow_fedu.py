@@ -36,18 +36,19 @@ def view(image, draw):
 # ------------------------------------------------------------------------------------------------- networks and losses
 
 
-def mlp(inputs, hidden, outputs):
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+def mlp(inputs, hidden, outputs, norm=True):
+    between = [nn.BatchNorm1d(hidden)] * norm + [nn.ReLU()]
+    return nn.Sequential(nn.Linear(inputs, hidden), *between, nn.Linear(hidden, outputs))
 
 
-def build(head, predictor, target, queue):
+def build(head, predictor, target, queue, norm):
     """The networks in the order in which the seed initialises them. head: the projector's widths; `tiny` has 128 features."""
     layers = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
     backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=mlp(*head) if len(head) == 3 else nn.Linear(*head)))
-    net = nn.ModuleDict({"encoder": encoder, "predictor": mlp(256, 512, 256) if predictor else nn.Identity()})
+    encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=mlp(*head, norm) if len(head) == 3 else nn.Linear(*head)))
+    net = nn.ModuleDict({"encoder": encoder, "predictor": mlp(256, *head[1:], norm) if predictor else nn.Identity()})
     if target:
         net["target"] = copy.deepcopy(encoder)
     net.register_buffer("queue", normalize(torch.randn(queue, 128)))
@@ -55,7 +56,7 @@ def build(head, predictor, target, queue):
     return net
 
 
-# A loss takes two views of a batch, a and b, with its labels; o: the options.
+# A loss takes two views of a batch, a and b, with its labels; o: the options, and what the loss draws or was given besides.
 
 
 def byol(net, a, b, labels, o):
@@ -110,11 +111,32 @@ def moco(net, a, b, labels, o):
     return sum((row.logsumexp(1) - row[:, 0]).mean() for row in logits)
 
 
+def fedx(net, a, b, labels, o):
+    """o.teacher: the received encoder. o.other: another batch."""
+    n, views = len(a), torch.cat([a, b, o.view(o.other)])
+    z = net.encoder(views)
+    p, q, t = normalize(z), normalize(net.predictor(z)), normalize(o.teacher(views).detach())
+
+    def contrast(x, y):
+        similar = (torch.cat([x, y]) @ torch.cat([x, y]).T / o.temperature).exp()
+        similar = similar - similar.diag().diag()
+        return -sum((similar[i, (i + n) % (2 * n)] / similar[i].sum()).log() for i in range(2 * n)) / (2 * n)
+
+    def relate(x, y, others):
+        m = sum((z @ others.T / o.target_temperature).softmax(1) for z in (x, y)) / 2
+        return sum((m * (m / (z @ others.T / o.temperature).softmax(1)).log()).sum(1).mean() for z in (x, y)) / 2
+
+    return (
+        contrast(p[:n], p[n : 2 * n]) + contrast(q[:n], t[n : 2 * n])
+        + relate(q[:n], q[n : 2 * n], t[2 * n :]) + relate(p[:n], p[n : 2 * n], p[2 * n :])
+    )  # fmt: skip
+
+
 def barlow(net, a, b, labels, o):
     za, zb = (net.encoder(a), net.encoder(b))
     za, zb = ((z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() for z in (za, zb))
     errors = (za.T @ zb / len(a) - torch.eye(za.shape[1])).square()
-    return errors.diag().sum() + o.redundancy * errors[~torch.eye(len(errors), dtype=torch.bool)].sum()
+    return (errors.diag().sum() + o.redundancy * errors[~torch.eye(len(errors), dtype=torch.bool)].sum()) / len(errors)
 
 
 def alignuniform(net, a, b, labels, o):
@@ -137,6 +159,7 @@ def feddecorr(h):
 CONSTANTS = {
     "decorrelation": 0.0,
     "seed": 0, "clients_per_round": None, "dropout": 0.0, "mu": 0.4, "tau": 0.7, "ema_decay": 0.99, "jitter": 1.0, "queue": 0,
+    "norm": True, "orders": 1,
     "aggregate": "online", "update": "online", "predictor": "global", "divergence": "layer-mean", "divergence_from": "received",
     "first_target": "copy", "server_rule": "mean", "no_predictor": False, "no_stop_gradient": False,
 }  # fmt: skip
@@ -154,6 +177,7 @@ METHODS = {  # the loss; the projector's widths, and whether there are predictor
     "fedca": (fedca, (WIDE, False, False), {"temperature": 0.07, "dictionary": 4096}),
     "fedmoco-v1": (moco, ((128, 128), False, True), {"temperature": 0.07, "queue": 4096, "jitter": 0.5}),
     "fedmoco-v2": (moco, ((128, 128, 128), False, True), {"temperature": 0.2, "queue": 4096}),
+    "fedx": (fedx, ((128, 256, 256), True, False), {"temperature": 0.1, "target_temperature": 0.1, "norm": False, "orders": 2}),
     "fedbarlow": (barlow, (WIDE, False, False), {"redundancy": 0.005}),
     "fedalignuniform": (alignuniform, (WIDE, False, False), {"uniformity": 1}),
     "fedavg-supervised": (supervised, ((128, 4), False, False), {}),
@@ -218,12 +242,18 @@ def local_training(net, loss, x, y, indices, source, epochs, lr, ema_decay, o):
     trained = [p for name, p in net.named_parameters() if o.no_stop_gradient or not name.startswith("target")]
     net.source = source  # of the random numbers of a loss
     losses, sgd = [], torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=5e-4)
+    o.teacher = copy.deepcopy(net.encoder).eval()
+
+    def views(batch):
+        draws = draw_views(len(batch), *x.shape[2:], x.device, source, o.jitter)
+        return torch.stack([view(image, draw) for image, draw in zip(x[batch], draws)])
+
+    o.view = views
     for _ in range(epochs):
-        order = indices[torch.randperm(len(indices), generator=source)]
-        for start in range(0, len(order) - o.batch_size + 1, o.batch_size):
-            batch = order[start : start + o.batch_size]
-            draws = draw_views(2 * o.batch_size, *x.shape[2:], x.device, source, o.jitter)
-            a, b = torch.stack([view(image, draw) for image, draw in zip(x[torch.cat([batch, batch])], draws)]).chunk(2)
+        orders = [indices[torch.randperm(len(indices), generator=source)] for _ in range(o.orders)]
+        for start in range(0, len(indices) - o.batch_size + 1, o.batch_size):
+            batch, o.other = (order[start : start + o.batch_size] for order in (orders[0], orders[-1]))
+            a, b = views(torch.cat([batch, batch])).chunk(2)
             features = []  # of each pass of the online encoder
             hook = net.encoder[0].register_forward_hook(lambda module, inputs, output, features=features: features.append(output))
             value = loss(net, a, b, y[batch], o)
@@ -285,7 +315,7 @@ def federate(x, y, groups, method, public=(), **options):
     o = SimpleNamespace(**CONSTANTS | row | options)
     torch.manual_seed(o.seed)
     head, predictor, target = networks
-    net = build(head, predictor and not o.no_predictor, target, o.queue)
+    net = build(head, predictor and not o.no_predictor, target, o.queue, o.norm)
     initial = state(net)
     if len(public):
         base, net.public = copy.deepcopy(net), x[public]

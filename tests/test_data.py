@@ -67,20 +67,20 @@ def test_jitter_changes_nothing_but_the_colours():
     differs = (usual != mild).any(0)
     assert {name for name, changed in zip(ops.VIEW, differs) if changed} == {"brightness", "contrast", "saturation", "hue"}
     x = torch.randint(0, 256, (25, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(torch.cat(data.two_views(x, torch.Generator().manual_seed(4), 0.5)), ops.augment(x, mild))
+    assert torch.equal(torch.cat(data.random_views(x, torch.Generator().manual_seed(4), jitter=0.5)), ops.augment(x, mild))
 
 
 def test_two_views_differ_repeat_and_stay_in_range():
     x = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8)
-    view1, view2 = data.two_views(x, torch.Generator().manual_seed(5))
+    view1, view2 = data.random_views(x, torch.Generator().manual_seed(5))
     assert view1.dtype == torch.float32 and view1.shape == (512, 3, 32, 32)
     assert view1.min() >= 0 and view1.max() <= 1
     assert not torch.equal(view1, view2)
-    again = data.two_views(x, torch.Generator().manual_seed(5))
+    again = data.random_views(x, torch.Generator().manual_seed(5))
     assert torch.equal(view1, again[0]) and torch.equal(view2, again[1])
     grey = (view1 - view1[:, :1]).abs().amax((1, 2, 3)) < 1e-6
     assert 0.13 < grey.float().mean() < 0.27  # probability 0.2; five deviations of 512 draws are 0.09
-    assert data.two_views(x[:1])[0].shape == (1, 3, 32, 32)
+    assert data.random_views(x[:1])[0].shape == (1, 3, 32, 32)
 
 
 # ------------------------------------------------------------------------------------------------------ partition

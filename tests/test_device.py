@@ -89,8 +89,9 @@ def train_three_clients(kind: str, npz, precision: str) -> tuple[dict[str, torch
     for client in range(3):
         dictionary.copy_(torch.randn(16, 256, generator=torch.Generator().manual_seed(client)))
         objective.shared = dictionary
+        objective.begin(client, 3)
         step.generator.manual_seed(seed_of(0, client))
-        batches = training.local_batches(torch.arange(40) + 12 * client, 1, 8, step.generator)
+        batches = training.local_batches(torch.arange(40) + 12 * client, 1, 8, step.generator, objective.batches)
         losses.append(training.local_training(step, batches, 0.01 * (client + 1)).item())
         objective.take_shared()
     return objective.parts, losses

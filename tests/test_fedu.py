@@ -332,7 +332,7 @@ def test_every_method_runs_and_can_be_evaluated(tiny, tmp_path, capsys, method):
     assert ("--plot" in capsys.readouterr().out) == METHODS[method].trains
     assert all(t.isfinite().all() for t in result["encoders"])
     (encoder, *_) = load_encoders(tmp_path / "run")
-    assert encoder(torch.rand(2, 3, 16, 16)).shape == (2, encoder.head[-1])
+    assert encoder(torch.rand(2, 3, 16, 16)).shape == (2, encoder.width)
     if METHODS[method].trains:
         assert [row["round"] for row in result["metrics"]] == [0, 1, 2] and result["metrics"][-1]["knn"] > 0.2
 

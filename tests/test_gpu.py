@@ -7,7 +7,7 @@ import torch
 from conftest import KINDS, load, load_metrics, networks_of, refused
 
 import training
-from data import load_images, two_views
+from data import load_images, random_views
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
@@ -19,7 +19,7 @@ def full_precision(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def train(kind: str, npz, device: torch.device, views=two_views):
+def train(kind: str, npz, device: torch.device, views=random_views):
     """An objective before and after two clients of four steps, on a GPU five of them by one graph and none waited for, and the mean loss.
 
     So small a learning rate that rounding is not amplified: at 0.01, 1e-6 in the weights becomes 10% of the update.
@@ -30,12 +30,13 @@ def train(kind: str, npz, device: torch.device, views=two_views):
     if kind == "fedca":
         objective.align(images.x_train[:8], torch.ones(8, 256, device=device))
     step = training.Step(objective, images.x_train, views=views)
-    batches = torch.arange(64, device=device).split(8)
+    batches = [batch.expand(objective.batches, -1).squeeze(0) for batch in torch.arange(64, device=device).split(8)]
     before = {name: part.clone() for name, part in objective.parts.items()}
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for client, lr in enumerate((0.0005, 0.0004)):
+            objective.begin(client, 2)
             step.generator.manual_seed(client)
             loss = training.local_training(step, batches[4 * client : 4 * client + 4], lr)
     finally:
@@ -55,8 +56,8 @@ def assert_same_update(got, want) -> None:
 def test_training_gives_what_it_gives_on_the_cpu(npz, full_precision, kind):
     """Views that need no random numbers: a GPU's generator draws others."""
 
-    def views(images: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor]:
-        return images / 255, images.flip(3) / 255
+    def views(images: torch.Tensor, _, count: int = 2) -> tuple[torch.Tensor, ...]:
+        return (images / 255, images.flip(3) / 255)[:count]
 
     assert_same_update(train(kind, npz, GPU, views), train(kind, npz, CPU, views))
 

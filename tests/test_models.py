@@ -4,13 +4,14 @@ import math
 import pytest
 import torch
 import torchvision
-from conftest import KINDS, networks_of
+from conftest import KINDS, networks_of, ready
 
 from methods.alignuniform import AlignUniform
 from methods.barlow import BarlowTwins
 from methods.byol import BYOL
 from methods.fedca import FedCA
 from methods.fedu2 import FedU2, distance_from_uniform
+from methods.fedx import FedX
 from methods.moco import MoCo
 from methods.simclr import SimCLR
 from methods.simsiam import SimSiam
@@ -154,15 +155,21 @@ def test_broken_views_are_noticed():
 
 
 def loss(objective: Objective, *views: torch.Tensor) -> torch.Tensor:
-    return sum(term() for term in objective.terms(*views, torch.arange(len(views[0])), None))
+    return sum(term() for term in objective.terms(*views, batches_of(objective, len(views[0])), None))
+
+
+def batches_of(objective: Objective, size: int) -> torch.Tensor:
+    """As many batches as a step hands to the objective, all of the same images."""
+    return torch.arange(size).expand(objective.batches, -1).squeeze(0)
 
 
 def with_identity(objective: Objective) -> Objective:
     """The objective with networks that return the views as they are, so that views are projections."""
     objective.online.module = torch.nn.Identity()
     objective.online.module.encoder = objective.online.module.predictor = torch.nn.Identity()
-    if "target" in objective.parts:
-        objective.target.module = torch.nn.Identity()
+    for name in ("target", "teacher"):
+        if hasattr(objective, name):
+            getattr(objective, name).module = torch.nn.Identity()
     return objective
 
 
@@ -319,18 +326,58 @@ def test_every_objective_takes_the_decorrelation(kind):
     labels, views, sums, gradients = torch.arange(8) % 4, torch.rand(2, 8, 3, 16, 16), [], []
     for weight in (0.0, 0.5, 1.0):
         torch.manual_seed(0)
-        objective = networks_of(kind, labels)
-        if kind == "fedca":
-            objective.align(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.randn(8, 256))
+        objective = ready(networks_of(kind, labels))
+        objective.view = lambda batch: torch.rand(len(batch), 3, 16, 16)
         objective.decorrelation = weight
         torch.manual_seed(1)
-        total = sum(term() for term in objective.losses(*views, torch.arange(8), None))
+        total = sum(term() for term in objective.losses(*views, batches_of(objective, 8), None))
         total.backward()
         sums.append(total.item())
         gradients.append(objective.online.trainable.grad[:100].clone())
         assert objective.online.module.encoder.passed is None
     assert sums[2] - sums[0] == pytest.approx(2 * (sums[1] - sums[0]), rel=1e-3) and sums[1] > sums[0] + 0.01
     assert not torch.equal(gradients[0], gradients[1])
+
+
+def test_fedx_by_hand():
+    """Two images at right angles with equal views, which relate to two others at the same places: T = 0.5, and 1 for the target m.
+
+    The relations of the first image, softmax of (2, 0), lie at the same distance from its target's, of (1, 0), in all of JS's parts.
+    """
+    objective = with_identity(FedX(Encoder("tiny", (256, "relu", 256)), CPU, temperature=0.5, target_temperature=1.0))
+    views, asked = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), []
+    objective.view = lambda batch: asked.append(batch.tolist()) or views
+    (term,) = objective.terms(views, views, torch.tensor([[4, 7], [2, 5]]), None)
+    contrast = -math.log(math.exp(2) / (math.exp(2) + 2))
+    s, m = (1 / (1 + math.exp(-x)) for x in (2, 1))
+    relation = m * math.log(m / s) + (1 - m) * math.log((1 - m) / (1 - s))
+    assert asked == [[2, 5]] and term().item() == pytest.approx(2 * contrast + 2 * relation)
+
+
+def test_the_teacher_of_fedx_is_the_received_model():
+    """It stays so while the client trains, in eval mode, and has no gradient."""
+    objective = networks_of("fedx")
+    objective.view = lambda batch: torch.rand(len(batch), 3, 16, 16)
+    objective.online.vector.mul_(0.9)
+    objective.begin(0, 5)
+    received = objective.parts["encoder"].clone()
+    loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
+    update(objective, lr=0.1)
+    assert torch.equal(objective.teacher.vector, received) and not torch.equal(objective.parts["encoder"], received)
+    assert not objective.teacher.module.training and not any(p.requires_grad for p in objective.teacher.module.parameters())
+
+
+def test_a_head_by_its_layers():
+    def names(*layers: int | str) -> list[str]:
+        return [type(m).__name__ for m in build_head(8, *layers).modules()]
+
+    assert names(4) == ["Linear"]
+    assert names(4, 2) == ["Sequential", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert names(4, "relu", 2) == ["Sequential", "Linear", "ReLU", "Linear"]
+    assert names(4, 3, 2, "standardise") == ["Sequential", *["Linear", "BatchNorm1d", "ReLU"] * 2, "Linear", "BatchNorm1d"]
+    assert len(list(build_head(8, 4, "standardise").parameters())) == 2
+    encoder = Encoder("tiny", (0, 3, "standardise"))
+    assert (encoder.head, encoder.width) == ((128, 3, "standardise"), 3) and encoder(torch.rand(2, 3, 16, 16)).shape == (2, 3)
 
 
 def test_moco_by_hand():
@@ -352,7 +399,7 @@ def test_barlow_twins_by_hand():
     pairs = {0.0: (a, b), 4.0: (a, -b), 1.5: (a, a), 3.0: (b, a)}  # C: the identity; -1 at C_22; 1 at C_12 and 0 at C_22; exchanged
     for expected, features in pairs.items():
         views = torch.stack([a, b], 1), torch.stack(features, 1) * 30 + 7
-        assert loss(objective, *views).item() == pytest.approx(expected, abs=1e-3)  # 1e-5 is added to a variance
+        assert 2 * loss(objective, *views).item() == pytest.approx(expected, abs=1e-3)  # 1e-5 is added to a variance
 
 
 def test_alignment_and_uniformity_by_hand():
@@ -378,9 +425,8 @@ def test_heads_of_the_other_objectives(kind, widths, targets):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_objective_gives_all_its_network_a_gradient(kind):
     torch.manual_seed(0)
-    objective = networks_of(kind, torch.arange(8) % 4)
-    if kind == "fedca":
-        objective.align(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.randn(8, 256))
+    objective = ready(networks_of(kind, torch.arange(8) % 4))
+    objective.view = lambda batch: torch.rand(len(batch), 3, 16, 16)
     loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
     update(objective)
     assert (objective.online.trainable.grad != 0).float().mean() > 0.5

@@ -42,6 +42,7 @@ ROWS = {
     "fedmoco-v1": ("online", "online", "global", "one", "MoCo", {**ALL, "jitter": 0.5, "temperature": 0.07, "queue": 4096}),
     "fedmoco-v2": ("online", "online", "global", "one", "MoCo", {**ALL, "temperature": 0.2, "queue": 4096}),
     "fedca": ("online", "online", "global", "one", "FedCA", {**ALL, "temperature": 0.07, "dictionary": 4096}),
+    "fedx": ("online", "online", "global", "one", "FedX", {**ALL, "temperature": 0.1, "target_temperature": 0.1}),
     "fedbarlow": ("online", "online", "global", "one", "BarlowTwins", {**ALL, "redundancy": 0.005}),
     "fedalignuniform": ("online", "online", "global", "one", "AlignUniform", {**ALL, "uniformity": 1}),
     "fedavg-supervised": ("online", "online", "global", "one", "Supervised", ALL),
@@ -202,8 +203,9 @@ def test_wrong_settings_are_one_sentence(refuses, line, words):
 
 # --------------------------------------------------------------------------------------------- options that change nothing
 
-NO_TARGET = ["fedsimsiam", "fedsimclr", "fedca", "fedbarlow", "fedalignuniform", "fedavg-supervised"]
+NO_TARGET = ["fedsimsiam", "fedsimclr", "fedca", "fedx", "fedbarlow", "fedalignuniform", "fedavg-supervised"]
 NO_PREDICTOR = ["fedsimclr", "fedmoco-v1", "fedmoco-v2", "fedca", "fedbarlow", "fedalignuniform", "fedavg-supervised"]
+NO_ABLATION = [*NO_PREDICTOR, "fedx"]
 NOT_EXCHANGED = ["single", "central"]
 
 
@@ -213,10 +215,11 @@ def methods(*names: str) -> list[str]:
 
 # an option, the command lines in which it changes something, and those in which it is refused
 EFFECTIVE = [
-    ("--predictor local", ["", *methods("fedbyol", "fedema", "fedsimsiam")], ["--no-predictor", *methods(*NO_PREDICTOR, *NOT_EXCHANGED)]),
+    ("--predictor local", ["", *methods("fedbyol", "fedema", "fedsimsiam", "fedx")],
+     ["--no-predictor", *methods(*NO_PREDICTOR, *NOT_EXCHANGED)]),
     ("--predictor global", ["", *methods("fedbyol", "fedsimsiam")], ["--no-predictor", *methods(*NO_PREDICTOR, *NOT_EXCHANGED)]),
-    ("--no-predictor", ["", *methods("fedbyol", "fedsimsiam", "single", "central")], methods(*NO_PREDICTOR)),
-    ("--no-stop-gradient", ["", *methods("fedema", "fedsimsiam", "single", "central")], methods(*NO_PREDICTOR)),
+    ("--no-predictor", ["", *methods("fedbyol", "fedsimsiam", "single", "central")], methods(*NO_ABLATION)),
+    ("--no-stop-gradient", ["", *methods("fedema", "fedsimsiam", "single", "central")], methods(*NO_ABLATION)),
     ("--aggregate target", ["", *methods("fedema", "fedmoco-v1", "fedmoco-v2")], methods(*NO_TARGET)),
     ("--aggregate online", ["", *methods(*NO_TARGET)], []),
     ("--update target", ["", *methods("fedbyol", "fedmoco-v1", "fedmoco-v2")], methods(*NO_TARGET)),

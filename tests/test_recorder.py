@@ -66,6 +66,7 @@ def test_one_seed_one_answer(tiny, finished, tmp_path):
         ["--method", "fedema"],
         ["--method", "fedmoco-v2"],
         ["--method", "fedca"],
+        ["--method", "fedx"],
         ["--method", "fedbarlow"],
         ["--clients", "4", "--clients-per-round", "2", "--mu", "0.05"],
     ],

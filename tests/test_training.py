@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import CPU, networks_of, objective, run
+from conftest import CPU, KINDS, networks_of, objective, ready, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,18 +29,18 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", ["byol", "fedu2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_local_training_never_waits_for_the_device(monkeypatch, kind):
     """On the meta device, every synchronisation and every mixing with another device's tensors raises. Nothing is copied there either."""
     meta = torch.device("meta")
-    net = networks_of(kind, device=meta)
+    net = ready(networks_of(kind, torch.arange(40), meta))
     images = torch.empty(40, 3, 16, 16, dtype=torch.uint8, device=meta)
-    batches = local_batches(torch.arange(40, device=meta), 2, 8, None)
+    batches = local_batches(torch.arange(40, device=meta), 2, 8, None, net.batches)
     for constructor in ("tensor", "as_tensor", "from_numpy"):  # each would copy from the host, unseen by the recorder
         monkeypatch.setattr(torch, constructor, None)
     with Recorder(meta) as recorder:
         loss = local_training(Step(net, images), batches, 0.05)
-    assert len(recorder.calls) > 1000
+    assert len(recorder.calls) > 500
     assert loss.device == meta and loss.shape == ()
     with pytest.raises((RuntimeError, NotImplementedError)):
         loss.item()
@@ -105,7 +105,7 @@ def test_local_training_is_torchs_sgd_over_the_modules_own_tensors(monkeypatch):
     for p in module.parameters():
         p.grad = None
     batches, optimizer = torch.arange(32).split(8), torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, weight_decay=0.1)
-    step = Step(net, images, views=lambda x, _: (x / 255, x.flip(3) / 255))
+    step = Step(net, images, views=lambda x, *_: (x / 255, x.flip(3) / 255))
     local_training(step, batches, 0.01, ema_decay=1.0)
     target = objective().target.module
     target.load_state_dict(module.encoder.state_dict())

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 import ops
-from data import draw_views, seed_of, two_views
+from data import draw_views, random_views, seed_of
 
 CPU = torch.device("cpu")
 N, S = 100_000, 32
@@ -158,7 +158,7 @@ class TestAugment:
 
 @pytest.mark.parametrize("jitter", [1.0, 0.5])
 def test_two_views_of_each_image_have_numbers_of_their_own(images, jitter):
-    views = two_views(images, torch.Generator().manual_seed(4), jitter)
+    views = random_views(images, torch.Generator().manual_seed(4), jitter=jitter)
     draws = draw_views(80, S, S, CPU, torch.Generator().manual_seed(4), jitter).chunk(2)
     for view, numbers in zip(views, draws):
         expected = torch.stack([slow_fedu.view(image, draw) for image, draw in zip(images, numbers)])
