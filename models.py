@@ -143,19 +143,22 @@ class Flat:
     If the module is trained, `trainable` is `vector[param_slice]` as a single Parameter. The gradients of the module's parameters are
     views of its gradient, so an optimizer sees one tensor. Moving the module or assigning a parameter's `.data` would break the views;
     `check_views` asserts that nothing did.
+
+    behind: another Flat, whose vector then lies at the end of this one's.
     """
 
-    def __init__(self, module: nn.Module, top: nn.Module | None = None, trained: bool = True):
+    def __init__(self, module: nn.Module, top: nn.Module | None = None, trained: bool = True, behind: Flat | None = None):
         self.module = module.requires_grad_(trained)
         for m in module.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.num_batches_tracked = None
         parameters, last = dict(module.named_parameters()), list(top.buffers()) if top else []
         first = list(module.buffers())[: -len(last) or None]
-        tensors = [*first, *parameters.values(), *last]
-        self.vector = torch.cat([in_memory_order(t.detach()).flatten() for t in tensors])
-        for tensor, piece in zip(tensors, self.vector.split([t.numel() for t in tensors])):
-            tensor.data = shaped_like(tensor, piece)
+        self.tensors = [*first, *parameters.values(), *last]
+        pieces = [in_memory_order(t.detach()).flatten() for t in self.tensors]
+        self.lie_in(torch.cat(pieces + ([behind.vector] if behind else [])))
+        if behind:
+            behind.lie_in(self.vector[-len(behind.vector) :])
         ends = [sum(b.numel() for b in first)]
         for p in parameters.values():
             ends.append(ends[-1] + p.numel())
@@ -166,6 +169,13 @@ class Flat:
             self.trainable.grad = torch.zeros_like(self.trainable)
             for p, gradient in zip(parameters.values(), self.trainable.grad.split([p.numel() for p in parameters.values()])):
                 p.grad = shaped_like(p, gradient)
+
+    def lie_in(self, vector: Tensor) -> None:
+        """Make the tensors views into the beginning of a vector, which has their values already."""
+        self.vector = vector
+        sizes = [t.numel() for t in self.tensors]
+        for tensor, piece in zip(self.tensors, vector[: sum(sizes)].split(sizes)):
+            tensor.data = shaped_like(tensor, piece)
 
     def check_views(self) -> None:
         for (name, begin, _), p in zip(self.segments, self.parameters.values()):
@@ -200,12 +210,13 @@ def conv_segments(network: Flat) -> list[Segment]:
 
 
 class Online(nn.Module):
-    """p(f(x)): the encoder with the predictor on top, if there is one."""
+    """p(f(x)): the encoder with the predictor on top. predictor: whether there is one of the projector's form, or its layers."""
 
-    def __init__(self, encoder: Encoder, predictor: bool):
+    def __init__(self, encoder: Encoder, predictor: bool | Sequence[int | str]):
         super().__init__()
         self.encoder = encoder
-        self.predictor = build_head(encoder.width, *encoder.head) if predictor else nn.Identity()
+        layers = encoder.head if predictor is True else predictor or ()
+        self.predictor = build_head(encoder.width, *layers) if layers else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.predictor(self.encoder(images))
@@ -215,7 +226,8 @@ class Objective:
     """What a client minimises on two views of its images, and the networks that it needs for that.
 
     `parts` are the pieces that a client and the server exchange or keep, as views. `encoder` and `predictor` make up the online network;
-    the predictor is empty where the objective has none. `initial` has an entry for each part that an objective adds, such as a target or
+    the predictor is empty where the objective has none. Behind it lies `exchanged`, a network without gradient that is averaged with the
+    others, if there is one. `initial` has an entry for each part that an objective adds, such as a target or
     a queue: its content in a client's first round. `param_slices` says where in each part its parameters lie. `trainable` are the tensors
     that the optimizer sees, `ema_target` the target encoder's parameters, which follow `xi <- m xi + (1 - m) theta` after each step.
     `shared` `[N, d]` is what the clients shared through the server in the last round. `decorrelation` is the weight of FedDecorr's term.
@@ -232,9 +244,11 @@ class Objective:
     batches = 1
     view: Callable[[Tensor], Tensor]  # set by the step of local training
 
-    def __init__(self, encoder: Encoder, device: torch.device, predictor: bool = False):
+    def __init__(
+        self, encoder: Encoder, device: torch.device, predictor: bool | Sequence[int | str] = False, exchanged: Flat | None = None
+    ):  # fmt: skip
         module = Online(encoder, predictor).to(device)
-        self.online = Flat(module, module.predictor)
+        self.online = Flat(module, module.predictor, behind=exchanged)
         end = sum(t.numel() for t in encoder.state_dict().values())
         self.parts = {"encoder": self.online.vector[:end], "predictor": self.online.vector[end:]}
         parameters = self.online.param_slice

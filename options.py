@@ -64,6 +64,12 @@ DECORRELATION = Setting(0.0, "weight of FedDecorr's term, which decorrelates the
 UNIFORMITY = Setting(0.01, "weight of the regulariser FUR", number(float, 0))
 SERVER_LR = Setting(0.1, "a round moves the server's parameters by at most twice this length", POSITIVE)
 TARGET_TEMPERATURE = Setting(0.1, "temperature of the relations that both views are drawn to", POSITIVE)
+CLUSTERS = {
+    "clusters": Setting(128, "the server's centroids", COUNT),
+    "local_clusters": Setting(16, "centroids that a client sends", COUNT),
+    "memory": Setting(128, "newest projections that a client makes its centroids of", COUNT),
+    "target_decay": Setting(0.996, "share of the target that stays in a step", PROBABILITY),
+}
 REDUNDANCY = Setting(0.005, "weight of correlations between different features (lambda)", number(float, 0))
 SPREAD = Setting(1.0, "weight of the uniformity (w)", number(float, 0))
 WITHOUT_PREDICTOR = {"has_predictor": False, "has_target": False}
@@ -85,6 +91,10 @@ METHODS = {
     "fedx": Method(
         "fedx:FedX", has_target=False, ablations=False, head=(256, "relu", 256),
         settings={"temperature": temperature(0.1), "target_temperature": TARGET_TEMPERATURE},
+    ),
+    "orchestra": Method(
+        "orchestra:Orchestra", **WITHOUT_PREDICTOR, head=(512, 512, "standardise"), rule="orchestra:cluster",
+        settings={"temperature": temperature(0.1), **CLUSTERS},
     ),
     "fedbarlow": Method("barlow:BarlowTwins", **WITHOUT_PREDICTOR, settings={"redundancy": REDUNDANCY}),
     "fedalignuniform": Method("alignuniform:AlignUniform", **WITHOUT_PREDICTOR, settings={"uniformity": SPREAD}),

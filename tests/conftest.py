@@ -99,7 +99,8 @@ def refuses(capsys):
 
 KINDS = {  # a method of each objective
     "byol": "fedu", "simsiam": "fedsimsiam", "simclr": "fedsimclr", "fedca": "fedca", "moco-v1": "fedmoco-v1", "moco-v2": "fedmoco-v2",
-    "fedx": "fedx", "barlow": "fedbarlow", "alignuniform": "fedalignuniform", "supervised": "fedavg-supervised", "fedu2": "fedu2",
+    "fedx": "fedx", "orchestra": "orchestra", "barlow": "fedbarlow", "alignuniform": "fedalignuniform",
+    "supervised": "fedavg-supervised", "fedu2": "fedu2",
 }  # fmt: skip
 
 
@@ -109,13 +110,15 @@ def networks_of(kind: str, labels: torch.Tensor | None = None, device: torch.dev
 
 
 def ready(networks: Objective) -> Objective:
-    """An objective that has what it is given before its clients train, here made up: FedCA's public images."""
+    """An objective that has what it is given before its clients train, here made up: FedCA's public images, Orchestra's centroids."""
     device = networks.online.vector.device
     if hasattr(networks, "labels"):
         networks.labels = networks.labels.to(device)
     if hasattr(networks, "align"):
         images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, device=device)
         networks.align(images, torch.randn(8, 256, device=device))
+    if hasattr(networks, "first_centroids"):
+        networks.shared = networks.first_centroids
     return networks
 
 

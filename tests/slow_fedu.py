@@ -41,7 +41,7 @@ def mlp(inputs, hidden, outputs, norm=True):
     return nn.Sequential(nn.Linear(inputs, hidden), *between, nn.Linear(hidden, outputs))
 
 
-def build(head, predictor, target, queue, norm):
+def build(head, predictor, target, queue, norm, clusters):
     """The networks in the order in which the seed initialises them. head: the projector's widths; `tiny` has 128 features."""
     layers = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 128)):
@@ -51,8 +51,12 @@ def build(head, predictor, target, queue, norm):
     net = nn.ModuleDict({"encoder": encoder, "predictor": mlp(256, *head[1:], norm) if predictor else nn.Identity()})
     if target:
         net["target"] = copy.deepcopy(encoder)
+    if clusters:
+        encoder.projector.append(nn.BatchNorm1d(512, affine=False))
+        net["rotation"], net["target"] = nn.Linear(512, 4), copy.deepcopy(encoder)
+        net.first = normalize(torch.randn(clusters, 512))
     net.register_buffer("queue", normalize(torch.randn(queue, 128)))
-    net.shared = net.newest = torch.empty(0, 256)  # FedCA's dictionary, and what its client adds
+    net.shared = net.newest = torch.empty(0, 512 if clusters else 256)  # what the server shares, and what a client adds
     return net
 
 
@@ -132,6 +136,51 @@ def fedx(net, a, b, labels, o):
     )  # fmt: skip
 
 
+def orchestra(net, a, b, labels, o):
+    """No loss before there are global centroids."""
+    for p, q in zip(net.target.parameters(), net.encoder.parameters()):
+        p.data = o.target_decay * p.data + (1 - o.target_decay) * q.data
+    z = normalize(net.target(a)).detach()
+    net.newest = torch.cat([z, net.newest])[: o.memory]
+    if not len(net.shared):
+        return None
+    angles, x = torch.randint(4, (len(a),), generator=o.source), o.view(o.batch)
+    turned = torch.stack([tv.rotate(image, 90.0 * angle) for image, angle in zip(x, angles.tolist())])
+    expected = (z @ net.shared.T / o.temperature).softmax(1)
+    predicted = (normalize(net.encoder(b)) @ net.shared.T / o.temperature).log_softmax(1)
+    return cross_entropy(net.rotation(net.encoder(turned)), angles) - (expected * predicted).sum(1).mean()
+
+
+def balance(similarities):
+    """Sinkhorn and Knopp by scaling vectors of rows, c, and columns, r."""
+    (n, k), p = similarities.shape, (25 * similarities).softmax(1).T
+    c = torch.ones(n) / n
+    for _ in range(10):
+        r = 1 / k / (p @ c)
+        c = 1 / n / (r @ p)
+    return n * (p * c * r[:, None]).T
+
+
+def local_centroids(z, o):
+    found, k = [*z[: o.local_clusters]], min(o.local_clusters, len(z))
+    for _ in range(5):
+        nearest = balance(z @ torch.stack(found).T).argmax(1)
+        found = [normalize(z[nearest == j].sum(0), dim=0) if (nearest == j).any() else z[len(z) - k + j] for j in range(k)]
+    return torch.stack(found)
+
+
+def global_centroids(z, start, o):
+    c, momentum = start.clone(), 0
+    for _ in range(500):
+        c.requires_grad_()
+        p = (z @ c.T / o.temperature).softmax(1)
+        similar = (normalize(balance((z @ c.T).detach())) * normalize(p)).sum(1)
+        (gradient,) = torch.autograd.grad(-similar.mean(), c)
+        momentum = 0.9 * momentum + gradient + 1e-4 * c.detach()
+        c = normalize(c.detach() - 0.01 * momentum)
+    return c
+
+
 def barlow(net, a, b, labels, o):
     za, zb = (net.encoder(a), net.encoder(b))
     za, zb = ((z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() for z in (za, zb))
@@ -159,7 +208,7 @@ def feddecorr(h):
 CONSTANTS = {
     "decorrelation": 0.0,
     "seed": 0, "clients_per_round": None, "dropout": 0.0, "mu": 0.4, "tau": 0.7, "ema_decay": 0.99, "jitter": 1.0, "queue": 0,
-    "norm": True, "orders": 1,
+    "norm": True, "orders": 1, "clusters": 0, "exchanged": ("encoder", "predictor"),
     "aggregate": "online", "update": "online", "predictor": "global", "divergence": "layer-mean", "divergence_from": "received",
     "first_target": "copy", "server_rule": "mean", "no_predictor": False, "no_stop_gradient": False,
 }  # fmt: skip
@@ -178,10 +227,14 @@ METHODS = {  # the loss; the projector's widths, and whether there are predictor
     "fedmoco-v1": (moco, ((128, 128), False, True), {"temperature": 0.07, "queue": 4096, "jitter": 0.5}),
     "fedmoco-v2": (moco, ((128, 128, 128), False, True), {"temperature": 0.2, "queue": 4096}),
     "fedx": (fedx, ((128, 256, 256), True, False), {"temperature": 0.1, "target_temperature": 0.1, "norm": False, "orders": 2}),
+    "orchestra": (orchestra, ((128, 512, 512), False, False), {
+        "temperature": 0.1, "clusters": 128, "local_clusters": 16, "memory": 128, "target_decay": 0.996,
+        "exchanged": ("encoder", "rotation", "target"),
+    }),
     "fedbarlow": (barlow, (WIDE, False, False), {"redundancy": 0.005}),
     "fedalignuniform": (alignuniform, (WIDE, False, False), {"uniformity": 1}),
     "fedavg-supervised": (supervised, ((128, 4), False, False), {}),
-}
+}  # fmt: skip
 
 
 # A server's rule: the model's tensors, those of each client, and each client's share of the images.
@@ -248,22 +301,26 @@ def local_training(net, loss, x, y, indices, source, epochs, lr, ema_decay, o):
         draws = draw_views(len(batch), *x.shape[2:], x.device, source, o.jitter)
         return torch.stack([view(image, draw) for image, draw in zip(x[batch], draws)])
 
-    o.view = views
+    o.view, o.source = views, source
     for _ in range(epochs):
         orders = [indices[torch.randperm(len(indices), generator=source)] for _ in range(o.orders)]
         for start in range(0, len(indices) - o.batch_size + 1, o.batch_size):
             batch, o.other = (order[start : start + o.batch_size] for order in (orders[0], orders[-1]))
             a, b = views(torch.cat([batch, batch])).chunk(2)
+            o.batch = batch
             features = []  # of each pass of the online encoder
             hook = net.encoder[0].register_forward_hook(lambda module, inputs, output, features=features: features.append(output))
             value = loss(net, a, b, y[batch], o)
-            value = value + o.decorrelation * sum(map(feddecorr, features)) if o.decorrelation else value
             hook.remove()
+            if value is None:
+                losses.append(0.0)
+                continue
+            value = value + o.decorrelation * sum(map(feddecorr, features)) if o.decorrelation else value
             sgd.zero_grad()
             value.backward()
             sgd.step()
             losses.append(value.item())
-            if "target" in net:
+            if "target" in net and "target" not in o.exchanged:
                 for p, q in zip(net.target.parameters(), net.encoder.parameters()):
                     p.data = ema_decay * p.data + (1 - ema_decay) * q.data
     return sum(losses) / len(losses)
@@ -296,11 +353,11 @@ def model_update(client, model, first, round_, o):
     if o.divergence_from == "global":
         d = drift(own, model, o.divergence)
         client.setdefault("lambda", o.tau / d)
-    share = min(1.0, client["lambda"] * d)
+    share = min(1.0, client.get("lambda", 0) * d)
     mixed = {name: t if "running" in name else share * own[name] + (1 - share) * t for name, t in model.items()}
     keeps = {"global": 0.0, "local": 1.0, "dapu": float(d >= o.mu), "ema": share}[o.predictor]
     start = own | only({"ema": mixed, "target": own}.get(o.update, model), "encoder")
-    start |= only(mixed if o.predictor == "ema" else own if keeps else model, "predictor")
+    start |= only(mixed if o.predictor == "ema" else own if keeps else model, "predictor") | only(model, *o.exchanged[2:], "rotation")
     if o.update in ("target", "both"):
         start |= renamed(model, "encoder", "target")
     return start, ({0: nobodys, 1: "local"}.get(keeps, "mixed"), keeps, d)
@@ -315,15 +372,16 @@ def federate(x, y, groups, method, public=(), **options):
     o = SimpleNamespace(**CONSTANTS | row | options)
     torch.manual_seed(o.seed)
     head, predictor, target = networks
-    net = build(head, predictor and not o.no_predictor, target, o.queue, o.norm)
+    net = build(head, predictor and not o.no_predictor, target, o.queue, o.norm, o.clusters)
     initial = state(net)
     if len(public):
         base, net.public = copy.deepcopy(net), x[public]
         plain = SimpleNamespace(**vars(o) | {"temperature": 0.07})  # the base model is SimCLR's, whatever the settings of FedCA
         local_training(base, simclr, x, y, public, generator(o.seed, "public"), o.rounds * o.local_epochs, o.lr, 0, plain)
         net.base = base.encoder.eval()(net.public / 255).detach()
-    servers, clients, rounds = [only(initial, "encoder", "predictor") for _ in groups], {k: {} for group in groups for k in group}, []
-    sent = sum(t.numel() * t.itemsize for t in only(initial, "encoder", *["predictor"] * (o.predictor != "local")).values())
+    servers, clients, rounds = [only(initial, *o.exchanged) for _ in groups], {k: {} for group in groups for k in group}, []
+    exchanged = [part for part in o.exchanged if part != "predictor" or o.predictor != "local"]
+    sent = sum(t.numel() * t.itemsize for t in only(initial, *exchanged).values())
     for r in range(o.rounds):
         lr = o.lr * (1 + math.cos(math.pi * r / o.rounds)) / 2
         drawn = torch.randperm(len(clients), generator=generator(o.seed, "clients", r))[: o.clients_per_round].tolist()
@@ -342,9 +400,12 @@ def federate(x, y, groups, method, public=(), **options):
                 trained = state(net)
                 d = drift(trained, start, o.divergence)
                 clients[k] |= {"state": trained, "round": r, "divergence": d}
-                if o.divergence_from == "received":
+                if o.divergence_from == "received" and d:  # nothing moves in Orchestra's first round
                     clients[k].setdefault("lambda", o.tau / d)
-                shared.append(net.newest[: o.dictionary // len(present)] if len(public) else None)
+                if loss is fedca:
+                    shared.append(net.newest[: o.dictionary // len(present)])
+                if loss is orchestra:
+                    shared.append(local_centroids(net.newest, o))
                 uploads.append(trained | (renamed(trained, "target", "encoder") if o.aggregate == "target" else {}))
                 reports.append((k, len(group[k]), mean_loss, d, whose, own_share, decided_on))
             n = sum(len(group[k]) for k in present)
@@ -353,9 +414,11 @@ def federate(x, y, groups, method, public=(), **options):
                 servers[s] = rule(model, uploads, [len(group[k]) / n for k in present], o)
         names = ("clients", "num_examples", "loss", "divergence", "predictor", "own_share", "decided_on")
         up = down = sent * len(reports) * (len(groups) < len(clients))
-        if len(public):
-            down, net.shared = down + len(reports) * net.shared.nbytes, torch.cat(shared)
-            up += net.shared.nbytes
+        if shared:
+            down, up = down + len(reports) * net.shared.nbytes, up + sum(t.nbytes for t in shared)
+            net.shared = torch.cat(shared)
+            if loss is orchestra:
+                net.first = net.shared = global_centroids(net.shared, net.first, o)
         rounds.append({"lr": lr, "dropped": sorted(dropped), "upload_bytes": up, "download_bytes": down})
         rounds[-1] |= {name: [report[i] for report in reports] for i, name in enumerate(names)}
     encoders = []

@@ -4,7 +4,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from conftest import CPU, KINDS, networks_of
+from conftest import CPU, KINDS, networks_of, ready
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -79,15 +79,15 @@ def graphs(monkeypatch) -> list[EmulatedGraph]:
 
 
 def train_three_clients(kind: str, npz, precision: str) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Three clients one after the other, each with images, learning rate and random numbers of its own; FedCA's share a dictionary."""
+    """Three clients one after the other, each with images, learning rate and random numbers of its own, and with what the server shares."""
     images = load_images(str(npz))
     torch.manual_seed(0)
     objective = networks_of(kind, images.y_train, CPU)
-    if kind == "fedca":
-        objective.align(images.x_train[:8], torch.ones(8, 256))
-    step, losses, dictionary = training.Step(objective, images.x_train, precision), [], torch.zeros(16, 256)
+    ready(objective)
+    width = objective.online.module.encoder.width
+    step, losses, dictionary = training.Step(objective, images.x_train, precision), [], torch.zeros(16, width)
     for client in range(3):
-        dictionary.copy_(torch.randn(16, 256, generator=torch.Generator().manual_seed(client)))
+        dictionary.copy_(torch.randn(16, width, generator=torch.Generator().manual_seed(client)))
         objective.shared = dictionary
         objective.begin(client, 3)
         step.generator.manual_seed(seed_of(0, client))

@@ -46,6 +46,15 @@ def test_one_who_has_all_images_does_not_care_how_they_would_be_dealt(tiny, tmp_
     assert rows[0]["num_examples"] == [64]
 
 
+def test_orchestra_begins_with_a_round_for_the_centroids(tiny, tmp_path):
+    """Nothing is trained in it. Its clients send networks, target included, and 16 local centroids; the server sends 128 global ones."""
+    first, second = run(tmp_path / "run", *tiny, "--method", "orchestra", "--rounds", "2")["metrics"]
+    vector = build(Options(**parse([*tiny, "--method", "orchestra"]).given), load_images(tiny[1])).networks.online.vector
+    assert first["loss"] == [0, 0] and first["divergence"] == [0, 0] and min(second["loss"] + second["divergence"]) > 0
+    assert [row["upload_bytes"] for row in (first, second)] == 2 * [2 * (vector.nbytes + 16 * 512 * 4)]
+    assert first["download_bytes"] == 2 * vector.nbytes and second["download_bytes"] == 2 * (vector.nbytes + 128 * 512 * 4)
+
+
 def test_fedca_sets_public_images_aside_and_shares_representations(npz, tmp_path, tiny):
     images = load_images(str(npz))
     options = Options(**parse([*tiny, "--method", "fedca"]).given)

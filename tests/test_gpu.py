@@ -4,7 +4,7 @@ from statistics import mean
 
 import pytest
 import torch
-from conftest import KINDS, load, load_metrics, networks_of, refused
+from conftest import KINDS, load, load_metrics, networks_of, ready, refused
 
 import training
 from data import load_images, random_views
@@ -27,8 +27,7 @@ def train(kind: str, npz, device: torch.device, views=random_views):
     images = load_images(str(npz)).to(device)
     torch.manual_seed(0)
     objective = networks_of(kind, images.y_train, device)
-    if kind == "fedca":
-        objective.align(images.x_train[:8], torch.ones(8, 256, device=device))
+    ready(objective)
     step = training.Step(objective, images.x_train, views=views)
     batches = [batch.expand(objective.batches, -1).squeeze(0) for batch in torch.arange(64, device=device).split(8)]
     before = {name: part.clone() for name, part in objective.parts.items()}

@@ -13,6 +13,7 @@ from methods.fedca import FedCA
 from methods.fedu2 import FedU2, distance_from_uniform
 from methods.fedx import FedX
 from methods.moco import MoCo
+from methods.orchestra import Orchestra, global_centroids, local_centroids, sinkhorn_knopp, turned
 from methods.simclr import SimCLR
 from methods.simsiam import SimSiam
 from methods.supervised import Supervised
@@ -365,6 +366,72 @@ def test_the_teacher_of_fedx_is_the_received_model():
     update(objective, lr=0.1)
     assert torch.equal(objective.teacher.vector, received) and not torch.equal(objective.parts["encoder"], received)
     assert not objective.teacher.module.training and not any(p.requires_grad for p in objective.teacher.module.parameters())
+
+
+def test_orchestra_by_hand():
+    """Two images and as many centroids, at right angles; T = 0.5. The target has the first for itself, the online network the second."""
+    objective = with_identity(Orchestra(Encoder("tiny"), CPU, temperature=0.5, memory=3, local_clusters=2))
+    objective.shared, objective.memory = torch.eye(2), torch.zeros(3, 2)
+    views = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+    images = torch.rand(1, 3, 4, 4)
+    objective.view = lambda batch: images[batch]
+    clustering, rotation = objective.terms(*views, torch.tensor([0]), torch.Generator().manual_seed(0))
+    own = 1 / (1 + math.exp(-2))
+    assert clustering().item() == pytest.approx(-own * math.log(1 - own) - (1 - own) * math.log(own))
+    angle = torch.randint(4, (1,), generator=torch.Generator().manual_seed(0))
+    objective.online.module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 4))
+    logits = objective.online.module(images.rot90(angle.item(), (2, 3)))
+    assert rotation().item() == pytest.approx(logits.logsumexp(1).item() - logits[0, angle].item())
+    assert objective.memory.tolist() == [[1, 0], [0, 0], [0, 0]]
+    assert objective.take_shared().tolist() == [[1, 0]] and not objective.memory.any()  # one row gives no more than one centroid
+    objective.shared = torch.empty(0, 2)
+    assert objective.terms(*views, torch.tensor([0]), None) == []  # in the first round
+
+
+def test_images_are_turned_by_their_angles():
+    images = torch.arange(4.0).view(1, 1, 2, 2).expand(4, -1, -1, -1)  # 0 1 / 2 3
+    assert turned(images, torch.tensor([0, 1, 2, 3])).flatten(1).tolist() == [[0, 1, 2, 3], [1, 3, 0, 2], [3, 2, 1, 0], [2, 0, 3, 1]]
+
+
+def test_clusters_of_equal_size():
+    """Four vectors are nearer to the first centroid than to the second; but each centroid has to have half of the six."""
+    angles = torch.tensor([0.0, 10.0, 20.0, 40.0, 80.0, 90.0]).deg2rad()
+    z = torch.stack([angles.cos(), angles.sin()], 1)
+    assigned = sinkhorn_knopp(z @ torch.eye(2))
+    torch.testing.assert_close(assigned.sum(1), torch.ones(6))
+    torch.testing.assert_close(assigned.sum(0), torch.full((2,), 3.0), atol=0.3, rtol=0)
+    assert assigned.argmax(1).tolist() == [0, 0, 0, 1, 1, 1]
+    found = local_centroids(z[[0, 5, 1, 2, 3, 4]], 2)
+    sums = torch.stack([z[:3].sum(0), z[3:].sum(0)])
+    torch.testing.assert_close(found, sums / sums.norm(dim=1, keepdim=True))
+    assert local_centroids(z[:1].expand(3, -1), 2).tolist() == 2 * [[1, 0]]  # of equal vectors, one cluster may be empty
+
+
+def test_global_centroids_find_the_clusters():
+    """Sixteen local centroids at the four corners: the server's, from anywhere, end at unit length and nearer to them."""
+    torch.manual_seed(0)
+    corners, start = torch.eye(4), torch.nn.functional.normalize(torch.rand(4, 4) + torch.eye(4))
+    found = global_centroids(corners.repeat(4, 1), start, 0.1)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
+    assert (found.diagonal() > start.diagonal()).all() and (found.argmax(1) == torch.arange(4)).all()
+
+
+def test_what_is_exchanged_with_the_network_lies_behind_it():
+    """Orchestra's target: part of the uploaded vector, but not of what is trained."""
+    objective = networks_of("orchestra")
+    whole, target = objective.online.vector, objective.target.vector
+    assert torch.equal(whole[-len(target) :], target) and whole[-1:].data_ptr() == target[-1:].data_ptr()
+    assert torch.equal(target, objective.parts["encoder"])
+    assert (
+        len(whole)
+        == len(objective.parts["encoder"]) + 512 * 4 + 4 + len(target)
+        == sum(map(len, (objective.parts[p] for p in ("encoder", "predictor"))))
+    )
+    assert len(objective.trainable[0]) == count(objective.online.module)
+    objective.check_views()
+    objective.target.check_views()
+    whole.fill_(2)
+    assert all((t == 2).all() for t in objective.target.module.state_dict().values())
 
 
 def test_a_head_by_its_layers():

@@ -43,6 +43,10 @@ ROWS = {
     "fedmoco-v2": ("online", "online", "global", "one", "MoCo", {**ALL, "temperature": 0.2, "queue": 4096}),
     "fedca": ("online", "online", "global", "one", "FedCA", {**ALL, "temperature": 0.07, "dictionary": 4096}),
     "fedx": ("online", "online", "global", "one", "FedX", {**ALL, "temperature": 0.1, "target_temperature": 0.1}),
+    "orchestra": (
+        "online", "online", "global", "one", "Orchestra",
+        {**ALL, "temperature": 0.1, "clusters": 128, "local_clusters": 16, "memory": 128, "target_decay": 0.996},
+    ),
     "fedbarlow": ("online", "online", "global", "one", "BarlowTwins", {**ALL, "redundancy": 0.005}),
     "fedalignuniform": ("online", "online", "global", "one", "AlignUniform", {**ALL, "uniformity": 1}),
     "fedavg-supervised": ("online", "online", "global", "one", "Supervised", ALL),
@@ -51,7 +55,7 @@ ROWS = {
     "single": ("online", "online", "global", "each", "BYOL", ALL),
     "central": ("online", "online", "global", "pooled", "BYOL", ALL),
     "untrained": ("online", "online", "global", "one", "BYOL", ALL),
-}
+}  # fmt: skip
 
 
 def test_without_options_a_run_is_fedu_by_the_papers_recipe():
@@ -190,6 +194,8 @@ def test_settings_belong_to_a_method():
         ("--method fedsimclr --set temperature=0", ["--set temperature got '0'", "above 0"]),
         ("--method fedbarlow --set redundancy=-1", ["--set redundancy got '-1'", "at least 0"]),
         ("--method fedalignuniform --set uniformity=nan", ["--set uniformity got 'nan'", "at least 0"]),
+        ("--method orchestra --set target_decay=1.1", ["--set target_decay got '1.1'", "at most 1"]),
+        ("--method orchestra --set memory=0", ["--set memory got '0'", "at least 1"]),
         ("--set jitter=1.3", ["--set jitter got '1.3'", "at least 0 and at most 1.25"]),
         ("--set decorrelation=-1", ["--set decorrelation got '-1'", "at least 0"]),
         ("--set jitter=-0.1", ["--set jitter got '-0.1'"]),
@@ -203,8 +209,8 @@ def test_wrong_settings_are_one_sentence(refuses, line, words):
 
 # --------------------------------------------------------------------------------------------- options that change nothing
 
-NO_TARGET = ["fedsimsiam", "fedsimclr", "fedca", "fedx", "fedbarlow", "fedalignuniform", "fedavg-supervised"]
-NO_PREDICTOR = ["fedsimclr", "fedmoco-v1", "fedmoco-v2", "fedca", "fedbarlow", "fedalignuniform", "fedavg-supervised"]
+NO_TARGET = ["fedsimsiam", "fedsimclr", "fedca", "fedx", "orchestra", "fedbarlow", "fedalignuniform", "fedavg-supervised"]
+NO_PREDICTOR = ["fedsimclr", "fedmoco-v1", "fedmoco-v2", "fedca", "orchestra", "fedbarlow", "fedalignuniform", "fedavg-supervised"]
 NO_ABLATION = [*NO_PREDICTOR, "fedx"]
 NOT_EXCHANGED = ["single", "central"]
 

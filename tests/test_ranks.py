@@ -39,6 +39,7 @@ def assert_same_runs(a: Path, b: Path) -> None:
         (2, ["--method", "fedca", "--clients", "5", "--partition", "dirichlet", "--batch-size", "2"]),  # of unequal size
         (3, ["--method", "fedmoco-v2", "--clients", "4", "--clients-per-round", "2"]),  # fewer than processes
         (2, ["--method", "fedx", "--clients", "3"]),
+        (2, ["--method", "orchestra", "--clients", "3"]),
         (2, ["--method", "single", "--clients", "3"]),
         (2, ["--method", "fedu2", "--clients", "3", "--dropout", "0.2"]),
     ],

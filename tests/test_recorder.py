@@ -67,6 +67,7 @@ def test_one_seed_one_answer(tiny, finished, tmp_path):
         ["--method", "fedmoco-v2"],
         ["--method", "fedca"],
         ["--method", "fedx"],
+        ["--method", "orchestra", "--clients", "4", "--clients-per-round", "2"],
         ["--method", "fedbarlow"],
         ["--clients", "4", "--clients-per-round", "2", "--mu", "0.05"],
     ],
