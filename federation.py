@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from data import Images, client_indices, keyed_generator, require
+from methods import find
 from models import Encoder, Objective, Segment, conv_segments, initialise
-from options import METHODS, Options
+from options import Options, row_of
 from runtime.bank import Row
 from runtime.cli import user_path
 from runtime.run import Checkpoint
@@ -141,7 +141,7 @@ class Federation:
 
 def build(options: Options, images: Images) -> Federation:
     """The federation of a method: its servers with their clients. All start from the same network, which the seed initialises."""
-    method, device = METHODS[options.method], images.x_train.device
+    method, device = row_of(options.method), images.x_train.device
     if method.uses_labels:
         require(images, f"--method {options.method}", test=False)
     order = np.random.default_rng([options.seed, *b"public"]).permutation(len(images.x_train))
@@ -168,7 +168,7 @@ def assemble(options: Options, groups: list[list[Client]], images: Tensor, label
 
 def build_networks(options: Options, labels: Tensor, device: torch.device) -> Objective:
     """The method's objective with its networks, initialised by the seed."""
-    row = METHODS[options.method]
+    row = row_of(options.method)
     torch.manual_seed(options.seed)
     how: dict[str, Any] = {name: options.settings[name] for name in row.settings}
     how |= {name: False for name in ("predictor", "stop_gradient") if getattr(options, f"no_{name}")}
@@ -181,12 +181,6 @@ def build_networks(options: Options, labels: Tensor, device: torch.device) -> Ob
     if options.compile:
         networks.compile()
     return networks
-
-
-def find(name: str) -> Any:
-    """The class or function that a method's row names as FILE:NAME; the file is in methods/."""
-    file, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(f"methods.{file}"), attribute)
 
 
 def divergence_segments(networks: Objective, kind: str) -> Tensor:

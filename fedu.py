@@ -18,7 +18,7 @@ its last divergence was below mu (DAPU). One process, or several under torchrun,
 
 from __future__ import annotations
 
-from options import HOST_OPTIONS, METHODS, MOVABLE, OPTIONS, SERVER_RULES, Command, Exchange, Options, flag, in_words, parse, run_name
+from options import HOST_OPTIONS, MOVABLE, OPTIONS, SERVER_RULES, Command, Exchange, Options, flag, in_words, parse, row_of, run_name
 
 if __name__ == "__main__":
     COMMAND = parse(description=__doc__.split("\n\n")[0])  # before torch is imported: --help and mistakes are answered at once
@@ -39,7 +39,8 @@ from torch import Tensor
 import ops
 from data import Images, count_classes, digest_of, lacks, load_dataset, refuse_other_data, save_partition
 from eval import knn
-from federation import Client, Federation, Server, Start, Turn, build, draw_turns, find, most_uploads
+from federation import Client, Federation, Server, Start, Turn, build, draw_turns, most_uploads
+from methods import COPY, OwnMethod, explained, find, of_run
 from models import Objective, save_encoders
 from report.figures import draw_run, optional, plot_partition
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
@@ -47,7 +48,7 @@ from report.runs import Run, load  # noqa: F401  # load is for notebooks
 from report.tables import mean
 from runtime import ranks
 from runtime.bank import Bank
-from runtime.cli import RANK, InputError, command_line, unbreakable_output, user_errors, user_path
+from runtime.cli import RANK, InputError, command_line, unbreakable_output, user_errors, user_path, write_atomic
 from runtime.device import choose_device, describe_device, keep_memory, limited_threads
 from runtime.recorder import Recorder
 from runtime.run import holds_run, open_run, read_config, reopen_run, resumable, run_folder
@@ -118,7 +119,7 @@ def aggregate(server: Server, accepted: list[Turn], uploads: Uploads, networks: 
 
 def rule_of(options: Options) -> Callable[[Server, Uploads, Objective, list[Tensor]], Tensor]:
     """What the server makes of a round's uploads: the method's own rule, or that of `server_rule`."""
-    name = METHODS[options.method].rule or SERVER_RULES[options.server_rule]
+    name = row_of(options.method).rule or SERVER_RULES[options.server_rule]
     return find(name) if name else fedavg
 
 
@@ -250,7 +251,7 @@ def describe_round(options: Options, round_: int, reported: list[Turn], dropped:
 
     reported: the turns whose uploads were accepted, in the order of their clients' ids.
     """
-    names = {0.0: "global", 1.0: "local"} if METHODS[options.method].has_predictor and not options.no_predictor else {0.0: "-"}
+    names = {0.0: "global", 1.0: "local"} if row_of(options.method).has_predictor and not options.no_predictor else {0.0: "-"}
     return {
         "round": round_,
         "lr": cosine(options.lr, round_, options.rounds),
@@ -280,21 +281,28 @@ def train(options: Options, out: Path | str | None = None, overwrite: bool = Fal
     """
     out = user_path(out or Path("runs") / run_name(options))
     holds_run(out, overwrite)  # refuses a folder that must not be replaced, before anything slow
-    return simulate(options, out, resumed=False, overwrite=overwrite)
+    with explained(getattr(options.method, "file", "")):
+        return simulate(options, out, resumed=False, overwrite=overwrite)
 
 
 def resume(out: Path | str, **given: object) -> Run:
     """Continue the run in a folder. given: options that may differ from the run's, such as `device`; others raise InputError."""
     out = user_path(out)
-    return simulate(stored_options(out, given), out, resumed=True)
+    options = stored_options(out, given)
+    with explained(getattr(options.method, "file", "")):
+        return simulate(options, out, resumed=True)
 
 
 def stored_options(out: Path, given: dict[str, object]) -> Options:
     """The options of the run in a folder. given: those that may differ from them, such as `device`; others raise InputError."""
-    stored = read_config(out)["options"]
+    config = read_config(out)
+    stored = config["options"]
     if unknown := sorted(stored.keys() - OPTIONS.keys()):
         raise InputError(f"{out} was begun by a version that had the option {flag(unknown[0])}: train it again with --overwrite")
-    begun = Options(**stored)
+    method = of_run(out, stored["method"], config.get("data", {}).get("method"), given.get("method"))
+    if isinstance(method, OwnMethod):  # which is the given one, if any
+        given = {name: value for name, value in given.items() if name != "method"}
+    begun = Options(**stored | {"method": method})
     given = given | ({"settings": begun.settings | given["settings"]} if "settings" in given else {})
     resumed = replace(begun, **given)
     changed = [name for name in given if getattr(resumed, name) != getattr(begun, name) and name not in (*HOST_OPTIONS, *MOVABLE)]
@@ -330,8 +338,12 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
             return Run(out, [])
         with ranks.forked(processes, serve), run_folder(out), resumable(out), unbreakable_output():
             data = {"images": images.digest, "clients": digest_of(*parts)}
+            if own := isinstance(options.method, OwnMethod):
+                data["method"] = options.method.digest
             config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite, data)
             refuse_other_data(out, config.get("data", {}), data, options.dataset, options.dataset != config["options"]["dataset"])
+            if own and options.method.file and not resumed:
+                write_atomic(out / COPY, lambda file: file.write(options.method.source))
             bank = Bank(kept_parts(federation.networks, options), out / "bank.bin")
             uploads = uploads_of(federation, options)
             record = Recorder(out, config, num_rounds(options), federation, bank, device, partial(show_round, log))
@@ -354,7 +366,7 @@ def load_kernels() -> None:
 
 
 def num_rounds(options: Options) -> int:
-    return options.rounds if METHODS[options.method].trains else 0
+    return options.rounds if row_of(options.method).trains else 0
 
 
 def num_processes(options: Options, device: torch.device) -> int:
@@ -362,7 +374,7 @@ def num_processes(options: Options, device: torch.device) -> int:
     given, possible = options.processes, device.type == "cpu" and ranks.TORCHRUN == 1
     if not possible and given not in ("auto", 1):
         raise InputError(f"--processes got {given}, needs a CPU and no torchrun, which itself starts a process for each GPU")
-    jobs = 1 if METHODS[options.method].servers == "pooled" else options.clients_per_round or options.clients
+    jobs = 1 if row_of(options.method).servers == "pooled" else options.clients_per_round or options.clients
     if not possible or not num_rounds(options) or multiprocessing.current_process().daemon:  # which may not have children
         return 1
     return ranks.best_count(torch.get_num_threads(), jobs) if given == "auto" else min(given, jobs)

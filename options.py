@@ -9,11 +9,14 @@ import argparse
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from methods import OwnMethod, load, of_notebook
 from runtime.cli import InputError, Parser, command_line, nearest, number, user_path
 
 # ------------------------------------------------------------------------------------------------ methods and recipes
@@ -33,7 +36,7 @@ class Method(NamedTuple):
     `aggregate`, `update` and `predictor` are options too: giving one of them makes an ablation.
     """
 
-    objective: str = "byol:BYOL"  # its class, as FILE:CLASS of the folder methods/
+    objective: Any = "byol:BYOL"  # its class, or FILE:CLASS of the folder methods/
     servers: str = "one"  # one: all clients share a server; each: every client has its own; pooled: one client holds all images
     aggregate: str = "online"
     update: str = "online"
@@ -45,7 +48,7 @@ class Method(NamedTuple):
     head: tuple[int | str, ...] = ()  # the projector's layers, see models.build_head, 0 for the features' width; by default the encoder's
     settings: Mapping[str, Setting] = {}  # of the objective, in addition to those that all have: `jitter` and `decorrelation`
     jitter: float = 1.0  # default of the setting of this name
-    rule: str = ""  # what the server makes of a round's uploads, as FILE:FUNCTION of methods/; by default FedAvg's mean
+    rule: Any = ""  # what the server makes of a round's uploads: a function, or FILE:FUNCTION of methods/; by default FedAvg's mean
     public: float = 0.0  # fraction of the training images that are public: no client has them, and the objective may prepare itself on them
     trains: bool = True
 
@@ -106,6 +109,13 @@ METHODS = {
     "untrained": Method(trains=False),
 }  # fmt: skip
 SERVER_RULES = {"mean": "", "median": "robust:median", "trimmed": "robust:trimmed"}  # where a method has no rule of its own
+
+
+def row_of(method: str) -> Method:
+    """A method's row: in the table, or its own."""
+    return method.row if isinstance(method, OwnMethod) else METHODS[method]
+
+
 ABLATED = ("aggregate", "update", "predictor")  # the columns of a method's row that are options too
 
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
@@ -154,6 +164,13 @@ def partition_kind(text: str) -> str:
     return text
 
 
+def method_name(text: str) -> str:
+    """An argparse type: a method of the table, or the file of another."""
+    if text not in METHODS and not text.endswith(".py"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, needs one of {', '.join(METHODS)}, or a file PATH.py{nearest(text, METHODS)}")
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The images, and their partition over the clients."""
@@ -187,7 +204,10 @@ class Data:
 class Exchange:
     """The method: what passes between clients and server, and what a client takes from it."""
 
-    method: str = option("fedu", "a row of the table of methods; it sets the next three", METHODS)
+    method: str = option(
+        "fedu", f"one of {', '.join(METHODS)}; or a file PATH.py of your own, see docs/extending.md; it sets the next three",
+        type=method_name,
+    )  # fmt: skip
     aggregate: str = option(None, "the encoder that clients upload", ("online", "target"), shown="by method")
     update: str = option(
         None, "the encoder of a client that the average replaces; ema: the average is mixed into the online encoder",
@@ -280,7 +300,7 @@ class Options(Host, Training, Clients, Exchange, Data):
             if getattr(self, f.name) is not f.default:
                 object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name)))
         object.__setattr__(self, "settings", resolved_settings(self.method, self.settings or {}))
-        if self.divergence == "squared" and self.mu is None and (self.predictor or METHODS[self.method].predictor) == "dapu":
+        if self.divergence == "squared" and self.mu is None and (self.predictor or row_of(self.method).predictor) == "dapu":
             raise InputError("--divergence squared needs a --mu of its own, since 0.4 belongs to layer-mean")
         default = self.resolved_defaults()
         for name, value in default.items():
@@ -294,14 +314,14 @@ class Options(Host, Training, Clients, Exchange, Data):
 
     def resolved_defaults(self) -> dict[str, object]:
         """The default of each option, for this method and data set."""
-        row = METHODS[self.method]
+        row = row_of(self.method)
         default = {f.name: f.default for f in fields(self)} | {name: getattr(row, name) for name in ABLATED} | {"mu": 0.4}
         default |= RECIPES.get(self.dataset, PAPER) | {"settings": resolved_settings(self.method, {})}
         return default | ({"predictor": "global"} if self.no_predictor else {})
 
     def refuse_ineffective(self, given: Iterable[str]) -> None:
         """Raises Ineffective if an option among `given` changes nothing because of the other options."""
-        row = METHODS[self.method]
+        row = row_of(self.method)
         is_folder = not (self.dataset in ("fashion", *CIFAR_CLASSES) or self.dataset.endswith(".npz"))
         with_predictor = "a method that has a predictor" + " and one server" * row.has_predictor
         with_target = "a method that has a target encoder"
@@ -338,16 +358,18 @@ def run_name(options: Options) -> str:
     """The default name of a run: DATASET-METHOD-Kclients-sSEED, then each option that differs from its default, as in `-mu0.2-rounds20`.
 
     Runs that differ in an option have different names, unless it is one of HOST_OPTIONS. A name of more than 60 characters is cut and ends
-    in a hash of the whole name. So does the name of a run on a file or folder of images, or with a path in an option, which it lacks.
+    in a hash of the whole name. So does the name of a run on a file or folder of images, with a path in an option, which it lacks, or with
+    a method that is not in the table.
     """
-    stem = f"{Path(options.dataset).stem}-{options.method}-{options.clients}clients-s{options.seed}"
+    stem = f"{Path(options.dataset).stem}-{Path(options.method).stem}-{options.clients}clients-s{options.seed}"
     values, default = asdict(options), options.resolved_defaults()
     values, default = values | values.pop("settings"), default | default.pop("settings")
     told = ("dataset", "method", "clients", "seed", *HOST_OPTIONS)
     name = stem + "".join(changed_in_name(k, v) for k, v in values.items() if k not in told and v != default[k])
-    if len(name) <= 60 and os.sep not in name and Path(options.dataset).stem == options.dataset:
+    own = getattr(options.method, "digest", "")
+    if len(name) <= 60 and os.sep not in name and Path(options.dataset).stem == options.dataset and not own:
         return name
-    return f"{name.replace(os.sep, '-')[:49]}-{hashlib.sha256(os.fsencode(f'{options.dataset} {name}')).hexdigest()[:10]}"
+    return f"{name.replace(os.sep, '-')[:49]}-{hashlib.sha256(os.fsencode(f'{options.dataset} {name}{own}')).hexdigest()[:10]}"
 
 
 def changed_in_name(name: str, value: object) -> str:
@@ -373,6 +395,8 @@ def checked(name: str, value: object) -> object:
     f = OPTIONS[name]
     if name == "settings":  # checked by resolved_settings, which knows the method
         return value
+    if name == "method":
+        return method_of(value)
     choices = (True, False) if isinstance(f.default, bool) else f.metadata["choices"]
     if choices and value not in choices:
         meant = "" if isinstance(f.default, bool) else nearest(str(value), choices)
@@ -385,9 +409,22 @@ def checked(name: str, value: object) -> object:
         raise InputError(f"{flag(name)} {error}") from None
 
 
+def method_of(value: str | Method) -> str:
+    """A method by its name, its file or its row. Raises InputError for what is none."""
+    if isinstance(value, OwnMethod):
+        return value
+    if isinstance(value, Method):
+        return of_notebook(value)
+    try:
+        name = method_name(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"--method {error}") from None
+    return name if name in METHODS else load(user_path(name, "--method"), name)
+
+
 def settings_of(method: str) -> dict[str, Setting]:
     """The settings that a method has."""
-    row = METHODS[method]
+    row = row_of(method)
     jitter = Setting(row.jitter, JITTER, number(float, 0, 1.25))  # beyond 1.25, factors would be negative
     return {"jitter": jitter, "decorrelation": DECORRELATION, **row.settings}
 
@@ -426,7 +463,13 @@ class Command(NamedTuple):
 @command_line()
 def parse(argv: Sequence[str] | None = None, description: str | None = None) -> Command:
     """Read the command line of fedu.py. A mistake ends the process with one sentence and exit status 2."""
-    parser = training_parser(description)
+    words = sys.argv[1:] if argv is None else argv
+    named = [name for option, name in pairwise(words) if option == "--method" and name.endswith(".py")]
+    try:
+        shown = [method_of(name) for name in named] if {"-h", "--help"} & {*words} else []
+    except InputError as error:
+        Parser(description).error(str(error))
+    parser = training_parser(description, shown)
     given = vars(parser.parse_args(argv))
     out, resume, overwrite = given.pop("out", None), given.pop("resume", None), given.pop("overwrite", False)
     if resume and (out or overwrite):
@@ -439,14 +482,14 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
     return Command(given, out, resume, overwrite)
 
 
-def training_parser(description: str | None = None) -> Parser:
-    """The parser of fedu.py: the fields of Options in their groups, and the run folder."""
+def training_parser(description: str | None = None, own: Sequence[str] = ()) -> Parser:
+    """The parser of fedu.py: the fields of Options in their groups, and the run folder. own: methods whose settings its help names too."""
     parser = Parser(description)
     for title, group in GROUPS.items():
         section = parser.add_argument_group(title, group.__doc__)
         for f in fields(group):
             if f.name == "settings":
-                section.add_argument("--set", action=SetAction, dest="settings", metavar="NAME=VALUE", help=settings_help())
+                section.add_argument("--set", action=SetAction, dest="settings", metavar="NAME=VALUE", help=settings_help([*METHODS, *own]))
             elif isinstance(f.default, bool):
                 section.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
             else:
@@ -469,10 +512,10 @@ class SetAction(argparse.Action):
         namespace.settings = getattr(namespace, "settings", {}) | {name: value}
 
 
-def settings_help() -> str:
+def settings_help(names: Sequence[str]) -> str:
     """What `--set` can change: each setting with the methods that have it and its defaults there."""
     settings: dict[str, dict[str, Setting]] = {}
-    for method in METHODS:
+    for method in names:
         for name, setting in settings_of(method).items():
             settings.setdefault(name, {})[method] = setting
     texts = []
@@ -480,7 +523,7 @@ def settings_help() -> str:
         defaults = [setting.default for setting in rows.values()]
         common = max(defaults, key=defaults.count)
         others = [f"{method} {setting.default:g}" for method, setting in rows.items() if setting.default != common]
-        methods = "all methods" if len(rows) == len(METHODS) else ", ".join(rows)
+        methods = "all methods" if len(rows) == len(names) else ", ".join(rows)
         texts.append(f"{name} ({methods}: {', '.join([f'{common:g}', *others])}): {next(iter(rows.values())).help}")
     return "change a number of the method's objective; may be repeated. " + "; ".join(texts) + "  [by method]"
 

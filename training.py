@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from data import random_views, seed_of
+from methods import place
 from models import Objective
 from options import Options
+from runtime.cli import InputError
 from runtime.device import GRAPHS_ON, StepGraph, release_memory
 
 if TYPE_CHECKING:
@@ -51,8 +53,10 @@ class Step:
     def __call__(self, batch: Tensor) -> None:
         view1, view2 = self.draw(batch if batch.ndim == 1 else batch[0], 2)
         with self.in_bf16():  # around all terms, so that a weight is cast once for them
-            for term in self.networks.losses(view1, view2, batch, self.generator):
+            for term in terms_of(self.networks, view1, view2, batch, self.generator):
                 loss = term()
+                if loss.shape or not loss.requires_grad:
+                    raise wrong_terms(self.networks, f"a term gives a tensor of shape {list(loss.shape)}")
                 with self.in_bf16(False):
                     loss.backward()
                 self.loss.add_(loss.detach())
@@ -71,6 +75,21 @@ class Step:
         if self.captured != holds:
             self.graph, self.captured = StepGraph(self, self.generator), holds
         return self.graph
+
+
+def terms_of(networks: Objective, *batch: Tensor | torch.Generator | None) -> list[Callable[[], Tensor]]:
+    """The loss's terms. Raises InputError if they are no list of functions, as may be in a method of one's own."""
+    terms = networks.losses(*batch)
+    if not (isinstance(terms, list) and all(map(callable, terms))):
+        raise wrong_terms(networks, f"it returns {type(terms).__name__}")
+    return terms
+
+
+def wrong_terms(networks: Objective, what: str) -> InputError:
+    name = type(networks).__name__
+    return InputError(
+        f"{place(type(networks).terms)}: {name}.terms needs a list of functions, each of a number with a gradient, and {what}"
+    )
 
 
 def local_training(step: Step, batches: Iterable[Tensor], lr: float, ema_decay: float = 0.99, progress: Progress | None = None) -> Tensor:

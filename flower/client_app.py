@@ -134,8 +134,11 @@ def recall(federation: Federation, bank: Bank, folder: Path, last_round: int) ->
 
 def read_options(config: ConfigRecord, context: Context) -> Options:
     """The server's options, on this client's device. Raises ReportedError for one that is wrong, or would let private networks leave."""
+    asked = json.loads(config["options"])
+    if str(asked.get("method")).endswith(".py"):  # a file on this machine, which would be run
+        raise ReportedError(f"the server asks for --method {asked['method']}, which this client does not upload")
     try:
-        options = replace(Options(**json.loads(config["options"])), device=context.node_config.get("device", "auto"))
+        options = replace(Options(**asked), device=context.node_config.get("device", "auto"))
     except TypeError as error:
         raise ReportedError(f"the server's options are not known here ({first_line(error)}), its code is of another version") from None
     except InputError as error:

@@ -9,7 +9,7 @@ from html import escape
 from io import BytesIO
 from pathlib import Path
 
-from options import OPTIONS, Options
+from options import METHODS, OPTIONS, Options
 from report.figures import plot, plot_against
 from report.progress import duration
 from report.tables import describe_option, distinct_seeds, is_trained, read_options, table_lines, trained_among
@@ -98,7 +98,7 @@ def html_options(settings: list[dict]) -> list[str]:
     trained = trained_among(settings)
     first = trained[0]
     common = [name for name in OPTIONS if name in first and name != "method" and all(setting[name] == first[name] for setting in trained)]
-    usual = asdict(Options(method=first["method"], dataset=first["dataset"]))
+    usual = asdict(Options(method=first["method"] if first["method"] in METHODS else "fedu", dataset=first["dataset"]))
     usual["dataset"] = OPTIONS["dataset"].default
     rows = [[name, describe_option(first, name), describe_option(usual, name)] for name in common]
     rows.sort(key=lambda row: row[1] == row[2])

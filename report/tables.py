@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import stdev
 
-from options import ABLATED, CIFAR_CLASSES, EVALUATION_EPOCHS, EVALUATIONS, HOST_OPTIONS, OPTIONS, defaults, in_words, settings_of
+from options import ABLATED, CIFAR_CLASSES, EVALUATION_EPOCHS, EVALUATIONS, HOST_OPTIONS, METHODS, OPTIONS, defaults, in_words, settings_of
 from runtime.cli import InputError, first_line
 from runtime.run import read_config, read_metrics
 
@@ -68,9 +68,16 @@ def read_options(run: Path) -> dict:
     """
     config = read_config(run)
     options = config["options"] | ({"partition": "own"} if "run" in config else {})
-    default = defaults(options["method"])
-    options = default | options | {"settings": default["settings"] | options.get("settings", {})}
+    if digest := config.get("data", {}).get("method"):  # a method of one's own, with which all options are stored
+        options["method"] = f"{Path(options['method']).name} {digest[:6]}"
+    default = usual(options)
+    options = default | options | {"settings": (default["settings"] or {}) | options.get("settings", {})}
     return {name: value for name, value in options.items() if name in OPTIONS}
+
+
+def usual(setting: dict) -> dict:
+    """The defaults of a setting's method. Of one that is not in the table they are not known: only its settings count as changed."""
+    return defaults(setting["method"]) if setting["method"] in METHODS else setting | {"settings": None}
 
 
 def by_setting(runs: list[Path]) -> list[Group]:
@@ -117,7 +124,7 @@ def differing(settings: list[dict]) -> list[str]:
     """The options in which trained settings differ, besides the method and what its row sets."""
     trained, by_method = trained_among(settings), ("settings", *ABLATED)
     names = [k for k in trained[0] if len({json.dumps(s.get(k)) for s in trained}) > 1 and k not in ("method", *by_method)]
-    return names + [k for k in by_method if any(s[k] != defaults(s["method"])[k] for s in trained)]
+    return names + [k for k in by_method if any(s[k] != usual(s)[k] for s in trained)]
 
 
 def describe_scale(settings: list[dict]) -> str:
@@ -152,7 +159,8 @@ def describe_option(setting: dict, name: str) -> str:
     if name == "partition":
         return describe_partition(setting)
     if name == "settings":
-        changed = {k: v for k, v in value.items() if v != settings_of(setting["method"])[k].default}
+        common = settings_of(setting["method"]) if setting["method"] in METHODS else {}
+        changed = {k: v for k, v in value.items() if k not in common or v != common[k].default}
         return in_words(changed) or "-"
     if value is None:
         return {"clients_per_round": "all", "classes_per_client": "1/K"}.get(name, "-")
@@ -309,7 +317,7 @@ def published_column(settings: list[dict], differ: list[str]) -> list[str]:
     ablation = any(k in ABLATED for k in differ)
 
     def cell(setting: dict) -> str:
-        changed = {k for k, default in defaults(setting["method"]).items() if setting.get(k, default) != default}
+        changed = {k for k, default in usual(setting).items() if setting.get(k, default) != default}
         changed -= {"method", "dataset", "partition", "classes_per_client", *(ABLATED if ablation else ())}
         column = {("classes", None): 0, ("classes", 2): 0, ("iid", None): 1}.get((setting["partition"], setting["classes_per_client"]))
         if Path(setting["dataset"]).stem != "cifar10" or column is None or changed:

@@ -50,7 +50,7 @@ def test_nothing_is_guessed_for_a_word_like_no_other(capsys):
         ({"method": "fedbyol", "mu": 0.3}, "--predictor dapu"),
         ({"tau": 0.5}, "--update ema or --predictor ema"),
         ({"method": "fedsimclr", "ema_decay": 0.9}, "a method that has a target encoder"),
-        ({"method": "fedsimclr", "no_predictor": True}, "a method that has a predictor"),
+        ({"method": "fedx", "no_predictor": True}, "BYOL or SimSiam"),
         ({"method": "single", "predictor": "local"}, "a method that has a predictor and one server"),
         ({"method": "central", "clients_per_round": 2}, "a method with more than one client"),
         ({"image_size": 64}, "a folder of images"),

@@ -418,6 +418,7 @@ def test_runs_that_the_server_does_not_resume(npz, grid, tmp_path):
     [
         ({"aggregate": "target"}, "the server asks for --method fedu --aggregate target, which this client does not upload"),
         ({"method": "fedsimclr", "predictor": "global", "mu": 0.4}, "the server asks for --method fedsimclr"),
+        ({"method": "./mine.py"}, "the server asks for --method ./mine.py, which this client does not upload"),
         ({"unheard": 1}, "of another version"),
         ({"batch_size": 0}, "--batch-size got '0'"),
     ],

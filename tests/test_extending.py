@@ -1,0 +1,188 @@
+"""docs/extending.md: its examples are run, and what is wrong in a method of one's own is one sentence."""
+
+import json
+import re
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, load, refused, run
+from test_ranks import assert_same_runs, torchrun
+
+import eval as evaluation
+import fedu
+import methods
+from methods.barlow import BarlowTwins
+from models import Segment
+from options import Method, Options, Setting, parse, parse_evaluation, run_name
+from report.tables import read_options
+from runtime.cli import InputError, number
+
+PAGE = (ROOT / "docs/extending.md").read_text()
+EXAMPLES = {name: code for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL)}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The page's files, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name, code in EXAMPLES.items():
+        (tmp_path / name).write_text(code)
+    return tmp_path
+
+
+def test_the_page_is_short_and_has_two_examples():
+    assert len(PAGE.splitlines()) <= 120 and list(EXAMPLES) == ["barlow.py", "ldawa.py"]
+    assert all(hasattr(BarlowTwins, hook) for hook in re.findall(r"^\| `(?!super)(\w+)\(", PAGE, re.MULTILINE))
+    assert {name for name in Method._fields if f"`{name}`" in PAGE or f"`{name}=" in PAGE} >= {*Method._fields} - {
+        "uses_labels",
+        "trains",
+        "servers",
+    }
+
+
+def test_an_objective_of_ones_own(own, tiny, monkeypatch):
+    """The page's Barlow Twins gives the bits of the table's, is copied, and is resumed from the copy."""
+    mine = run(own / "mine", *tiny, "--method", "./barlow.py", "--set", "redundancy=0.01")
+    table = run(own / "table", *tiny, "--method", "fedbarlow", "--set", "redundancy=0.01")
+    assert torch.equal(mine["encoders"][0], table["encoders"][0])
+    assert [row | {"seconds": 0} for row in mine["metrics"]] == [row | {"seconds": 0} for row in table["metrics"]]
+    assert (own / "mine/method.py").read_text() == EXAMPLES["barlow.py"]
+    config = json.loads((own / "mine/config.json").read_text())
+    assert config["options"]["method"] == "./barlow.py" and len(config["data"]["method"]) == 32
+    (own / "barlow.py").unlink()
+    for name in ("encoder.pt", "checkpoint.pt"):
+        (own / "mine" / name).unlink()
+    fedu.resume(own / "mine")
+    assert torch.equal(load(own / "mine")["encoders"][0], table["encoders"][0])
+    evaluation.main(parse_evaluation(["--knn", "mine"]))
+    assert read_options(own / "mine")["method"] == f"barlow.py {config['data']['method'][:6]}"
+    evaluation.main(parse_evaluation(["--table", "mine", "table"]))
+
+
+def test_a_rule_of_ones_own(own, tiny):
+    """By hand: two tensors of two parameters, whose cosines are 0 and 1, and 1 and, of a tensor of norm 0, 1; and two statistics."""
+    rule = methods.load(own / "ldawa.py", "ldawa.py").row.rule
+    server = SimpleNamespace(model=torch.tensor([9.0, 1, 0, 0, 2, 9]))
+    rows = torch.tensor([[1.0, 0, 1, 0, 1, 5], [3, 1, 0, 0, 0, 7]])
+    networks = SimpleNamespace(online=SimpleNamespace(segments=[Segment("a", 1, 3), Segment("b", 3, 5)]))
+    assert rule(server, SimpleNamespace(rows=lambda: rows), networks, []).tolist() == [2, 0.5, 0, 0, 0.5, 6]
+    metrics = run(own / "run", *tiny, "--method", "ldawa.py", "--clients", "4", "--clients-per-round", "2")["metrics"]
+    assert metrics[0]["loss"] != metrics[1]["loss"] and metrics[0]["predictor"] == ["global", "global"]
+
+
+def test_ranks_read_the_file_themselves(own, tiny):
+    run(own / "alone", *tiny, "--method", "./barlow.py", "--clients", "3")
+    done = torchrun(2, *tiny, "--method", "./barlow.py", "--clients", "3", "--out", "together", cwd=own)
+    assert done.returncode == 0, done.stderr
+    assert_same_runs(own / "alone", own / "together")
+
+
+def test_a_run_goes_on_with_its_own_file_only(own, tiny, refuses):
+    run(own / "run", *tiny, "--method", "./barlow.py", "--rounds", "1")
+
+    def resume(*line: str):
+        return lambda: fedu.main(parse(["--resume", "run", *line]))
+
+    (own / "same.py").write_text(EXAMPLES["barlow.py"])
+    resume("--method", "same.py")()
+    assert refuses(resume("--method", "ldawa.py"), "--method ldawa.py is not the file with which run began", "run/method.py")
+    assert refuses(resume("--method", "fedu"), "--method fedu is not the file with which run began")
+    (own / "run/method.py").write_text(EXAMPLES["barlow.py"] + "\n")
+    assert refuses(resume(), "run/method.py is not what run began with")
+
+
+def test_names_of_runs_differ_with_the_files_content(own):
+    first = run_name(Options(method="./barlow.py"))
+    (own / "barlow.py").write_text(EXAMPLES["barlow.py"] + "\n")
+    second = run_name(Options(method="./barlow.py"))
+    assert first != second and first.startswith("fashion-barlow-5clients-s0-") and len(first) <= 60
+
+
+def test_the_help_has_the_settings_of_the_file(own, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--method", "./barlow.py", "--help"])
+    assert end.value.code == 0 and "(fedbarlow, ./barlow.py: 0.005):" in " ".join(capsys.readouterr().out.split())
+    assert Options(method="./barlow.py", settings={"redundancy": 2}).settings == {"jitter": 1, "redundancy": 2}
+
+
+GOOD = EXAMPLES["barlow.py"]
+LINE = {text: 2 + GOOD[: GOOD.index(text)].count("\n") for text in ("class", "def terms", "def loss", "z1, z2", "from models", "METHOD")}
+
+
+def changed(old: str, new: str) -> str:
+    assert old in GOOD
+    return "\n" + GOOD.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, ["--method ./broken.py cannot be read: No such file"]),
+        ("", ["broken.py has no METHOD, needs METHOD = Method(...)"]),
+        ("METHOD = 5", ["broken.py has METHOD = 5, needs METHOD = Method(...)"]),
+        ("x = 1\nMETHOD = (", ["broken.py, line 2: '(' was never closed"]),
+        ("\n\nimport nothing_of_this_name", ["broken.py, line 3: ModuleNotFoundError: No module named 'nothing_of_this_name'"]),
+        ("import sys\nsys.exit(3)", ["broken.py, line 2: SystemExit"]),
+        (changed("has_target=False,", "has_target=False, bogus=1,"), [f"broken.py, line {LINE['METHOD']}: TypeError: ", "'bogus'"]),
+        (changed("(Objective)", ""), ["broken.py: METHOD has objective=", "needs a class derived from models.Objective"]),
+        (changed("def terms", "def term"), [f"broken.py, line {LINE['class']}: BarlowTwins has no terms(self, view1"]),
+        (changed("device, redundancy=0.005", "device"), [f"broken.py, line {LINE['class']}: BarlowTwins does not take redundancy"]),
+        (changed('Setting(0.005, "weight of correlations between different features", number(float, 0))', "5"),
+         ["broken.py: METHOD has the setting redundancy=5, needs Setting"]),
+        (changed('settings={"redundancy"', 'settings={"lr"'), ["broken.py: METHOD has a setting lr, which is the name of an option"]),
+        (changed("has_target=False,", "has_target=False, update='all',"), ["METHOD has update='all', needs one of online, target"]),
+        (changed("has_target=False,", "has_target=False, head=('tanh',),"), ["METHOD has 'tanh' in head, needs widths"]),
+        (changed("has_target=False,", "has_target=False, rule='ldawa',"), ["METHOD has rule='ldawa', which is not FILE:NAME of methods/"]),
+        (changed("has_target=False,", "has_target=False, rule=5,"), ["METHOD has rule=5, needs a class or a function"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_file_is_one_sentence(own, tiny, refuses, content, words):
+    if content is not None:
+        (own / "broken.py").write_text(content)
+    assert refuses(lambda: parse([*tiny, "--method", "./broken.py"]), *words)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (changed(" / len(same)", ""), []),
+        (changed("return ((1 - same).square().sum()", "return ((1 - same).square()"),
+         [f"broken.py, line {LINE['def terms']}: BarlowTwins.terms needs", "gives a tensor of shape [256]"]),
+        (changed("return ((1", "return 0 * z1.sum().detach() if same is not None else ((1"), [f"line {LINE['def terms']}", "of shape []"]),
+        (changed("return [partial(self.loss, view1, view2)]", "return self.loss(view1, view2)"),
+         [f"broken.py, line {LINE['def terms']}", "returns Tensor"]),
+        (changed("z1.T @ z2", "z1 @ z2"), [f"broken.py, line {LINE['z1, z2'] + 1}: RuntimeError: "]),
+        (changed("super().__init__(encoder, device)", "super().__init__(encoder, device, 'no')"), ["broken.py, line ", "Error: "]),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_in_training_is_one_sentence(own, tiny, refuses, content, words):
+    (own / "broken.py").write_text(content)
+    start = partial(run, own / "run", *tiny, "--method", "./broken.py", "--rounds", "1")
+    assert refuses(start, *words) if words else start()
+
+
+class Notebook(BarlowTwins):
+    """As a cell of a notebook defines it."""
+
+
+def test_a_notebook_gives_the_row(npz, tmp_path, refuses):
+    row = Method(Notebook, has_predictor=False, has_target=False, settings={"redundancy": Setting(0.01, "", number(float, 0))})
+    small = {"dataset": str(npz), "encoder": "small", "clients": 2, "rounds": 2, "local_epochs": 1, "batch_size": 8, "lr": 0.05}
+    options = Options(method=row, device="cpu", knn_every=0, **small)
+    assert options.method == "Notebook" and options.settings["redundancy"] == 0.01
+    mine = fedu.train(options, tmp_path / "run")
+    table = fedu.train(Options(method="fedbarlow", settings={"redundancy": 0.01}, device="cpu", knn_every=0, **small), tmp_path / "table")
+    assert torch.equal(load(mine.folder)["encoders"][0], load(table.folder)["encoders"][0])
+    assert not (mine.folder / "method.py").exists() and read_options(mine.folder)["method"].startswith("Notebook ")
+    fedu.resume(mine.folder, method=row)
+    with pytest.raises(InputError, match="a notebook began it"):
+        fedu.resume(mine.folder)
+    with pytest.raises(InputError, match="is not what .*run began with"):
+        fedu.resume(mine.folder, method=row._replace(objective=BarlowTwins))
+
+
+def test_a_mistake_is_the_same_sentence_in_a_process(own, tiny, command):
+    (own / "broken.py").write_text("import nothing_of_this_name")
+    assert refused(command("fedu.py", *tiny, "--method", "./broken.py", cwd=own), "error: broken.py, line 1: ModuleNotFoundError")
