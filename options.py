@@ -206,7 +206,7 @@ class Exchange:
 
     method: str = option(
         "fedu", f"one of {', '.join(METHODS)}; or a file PATH.py of your own, see docs/extending.md; it sets the next three",
-        type=method_name,
+        METHODS,
     )  # fmt: skip
     aggregate: str = option(None, "the encoder that clients upload", ("online", "target"), shown="by method")
     update: str = option(
@@ -494,6 +494,7 @@ def training_parser(description: str | None = None, own: Sequence[str] = ()) -> 
                 section.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
             else:
                 values = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"type": f.metadata["type"]}
+                values = {"type": method_name} if f.name == "method" else values
                 section.add_argument(flag(f.name), help=f"{f.metadata['help']}  [{f.metadata['shown'] or f.default}]", **values)
     section.add_argument("--out", type=user_path,
         help="run folder  [runs/DATASET-METHOD-Kclients-sSEED, and each option that differs from its default]")  # fmt: skip

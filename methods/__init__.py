@@ -66,9 +66,7 @@ def loaded(file: str, name: str, source: bytes) -> OwnMethod:
     sys.modules[module.__name__] = module
     with explained(file):
         exec(compile(source, file, "exec"), module.__dict__)
-    own = OwnMethod(name, vars(module).get("METHOD"), source, file)
-    check(own)
-    return own
+    return checked(OwnMethod(name, vars(module).get("METHOD"), source, file))
 
 
 def of_notebook(row: Method) -> OwnMethod:
@@ -77,13 +75,12 @@ def of_notebook(row: Method) -> OwnMethod:
     for piece in (row.objective, row.rule):
         with suppress(OSError, TypeError):
             pieces.append(piece if isinstance(piece, str) else inspect.getsource(piece))
-    own = OwnMethod(getattr(row.objective, "__name__", str(row.objective).split(":")[-1]), row, "\n".join(pieces).encode())
-    check(own)
-    return own
+    name = getattr(row.objective, "__name__", str(row.objective).split(":")[-1])
+    return checked(OwnMethod(name, row, "\n".join(pieces).encode()))
 
 
-def check(own: OwnMethod) -> None:
-    """Raises InputError if a method's row does not fit together."""
+def checked(own: OwnMethod) -> OwnMethod:
+    """The method, whose row says whether its objective takes `predictor` and `stop_gradient`. Raises InputError if the row is wrong."""
     from models import Objective  # only here, since it imports torch
     from options import ABLATED, OPTIONS, Method, Setting, settings_of
 
@@ -108,8 +105,9 @@ def check(own: OwnMethod) -> None:
             raise InputError(f"{where}: METHOD has the setting {name}={setting!r:.60}, needs Setting(DEFAULT, HELP, TYPE)")
         if name in OPTIONS or name in settings_of("fedu"):
             raise InputError(f"{where}: METHOD has a setting {name}, which is the name of an option or of every method's setting")
+    for name in (*row.settings, *["labels"] * row.uses_labels):
         if name not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-            raise InputError(f"{place(objective)}: {objective.__name__} does not take {name}, which is a setting of METHOD")
+            raise InputError(f"{place(objective)}: {objective.__name__} does not take {name}, which METHOD gives it")
     columns = {name: OPTIONS[name].metadata["choices"] for name in ABLATED} | {"servers": ("one", "each", "pooled")}
     for name, choices in columns.items():
         if getattr(row, name) not in choices:
@@ -117,6 +115,8 @@ def check(own: OwnMethod) -> None:
     for layer in row.head:
         if layer not in ("relu", "standardise") and not (isinstance(layer, int) and layer >= 0):
             raise InputError(f"{where}: METHOD has {layer!r:.60} in head, needs widths, 'relu' and 'standardise'")
+    own.row = row._replace(ablations={"predictor", "stop_gradient"} <= takes.keys())
+    return own
 
 
 def of_run(run: Path, name: str, recorded: str | None, given: str | Method | None) -> str:

@@ -35,8 +35,8 @@ def own(tmp_path, monkeypatch):
 def test_the_page_is_short_and_has_two_examples():
     assert len(PAGE.splitlines()) <= 120 and list(EXAMPLES) == ["barlow.py", "ldawa.py"]
     assert all(hasattr(BarlowTwins, hook) for hook in re.findall(r"^\| `(?!super)(\w+)\(", PAGE, re.MULTILINE))
-    assert {name for name in Method._fields if f"`{name}`" in PAGE or f"`{name}=" in PAGE} >= {*Method._fields} - {
-        "uses_labels",
+    assert {name for name in Method._fields if f"`{name}`" in PAGE} == {*Method._fields} - {
+        "ablations",
         "trains",
         "servers",
     }
@@ -125,6 +125,7 @@ def changed(old: str, new: str) -> str:
         ("x = 1\nMETHOD = (", ["broken.py, line 2: '(' was never closed"]),
         ("\n\nimport nothing_of_this_name", ["broken.py, line 3: ModuleNotFoundError: No module named 'nothing_of_this_name'"]),
         ("import sys\nsys.exit(3)", ["broken.py, line 2: SystemExit"]),
+        (changed("has_target=False,", "has_target=False, uses_labels=True,"), ["BarlowTwins does not take labels"]),
         (changed("has_target=False,", "has_target=False, bogus=1,"), [f"broken.py, line {LINE['METHOD']}: TypeError: ", "'bogus'"]),
         (changed("(Objective)", ""), ["broken.py: METHOD has objective=", "needs a class derived from models.Objective"]),
         (changed("def terms", "def term"), [f"broken.py, line {LINE['class']}: BarlowTwins has no terms(self, view1"]),
@@ -142,6 +143,15 @@ def test_what_is_wrong_in_a_file_is_one_sentence(own, tiny, refuses, content, wo
     if content is not None:
         (own / "broken.py").write_text(content)
     assert refuses(lambda: parse([*tiny, "--method", "./broken.py"]), *words)
+
+
+def test_an_ablation_that_the_class_does_not_take_is_refused(own, refuses):
+    (own / "simsiam.py").write_text(
+        "from methods.simsiam import SimSiam\nfrom options import Method\n\nMETHOD = Method(SimSiam, has_target=False)\n"
+    )
+    assert Options(method="simsiam.py", no_stop_gradient=True, predictor="local")
+    (own / "own.py").write_text(changed("has_predictor=False,", ""))
+    assert refuses(lambda: parse(["--method", "own.py", "--no-stop-gradient"]), "--no-stop-gradient changes nothing")
 
 
 @pytest.mark.parametrize(
