@@ -77,6 +77,8 @@ def test_ranks_read_the_file_themselves(own, tiny):
     done = torchrun(2, *tiny, "--method", "./barlow.py", "--clients", "3", "--out", "together", cwd=own)
     assert done.returncode == 0, done.stderr
     assert_same_runs(own / "alone", own / "together")
+    run(own / "forked", *tiny, "--method", "./barlow.py", "--clients", "3", "--processes", "2")
+    assert_same_runs(own / "alone", own / "forked")
 
 
 def test_a_run_goes_on_with_its_own_file_only(own, tiny, refuses):
