@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 METHOD_COLOURS = dict(zip(("fedu", "fedbyol", "fedema", "fedsimsiam", "single", "fedsimclr", "central"), COLOURS))
 METHOD_COLOURS |= {"fedmoco-v1": "#882255", "fedmoco-v2": "#999933", "fedca": "#6A3D9A", "fedavg-supervised": "#8C564B"}
+METHOD_COLOURS |= {"fedx": "#117733", "orchestra": "#BBAA33", "fedbarlow": "#AA4499", "fedalignuniform": "#44AA99"}
+METHOD_COLOURS |= {"fedu2": "#332288", "ldawa": "#661100"}
 OTHER = "#777777"  # of a method that is not in this table
 DASHES, MARKERS = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), "os^Dv<>"
 FONTS = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}  # TrueType, and text that stays text
