@@ -377,7 +377,10 @@ def num_processes(options: Options, device: torch.device) -> int:
     jobs = 1 if row_of(options.method).servers == "pooled" else options.clients_per_round or options.clients
     if not possible or not num_rounds(options) or multiprocessing.current_process().daemon:  # which may not have children
         return 1
-    return ranks.best_count(torch.get_num_threads(), jobs) if given == "auto" else min(given, jobs)
+    if given != "auto":
+        return min(given, jobs)
+    # where there is a GPU, autograd refuses to work in a copy of a process that has used it, as a notebook has
+    return 1 if torch.cuda.is_available() else ranks.best_count(torch.get_num_threads(), jobs)
 
 
 def uploads_of(federation: Federation, options: Options) -> Uploads:

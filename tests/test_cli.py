@@ -1,5 +1,6 @@
 """What is typed: paths, words that are nearly right, and streams that are closed or full."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -184,3 +185,13 @@ def test_a_home_that_is_not_known_is_one_sentence_wherever_it_is_named(option, t
     path = "~nobody-of-this-name/x" + {"dataset": ".npz", "labels": ".csv", "partition": ".json"}.get(option, "")
     with pytest.raises(InputError, match=f"{option} got '{path}', needs the path of a file or folder"):
         load_dataset(Options(**given, **{option: path}))
+
+
+@pytest.mark.parametrize(
+    "given, count",
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_sleep_after_a_while_unless_the_user_says_how_they_wait(given, count):
+    script = "import os, runtime.cli; print(os.environ.get('GOMP_SPINCOUNT'))"
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, env=env, text=True).strip() == str(count)

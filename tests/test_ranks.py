@@ -91,6 +91,8 @@ def test_how_many_processes_a_run_has(monkeypatch, refuses):
     assert count(method="central") == 1 and count(method="untrained") == 1 and count("cuda") == 1 and count("cuda", processes=1) == 1
     assert refuses(lambda: count("cuda", processes=2), "--processes got 2, needs a CPU")
     assert refuses(lambda: parse(["--processes", "0"]), "--processes: got '0', needs a whole number of at least 1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert count() == 1 and count(processes=3) == 3
     monkeypatch.setattr(ranks, "TORCHRUN", 2)
     assert count() == 1
     assert refuses(lambda: count(processes=2), "--processes got 2, needs a CPU and no torchrun")
