@@ -174,7 +174,7 @@ def build_networks(options: Options, labels: Tensor, device: torch.device) -> Ob
     how |= {name: False for name in ("predictor", "stop_gradient") if getattr(options, f"no_{name}")}
     how |= {"labels": labels} if row.uses_labels else {}
     head = (int(labels.max()) + 1,) if row.uses_labels else row.head
-    networks = find(row.objective)(Encoder(options.encoder, head), device, **how)
+    networks = find(row.objective)(Encoder(options.encoder, head, options.norm), device, **how)
     networks.decorrelation = options.settings["decorrelation"]
     if options.init:
         initialise(networks.online.module.encoder, user_path(options.init))

@@ -33,10 +33,22 @@ WIDTHS = {"small": (32, 64, 128, 256), "tiny": (16, 32, 64, 128)}
 # ----------------------------------------------------------------------------------------------------- networks
 
 
-def build_backbone(name: str) -> nn.Module:
-    """An untrained backbone, images `[B, 3, S, S]` -> features `[B, d]`, d = 128 to 2048 in PyTorch's default initialisation."""
-    if name in WIDTHS:
-        return plain_backbone(WIDTHS[name])
+def build_backbone(name: str, norm: str = "batch") -> nn.Module:
+    """An untrained backbone, images `[B, 3, S, S]` -> features `[B, d]`, d = 128 to 2048 in PyTorch's default initialisation.
+
+    norm: `batch`, or `group` for GroupNorm (Wu and He 2018): 32 groups in ResNets of full width, 16 channels a group in narrower encoders.
+    """
+    backbone = plain_backbone(WIDTHS[name]) if name in WIDTHS else cifar_resnet(name)
+    for parent in list(backbone.modules()) if norm == "group" else ():
+        for child, m in list(parent.named_children()):
+            if isinstance(m, nn.BatchNorm2d):
+                groups = 32 if name in ("resnet18", "resnet50") else m.num_features // 16
+                setattr(parent, child, nn.GroupNorm(groups, m.num_features))
+    return backbone
+
+
+def cifar_resnet(name: str) -> nn.Module:
+    """torchvision's ResNet with the stem for small images; `-narrow` has a quarter of the channels."""
     import torchvision  # imported here, since the plain encoders do not need it
 
     name, _, narrow = name.partition("-")
@@ -72,8 +84,8 @@ def plain_backbone(widths: tuple[int, ...]) -> nn.Sequential:
 
 
 def feature_dim(backbone: nn.Module) -> int:
-    """d, the width of the backbone's features."""
-    return [m.num_features for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)][-1]
+    """d, the width of the backbone's features: the channels of its last convolution."""
+    return [m.out_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)][-1]
 
 
 def build_head(inputs: int, *layers: int | str) -> nn.Module:
@@ -98,17 +110,18 @@ def build_head(inputs: int, *layers: int | str) -> nn.Module:
 class Encoder(nn.Module):
     """Backbone and projector, images `[B, 3, S, S]` -> projections `[B, width]`.
 
-    head: the projector's layers, see `build_head`, by default `HEADS[name]`; 0 is the width of the backbone's features. `image_size` is S
-    of the images that it was trained on.
+    head: the projector's layers, see `build_head`, by default `HEADS[name]`; 0 is the width of the backbone's features. norm: of the
+    backbone, see `build_backbone`; the heads keep BatchNorm, without which BYOL collapses. `image_size` is S of the images that it was
+    trained on.
     """
 
     image_size = 32
     passed: list[Tensor] | None = None  # while it is a list, it gets the features of every forward pass, `[B, d]`
 
-    def __init__(self, name: str, head: Sequence[int | str] = ()):
+    def __init__(self, name: str, head: Sequence[int | str] = (), norm: str = "batch"):
         super().__init__()
-        self.name = name
-        self.backbone = build_backbone(name)
+        self.name, self.norm = name, norm
+        self.backbone = build_backbone(name, norm)
         features = feature_dim(self.backbone)
         self.head = tuple(layer or features for layer in head or HEADS[name])
         self.width = next(layer for layer in reversed(self.head) if isinstance(layer, int))
@@ -379,13 +392,13 @@ class WithTarget(Objective):
 
 
 def save_encoders(run: Path, image_size: int, encoders: Iterable[Encoder]) -> None:
-    """Write encoder.pt: its backbone's name, its projector's layers (`head`), and the weights of one encoder for each server.
+    """Write encoder.pt: its backbone's name and norm, its projector's layers (`head`), and the weights of each encoder.
 
     An encoder is copied before the next is asked for, so that all may be one module with other weights.
     """
     content: dict = {"image_size": image_size, "encoders": []}
     for encoder in encoders:
-        content |= {"encoder": encoder.name, "head": list(encoder.head)}
+        content |= {"encoder": encoder.name, "head": list(encoder.head), "norm": encoder.norm}
         parts = {part: {k: v.clone() for k, v in module.state_dict().items()} for part, module in encoder.named_children()}
         content["encoders"].append(parts)
     write_atomic(run / "encoder.pt", lambda file: torch.save(content, file))
@@ -403,7 +416,7 @@ def load_encoders(run: Path) -> list[Encoder]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         encoders = []
         for state in saved["encoders"]:
-            encoder = Encoder(saved["encoder"], saved["head"])
+            encoder = Encoder(saved["encoder"], saved["head"], saved.get("norm", "batch"))  # a run of an earlier version says no norm
             # BatchNorm's batch counters may be missing, which torch allows in a plain dict but not in a state_dict with its metadata
             encoder.backbone.load_state_dict(dict(state["backbone"]))
             encoder.projector.load_state_dict(dict(state["projector"]))
@@ -421,15 +434,18 @@ def initialise(encoder: Encoder, path: Path) -> None:
     Raises InputError if there is none, or several, or one of another form.
     """
     if path.suffix == ".safetensors":
-        name, parts = (backbone := load_backbone(path)).name, {"backbone": backbone}
+        backbone = load_backbone(path)
+        name, norm, parts = backbone.name, backbone.norm, {"backbone": backbone}
     else:
         trained = load_encoders(path)
         if len(trained) > 1:
             raise InputError(f"--init {path} holds {len(trained)} encoders, needs one")
-        name, parts = trained[0].name, {"backbone": trained[0].backbone}
+        name, norm, parts = trained[0].name, trained[0].norm, {"backbone": trained[0].backbone}
         parts |= {"projector": trained[0].projector} if trained[0].head == encoder.head else {}
     if name != encoder.name:
         raise InputError(f"--init {path} holds the encoder {name}, and --encoder is {encoder.name}")
+    if norm != encoder.norm:
+        raise InputError(f"--init {path} holds an encoder of --norm {norm}, and --norm is {encoder.norm}")
     for part, module in parts.items():
         own = getattr(encoder, part).state_dict()
         for key, tensor in module.state_dict().items():
@@ -453,12 +469,13 @@ def load_backbone(path: Path) -> nn.Module:
         raise InputError(f"{path} is not a readable .safetensors file ({first_line(error)})") from None
     if about.get("encoder") not in HEADS:
         raise InputError(f"{path} does not say which backbone it holds; it needs to be written by `eval.py --export`")
-    backbone = build_backbone(about["encoder"])
+    norm = about.get("norm", "batch")  # a file of an earlier version does not say
+    backbone = build_backbone(about["encoder"], norm)
     try:
         backbone.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{path} does not hold a {about['encoder']} backbone ({first_line(error)})") from None
-    backbone.name, backbone.image_size = about["encoder"], int(about["image_size"])
+    backbone.name, backbone.norm, backbone.image_size = about["encoder"], norm, int(about["image_size"])
     return backbone.eval().requires_grad_(False)
 
 

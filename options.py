@@ -253,6 +253,9 @@ class Training:
     """Local training: networks, rounds and steps."""
 
     encoder: str = option(None, "backbone", ("tiny", "small", "resnet18-narrow", "resnet18", "resnet50"), shown="resnet18; fashion: tiny")
+    norm: str = option(
+        "batch", "normalisation in the backbone: BatchNorm, or GroupNorm, which has no running statistics", ("batch", "group"),
+    )  # fmt: skip
     init: str | None = option(None, "begin with the trained encoder of this run or FILE.safetensors", shown="random weights")
     rounds: int = option(None, "number of rounds (R)", type=COUNT, shown="100; fashion: 8")
     local_epochs: int = option(None, "epochs of a client in a round (E)", type=COUNT, shown="5; fashion: 2")

@@ -42,6 +42,7 @@ def describe(run: Path, encoder: Encoder) -> dict[str, Any]:
         "library": "fedu",
         "version": VERSION,
         "encoder": encoder.name,
+        "norm": encoder.norm,
         "features": feature_dim(encoder.backbone),
         "image_size": encoder.image_size,
         "input": "float32 [N, 3, S, S], RGB in 0..1, no mean and deviation subtracted",
@@ -130,5 +131,6 @@ features = run.features("a folder of images")  # [N, {about["features"]}]
 ## Limits
 
 It saw only the images of `{about["dataset"]}`, at {about["image_size"]} pixels, and is measured on that data set's own test images.
-Parameters and BatchNorm's statistics were averaged over clients; no differential privacy was used. Seed {options["seed"]}, one run.
+Parameters{" and BatchNorm's statistics" * (encoder.norm == "batch")} were averaged over clients; no differential privacy was used.
+Seed {options["seed"]}, one run.
 """

@@ -41,14 +41,15 @@ def mlp(inputs, hidden, outputs, norm=True):
     return nn.Sequential(nn.Linear(inputs, hidden), *between, nn.Linear(hidden, outputs))
 
 
-def build(head, predictor, target, queue, norm, clusters):
+def build(head, predictor, target, queue, head_norm, clusters, norm):
     """The networks in the order in which the seed initialises them. head: the projector's widths; `tiny` has 128 features."""
     layers = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 128)):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(outputs) if norm == "batch" else nn.GroupNorm(outputs // 16, outputs), nn.ReLU()]
     backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=mlp(*head, norm) if len(head) == 3 else nn.Linear(*head)))
-    net = nn.ModuleDict({"encoder": encoder, "predictor": mlp(256, *head[1:], norm) if predictor else nn.Identity()})
+    encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=mlp(*head, head_norm) if len(head) == 3 else nn.Linear(*head)))
+    net = nn.ModuleDict({"encoder": encoder, "predictor": mlp(256, *head[1:], head_norm) if predictor else nn.Identity()})
     if target:
         net["target"] = copy.deepcopy(encoder)
     if clusters:
@@ -206,9 +207,9 @@ def feddecorr(h):
 
 
 CONSTANTS = {
-    "decorrelation": 0.0,
+    "decorrelation": 0.0, "norm": "batch",
     "seed": 0, "clients_per_round": None, "dropout": 0.0, "mu": 0.4, "tau": 0.7, "ema_decay": 0.99, "jitter": 1.0, "queue": 0,
-    "norm": True, "orders": 1, "clusters": 0, "exchanged": ("encoder", "predictor"),
+    "head_norm": True, "orders": 1, "clusters": 0, "exchanged": ("encoder", "predictor"),
     "aggregate": "online", "update": "online", "predictor": "global", "divergence": "layer-mean", "divergence_from": "received",
     "first_target": "copy", "server_rule": "mean", "no_predictor": False, "no_stop_gradient": False,
 }  # fmt: skip
@@ -226,7 +227,7 @@ METHODS = {  # the loss; the projector's widths, and whether there are predictor
     "fedca": (fedca, (WIDE, False, False), {"temperature": 0.07, "dictionary": 4096}),
     "fedmoco-v1": (moco, ((128, 128), False, True), {"temperature": 0.07, "queue": 4096, "jitter": 0.5}),
     "fedmoco-v2": (moco, ((128, 128, 128), False, True), {"temperature": 0.2, "queue": 4096}),
-    "fedx": (fedx, ((128, 256, 256), True, False), {"temperature": 0.1, "target_temperature": 0.1, "norm": False, "orders": 2}),
+    "fedx": (fedx, ((128, 256, 256), True, False), {"temperature": 0.1, "target_temperature": 0.1, "head_norm": False, "orders": 2}),
     "orchestra": (orchestra, ((128, 512, 512), False, False), {
         "temperature": 0.1, "clusters": 128, "local_clusters": 16, "memory": 128, "target_decay": 0.996,
         "exchanged": ("encoder", "rotation", "target"),
@@ -372,7 +373,7 @@ def federate(x, y, groups, method, public=(), **options):
     o = SimpleNamespace(**CONSTANTS | row | options)
     torch.manual_seed(o.seed)
     head, predictor, target = networks
-    net = build(head, predictor and not o.no_predictor, target, o.queue, o.norm, o.clusters)
+    net = build(head, predictor and not o.no_predictor, target, o.queue, o.head_norm, o.clusters, o.norm)
     initial = state(net)
     if len(public):
         base, net.public = copy.deepcopy(net), x[public]

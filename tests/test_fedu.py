@@ -407,4 +407,9 @@ def test_an_encoder_to_begin_with_that_is_none(tiny, tmp_path, init, words):
     run(tmp_path / "tiny", *tiny, "--method", "untrained", "--encoder", "tiny")
     with pytest.raises(InputError, match="--init .*tiny holds the encoder tiny, and --encoder is small"):
         run(tmp_path / "run", *tiny, "--init", str(tmp_path / "tiny"))
+    run(tmp_path / "group", *tiny, "--method", "untrained", "--norm", "group")
+    with pytest.raises(InputError, match="--init .*group holds an encoder of --norm group, and --norm is batch"):
+        run(tmp_path / "run", *tiny, "--init", str(tmp_path / "group"))
+    begun = run(tmp_path / "begun", *tiny, "--method", "untrained", "--norm", "group", "--seed", "1", "--init", str(tmp_path / "group"))
+    assert torch.equal(begun["encoders"][0], load(tmp_path / "group")["encoders"][0])
     assert not (tmp_path / "run").exists()

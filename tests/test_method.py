@@ -87,6 +87,8 @@ CASES = {
     "ldawa, target to target": {"method": "ldawa", "aggregate": "target", "update": "target", "seed": 3, **ABSENT},
     "fedu, decorrelation": {"method": "fedu", "settings": {"decorrelation": 0.1}, "rounds": 2},
     "fedsimclr, decorrelation": {"method": "fedsimclr", "settings": {"decorrelation": 1.0}, "rounds": 2, **DIRICHLET},
+    "fedu, group norm": {"method": "fedu", "norm": "group", "seed": 3, **ABSENT},
+    "fedmoco-v2, group norm": {"method": "fedmoco-v2", "norm": "group"},
     "fedavg-supervised": {"method": "fedavg-supervised", **DIRICHLET},
     "single": {"method": "single", **DIRICHLET},
     "central": {"method": "central"},

@@ -74,6 +74,23 @@ def test_the_narrow_resnet_has_a_quarter_of_the_channels_in_every_tensor():
     assert narrow["layer4.1.conv2.weight"].shape == (128, 128, 3, 3) and HEADS["resnet18-narrow"] == HEADS["small"]
 
 
+@pytest.mark.parametrize("name, groups", [("tiny", 1), ("small", 2), ("resnet18-narrow", 1), ("resnet18", 32), ("resnet50", 32)])
+def test_group_norm_stands_where_batch_norm_does(name, groups):
+    """In the backbone, with the same initial weights; 16 channels a group in the narrow encoders. groups: of the first."""
+    state = {}
+    for norm in ("batch", "group"):
+        torch.manual_seed(0)
+        with torch.device("cpu" if groups < 32 else "meta"):
+            encoder = Encoder(name, norm=norm)
+        state[norm] = {key: t for key, t in encoder.backbone.state_dict().items() if "running" not in key and "tracked" not in key}
+    assert state["batch"].keys() == encoder.backbone.state_dict().keys() and not list(encoder.backbone.buffers())
+    assert feature_dim(encoder.backbone) == encoder.projector[0].in_features and isinstance(encoder.projector[1], torch.nn.BatchNorm1d)
+    assert all(t.is_meta or torch.equal(t, state["batch"][key]) for key, t in state["group"].items())
+    norms = [m for m in encoder.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert norms[0].num_groups == groups
+    assert all(m.num_groups == 32 if groups == 32 else m.num_channels // m.num_groups == 16 for m in norms)
+
+
 @pytest.mark.parametrize("name, inputs", [("resnet18", 128), ("resnet18-narrow", 32)])
 def test_initialisation_is_pytorchs_default(name, inputs):
     torch.manual_seed(0)

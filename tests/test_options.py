@@ -22,10 +22,10 @@ def options_of(line: str) -> Options:
 
 PAPER = {
     "method": "fedu", "clients": 5, "clients_per_round": None, "dropout": 0, "partition": "classes", "classes_per_client": None,
-    "encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "ema_decay": 0.99, "precision": "fp32",
-    "aggregate": "online", "update": "online", "predictor": "dapu", "mu": 0.4, "divergence": "layer-mean", "divergence_from": "received",
-    "first_target": "copy", "server_rule": "mean", "no_predictor": False, "no_stop_gradient": False, "compile": False,
-    "tau": 0.7, "alpha": 0.5, "seed": 0, "knn_every": 10,
+    "encoder": "resnet18", "norm": "batch", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "ema_decay": 0.99,
+    "precision": "fp32", "aggregate": "online", "update": "online", "predictor": "dapu", "mu": 0.4, "divergence": "layer-mean",
+    "divergence_from": "received", "first_target": "copy", "server_rule": "mean", "no_predictor": False, "no_stop_gradient": False,
+    "compile": False, "tau": 0.7, "alpha": 0.5, "seed": 0, "knn_every": 10,
     "on_nonfinite": "skip", "device": "auto", "processes": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
     "settings": {"jitter": 1, "decorrelation": 0}, "labels": None, "holdout": 0, "pixel_range": None, "skip_broken": False,
     "no_cache": False, "save_partition": None, "dry_run": False, "init": None,
@@ -143,6 +143,7 @@ RANGES = {
     "--server-rule": ("krum", "mean median trimmed", ""),
     "--on-nonfinite": ("warn", "skip error", ""),
     "--encoder": ("vgg", "tiny small resnet18-narrow resnet18 resnet50", ""),
+    "--norm": ("layer", "batch group", ""),
     "--precision": ("fp16", "fp32 bf16", ""),
     "--device": ("tpu", "auto cpu cuda", ""),
     "--log": ("wandb", "none tensorboard", ""),

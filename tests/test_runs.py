@@ -95,13 +95,13 @@ def test_an_exported_encoder_says_what_it_is_and_loads_again(trained, finished, 
     assert torch.equal(again.features(images), trained.features(images)) and again.metrics == []
 
 
-@pytest.mark.parametrize("encoder", ["tiny", "small", "resnet18-narrow"])
-def test_every_small_encoder_loads_by_its_file(encoder, tmp_path, tiny):
+@pytest.mark.parametrize("encoder, norm", [("tiny", "batch"), ("small", "batch"), ("resnet18-narrow", "batch"), ("small", "group")])
+def test_every_small_encoder_loads_by_its_file(encoder, norm, tmp_path, tiny):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
-    run(tmp_path / "run", *tiny, "--method", "untrained", "--encoder", encoder)
+    run(tmp_path / "run", *tiny, "--method", "untrained", "--encoder", encoder, "--norm", norm)
     export_encoders(tmp_path / "run", tmp_path / "b.safetensors")
     state = fedu.load(tmp_path / "b.safetensors").encoder.state_dict()
-    build_backbone(encoder).load_state_dict(state, strict=True)
+    build_backbone(encoder, norm).load_state_dict(state, strict=True)
     assert all(torch.equal(tensor, state[name]) for name, tensor in fedu.load(tmp_path / "run").encoder.state_dict().items())
 
 
