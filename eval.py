@@ -9,7 +9,8 @@
     python eval.py --export FILE.npz        the representations of all images
     python eval.py --export FILE.safetensors    the backbone's weights; those of resnet18 and resnet50 load into torchvision's
 
-A run of `single` has one encoder for each client: all are evaluated, and the mean is reported. docs/options.md has all options.
+A run of `single`, or with `--statistics local`, has one encoder for each client: all are evaluated, and the mean is reported.
+docs/options.md has all options.
 """
 
 from __future__ import annotations

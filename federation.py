@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from data import Images, client_indices, keyed_generator, require
 from methods import find
-from models import Encoder, Objective, Segment, conv_segments, initialise
+from models import Encoder, Objective, Segment, batchnorm_places, conv_segments, initialise
 from options import Options, row_of
-from runtime.bank import Row
+from runtime.bank import Bank, Row
 from runtime.cli import user_path
 from runtime.run import Checkpoint
 
@@ -111,6 +111,19 @@ class Federation:
         self.networks.online.vector.copy_(server.model)
         return self.networks.online.module.encoder
 
+    def encoders(self, bank: Bank) -> Iterator[Encoder]:
+        """Each trained encoder, in the workspace until the next is asked for: one for each server.
+
+        If clients keep BatchNorm for themselves, one for each client that took part: the server's with the client's BatchNorm.
+        """
+        for server in self.servers:
+            rows = [client.row for client in server.clients if client.row] if len(self.networks.private) else []
+            for row in rows or [None]:
+                encoder = self.load(server)
+                if row:
+                    self.networks.online.vector[self.networks.private] = bank.read(row)["private"]
+                yield encoder
+
     def describe(self) -> str:
         """How many clients there are, and how many images they have."""
         sizes = sorted(client.num_examples for client in self.clients)
@@ -175,6 +188,8 @@ def build_networks(options: Options, labels: Tensor, device: torch.device) -> Ob
     how |= {"labels": labels} if row.uses_labels else {}
     head = (int(labels.max()) + 1,) if row.uses_labels else row.head
     networks = find(row.objective)(Encoder(options.encoder, head, options.norm), device, **how)
+    if options.statistics == "local":
+        networks.private = batchnorm_places(networks.online)
     networks.decorrelation = options.settings["decorrelation"]
     if options.init:
         initialise(networks.online.module.encoder, user_path(options.init))

@@ -82,7 +82,9 @@ def run_round(
                 upload = model_upload(networks, options.aggregate, out=uploads.next_row())  # stage 2
                 if not (math.isfinite(loss) and upload.isfinite().all()):
                     continue  # the client keeps what it had, and the next upload takes this row
-                uploads.add(turn.fraction, turn.received, None if options.aggregate == "online" else networks.online.vector)
+                upload[networks.private] = server.model[networks.private]  # which the client has not sent
+                whole = options.aggregate == "online" and not len(networks.private)
+                uploads.add(turn.fraction, turn.received, None if whole else networks.online.vector)
                 turn.loss, turn.shared, turn.received = loss, shared, None  # which frees what it received
                 if kept := kept_parts(networks, options):
                     turn.client.row = bank.write(kept)
@@ -114,7 +116,9 @@ def aggregate(server: Server, accepted: list[Turn], uploads: Uploads, networks: 
     model = rule_of(options)(server, uploads, networks, shared)
     for turn, norms in zip(accepted, uploads.close(), strict=True):
         record_divergence(turn.client, norms, options)
+    private = server.model[networks.private]
     server.model.copy_(model)
+    server.model[networks.private] = private  # without an average's rounding
 
 
 def rule_of(options: Options) -> Callable[[Server, Uploads, Objective, list[Tensor]], Tensor]:
@@ -134,10 +138,10 @@ def fedavg(server: Server, uploads: Uploads, networks: Objective, shared: list[T
 def start_turn(options: Options, federation: Federation, bank: Bank, round_: int, num_clients: int, turn: Turn) -> tuple[int, ...]:
     """Stage 4, model update: fill the workspace with what a client starts its round with. Returns the job for `train_client`."""
     client, server, networks = turn.client, turn.server, federation.networks
+    kept = bank.read(client.row) if client.row else {}
     if takes_all(client, options, round_):
-        kept: dict[str, Tensor] = {}
+        kept = {name: kept[name] for name in kept if name == "private"}
     else:
-        kept = bank.read(client.row) if client.row else {}
         d = client.divergence
         if options.divergence_from == "global":
             own = kept["encoder"]
@@ -146,7 +150,8 @@ def start_turn(options: Options, federation: Federation, bank: Bank, round_: int
         turn.start = start_of(d, client.ema_scale, options)
     load_networks(networks, server.model, kept, turn.start, options)
     networks.shared = server.state.get("shared", networks.shared[:0])
-    turn.received = networks.online.vector.clone() if keeps_own_encoder(options) else server.model
+    own = keeps_own_encoder(options) or len(networks.private)
+    turn.received = networks.online.vector.clone() if own else server.model
     return round_, client.id, client.last_round is None, num_clients
 
 
@@ -183,6 +188,8 @@ def load_networks(networks: Objective, model: Tensor, kept: dict[str, Tensor], s
     """
     parts = networks.parts
     networks.online.vector.copy_(model)
+    if "private" in kept:
+        networks.online.vector[networks.private] = kept["private"]
     for name, initial in networks.initial.items():
         parts[name].copy_(kept.get(name, initial))
     for name, share, rule in (("encoder", start.encoder, exchange.update), ("predictor", start.predictor, exchange.predictor)):
@@ -192,7 +199,7 @@ def load_networks(networks: Objective, model: Tensor, kept: dict[str, Tensor], s
 
 
 def keeps_own_encoder(exchange: Exchange) -> bool:
-    """Whether each client starts a round from an online network of its own, and not from the server's model."""
+    """Whether each client starts a round from an online encoder of its own, wholly or in part, and not from the server's."""
     return exchange.update in ("target", "ema")
 
 
@@ -202,7 +209,8 @@ def kept_parts(networks: Objective, exchange: Exchange) -> dict[str, Tensor]:
     kept["target"] = "target" in kept and exchange.update in ("online", "ema")
     kept["encoder"] = keeps_own_encoder(exchange) or exchange.divergence_from == "global"
     kept["predictor"] = exchange.predictor != "global"
-    return {name: networks.parts[name] for name, needed in kept.items() if needed}
+    parts = {name: networks.parts[name] for name, needed in kept.items() if needed}
+    return parts | ({"private": networks.online.vector[networks.private]} if len(networks.private) else {})
 
 
 def record_divergence(client: Client, norms: Tensor, exchange: Exchange) -> None:
@@ -221,8 +229,9 @@ def divergence(norms: Tensor, kind: str) -> float:
 
 
 def num_floats_sent(networks: Objective, exchange: Exchange) -> int:
-    """Floats sent each way per client: all of `[P]`, or without the predictor, its last part, if `predictor` is local."""
-    return len(networks.online.vector) if exchange.predictor != "local" else len(networks.parts["encoder"])
+    """Floats sent each way per client: all of `[P]`, or without the predictor, its last part, if `predictor` is local; none private."""
+    sent = len(networks.online.vector) if exchange.predictor != "local" else len(networks.parts["encoder"])
+    return sent - int((networks.private < sent).sum())
 
 
 def num_bytes_sent(server: Server, networks: Objective, exchange: Exchange, shared: Tensor | None) -> int:
@@ -351,7 +360,7 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
             for round_ in record.rounds_left():
                 announce = partial(announce_time, record.rounds - round_) if round_ == record.first and device.type == "cpu" else None
                 row = run_round(options, federation, bank, uploads, round_, announce)
-                record.write(row | {"knn": measured_knn(options, round_, federation, images)})
+                record.write(row | {"knn": measured_knn(options, round_, federation, images, bank)})
             with optional(out / "partition.png"):
                 plot_partition(count_classes(images, parts), images.classes, out / "partition.png")
             return finish(options, images, federation, record)
@@ -407,16 +416,16 @@ def show_round(log: Callable[[dict], None] | None, row: dict, seconds_left: floa
     print(round_line(row, seconds_left), flush=True)
 
 
-def measured_knn(options: Options, round_: int, federation: Federation, images: Images) -> float | None:
-    """The kNN accuracy of the servers' backbones, 0 to 1, or None in a round without a measurement."""
+def measured_knn(options: Options, round_: int, federation: Federation, images: Images, bank: Bank) -> float | None:
+    """The mean kNN accuracy of the trained backbones, 0 to 1, or None in a round without a measurement."""
     due = options.knn_every and not lacks(images) and ((round_ + 1) % options.knn_every == 0 or round_ + 1 == options.rounds)
-    return mean([knn(federation.load(server).backbone, images) for server in federation.servers]) if due else None
+    return mean([knn(encoder.backbone, images) for encoder in federation.encoders(bank)]) if due else None
 
 
 def finish(options: Options, images: Images, federation: Federation, record: Recorder) -> Run:
     """Write the encoders and the figure, and say what comes next."""
     out, metrics = record.out, record.metrics
-    save_encoders(out, federation.images.shape[-1], map(federation.load, federation.servers))
+    save_encoders(out, federation.images.shape[-1], federation.encoders(record.bank))
     record.finish()
     if any(row["clients"] for row in metrics):
         draw_run(out)

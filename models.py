@@ -170,6 +170,7 @@ class Flat:
         self.tensors = [*first, *parameters.values(), *last]
         pieces = [in_memory_order(t.detach()).flatten() for t in self.tensors]
         self.lie_in(torch.cat(pieces + ([behind.vector] if behind else [])))
+        self.behind = behind
         if behind:
             behind.lie_in(self.vector[-len(behind.vector) :])
         ends = [sum(b.numel() for b in first)]
@@ -196,6 +197,16 @@ class Flat:
             if p.grad is not None:
                 gradient = self.trainable.grad[begin - self.param_slice.start :]
                 assert p.grad.data_ptr() == gradient.data_ptr(), f"the gradient of {name} is no longer a view"
+
+
+def batchnorm_places(network: Flat) -> Tensor:
+    """Where BatchNorm's running statistics, weights and biases lie in a network's vector: int64 `[M]`."""
+    norms = {name for name, m in network.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    affine = [(begin, end) for name, begin, end in network.segments if name.rpartition(".")[0] in norms]
+    end = len(network.vector) - (len(network.behind.vector) if network.behind else 0)
+    spans = [(0, network.param_slice.start), *affine, (network.param_slice.stop, end)]
+    places = torch.cat([torch.arange(begin, end) for begin, end in spans]).to(network.vector.device)
+    return torch.cat([places, end + batchnorm_places(network.behind)]) if network.behind else places
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -243,7 +254,8 @@ class Objective:
     others, if there is one. `initial` has an entry for each part that an objective adds, such as a target or
     a queue: its content in a client's first round. `param_slices` says where in each part its parameters lie. `trainable` are the tensors
     that the optimizer sees, `ema_target` the target encoder's parameters, which follow `xi <- m xi + (1 - m) theta` after each step.
-    `shared` `[N, d]` is what the clients shared through the server in the last round. `decorrelation` is the weight of FedDecorr's term.
+    `shared` `[N, d]` is what the clients shared through the server in the last round. `private` int64 `[M]` are the places in the online
+    vector that a client keeps for itself: BatchNorm's with `--statistics local`, else none. `decorrelation`: weight of FedDecorr's term.
 
     A step hands `batches` batches of the client's images to `terms`, each in an order of its own. `view(batch)` draws one more random view
     `[B, 3, S, S]` of the images of a batch `[B]`, to be called in `terms`. All tensors that `terms` uses must stay where they are: a CUDA
@@ -271,6 +283,7 @@ class Objective:
         self.trainable = [self.online.trainable]
         self.ema_target: Tensor | None = None
         self.shared = torch.empty(0, 0, device=device)
+        self.private = torch.empty(0, dtype=torch.int64, device=device)
 
     # ---- what a method may override
 

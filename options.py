@@ -233,6 +233,10 @@ class Exchange:
         "mean", "what the server makes of the uploads: their mean weighted by images; or of each number the median, or the mean without "
         "the smallest and the largest fifth (at least one each)", SERVER_RULES,
     )  # fmt: skip
+    statistics: str = option(
+        "shared", "BatchNorm's running statistics, weights and biases: averaged like all else, or kept by each client (FedBN), whose "
+        "encoders are then evaluated one by one", ("shared", "local"),
+    )  # fmt: skip
     no_predictor: bool = option(False, "BYOL and SimSiam without a predictor")
     no_stop_gradient: bool = option(False, "BYOL and SimSiam with gradients through the target's projections")
     settings: dict[str, float] = option(None, "numbers of the method's objective, by name", shown="by method")
@@ -332,6 +336,7 @@ class Options(Host, Training, Clients, Exchange, Data):
             "predictor": (not row.has_predictor or self.no_predictor or row.servers != "one", with_predictor),
             **dict.fromkeys(("no_predictor", "no_stop_gradient"), (not (row.has_predictor and row.ablations), "BYOL or SimSiam")),
             "server_rule": (bool(row.rule) or row.servers != "one", "a method whose server takes the mean of several clients"),
+            "statistics": (row.servers != "one", "a method with one server"),
             "aggregate": (self.aggregate == "target" and not row.has_target, with_target),
             "update": (self.update in ("target", "both") and not row.has_target, with_target),
             "mu": (self.predictor != "dapu", "--predictor dapu"),

@@ -80,7 +80,7 @@ def main(grid: Grid, context: Context) -> None:
         fedu.introduce(options, images, federation, record, bool(command.resume))
         for round_ in record.rounds_left():
             row = strategy.make_round(grid, round_)
-            record.write(row | {"knn": fedu.measured_knn(options, round_, federation, images)})
+            record.write(row | {"knn": fedu.measured_knn(options, round_, federation, images, record.bank)})
         fedu.finish(options, images, federation, record)
 
 
@@ -98,6 +98,8 @@ def read_command(text: str) -> Command:
         raise InputError(f"{flag(ineffective[0])} changes nothing between parties, which have images, and failures, of their own")
     if command.given.get("aggregate") == "target":
         raise InputError("--aggregate got target, but target encoders do not leave the parties")
+    if command.given.get("statistics") == "local":
+        raise InputError("--statistics got local, but the server measures the encoder, and would not have the parties' BatchNorm")
     if command.resume and command.given:
         raise InputError(f"--resume {command.resume} continues with the options that the run has, and got {flag(min(command.given))}")
     if command.given.get("method", FLOWER_METHODS[0]) not in FLOWER_METHODS:

@@ -29,7 +29,7 @@ class Run:
 
     @cached_property
     def encoders(self) -> list[nn.Module]:
-        """One trained encoder for each server: of `single` one for each client, else one in all.
+        """The trained encoders: one for each client of `single` or with `statistics="local"`, else one in all.
 
         Each takes images, float32 `[N, 3, S, S]`, RGB in 0..1 without mean and deviation subtracted, and returns the backbone's features
         `[N, d]`. They are read once, in eval mode, on the CPU, and need no gradient. Raises InputError if they are missing or damaged.

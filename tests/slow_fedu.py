@@ -207,7 +207,7 @@ def feddecorr(h):
 
 
 CONSTANTS = {
-    "decorrelation": 0.0, "norm": "batch",
+    "decorrelation": 0.0, "norm": "batch", "statistics": "shared",
     "seed": 0, "clients_per_round": None, "dropout": 0.0, "mu": 0.4, "tau": 0.7, "ema_decay": 0.99, "jitter": 1.0, "queue": 0,
     "head_norm": True, "orders": 1, "clusters": 0, "exchanged": ("encoder", "predictor"),
     "aggregate": "online", "update": "online", "predictor": "global", "divergence": "layer-mean", "divergence_from": "received",
@@ -345,14 +345,25 @@ def drift(a, b, kind):
     return sum(norms) / len(norms) if kind == "layer-mean" else sum(change.square().sum().item() for change in moved)
 
 
-def model_update(client, model, first, round_, o):
-    """What a client starts its round from; and whose predictor that has, how much of its own, and the divergence that decided."""
+def with_own_norms(model, client, norms):
+    """The model with the client's own tensors of these names, if it has any."""
+    return model | {name: client["state"][name] for name in norms if client}
+
+
+def model_update(client, model, initial, norms, round_, o):
+    """What a client starts its round from; and whose predictor that has, how much of its own, and the divergence that decided.
+
+    norms: the names of BatchNorm's tensors that a client keeps for itself.
+    """
+    server, model = model, with_own_norms(model, client, norms)
+    target = only(initial, "target") and not only(model, "target")  # which is the client's own
+    first = initial | model | (renamed(model, "encoder", "target") if target else {})
     nobodys = "global" if only(model, "predictor") else "-"
     if not client or (o.update == "ema" and client["round"] != round_ - 1):
         return first, (nobodys, 0.0, None)
     own, d = client["state"], client["divergence"]
     if o.divergence_from == "global":
-        d = drift(own, model, o.divergence)
+        d = drift(own, server, o.divergence)
         client.setdefault("lambda", o.tau / d)
     share = min(1.0, client.get("lambda", 0) * d)
     mixed = {name: t if "running" in name else share * own[name] + (1 - share) * t for name, t in model.items()}
@@ -382,7 +393,11 @@ def federate(x, y, groups, method, public=(), **options):
         net.base = base.encoder.eval()(net.public / 255).detach()
     servers, clients, rounds = [only(initial, *o.exchanged) for _ in groups], {k: {} for group in groups for k in group}, []
     exchanged = [part for part in o.exchanged if part != "predictor" or o.predictor != "local"]
-    sent = sum(t.numel() * t.itemsize for t in only(initial, *exchanged).values())
+    norms = []
+    if o.statistics == "local":
+        batch_norm = {name for name, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        norms = [name for name in only(initial, *o.exchanged) if name.rpartition(".")[0] in batch_norm]
+    sent = sum(t.numel() * t.itemsize for name, t in only(initial, *exchanged).items() if name not in norms)
     for r in range(o.rounds):
         lr = o.lr * (1 + math.cos(math.pi * r / o.rounds)) / 2
         drawn = torch.randperm(len(clients), generator=generator(o.seed, "clients", r))[: o.clients_per_round].tolist()
@@ -391,8 +406,7 @@ def federate(x, y, groups, method, public=(), **options):
         for s, (group, model) in enumerate(zip(groups, servers)):
             present, uploads = sorted(group.keys() & {*drawn} - dropped), []
             for k in present:
-                first = initial | model | (renamed(model, "encoder", "target") if target else {})
-                start, (whose, own_share, decided_on) = model_update(clients[k], model, first, r, o)
+                start, (whose, own_share, decided_on) = model_update(clients[k], model, initial, norms, r, o)
                 net.load_state_dict(start, strict=False)
                 net.newest = net.shared[:0]
                 decay = 0.0 if o.first_target == "shared" and not clients[k] else o.ema_decay
@@ -407,7 +421,8 @@ def federate(x, y, groups, method, public=(), **options):
                     shared.append(net.newest[: o.dictionary // len(present)])
                 if loss is orchestra:
                     shared.append(local_centroids(net.newest, o))
-                uploads.append(trained | (renamed(trained, "target", "encoder") if o.aggregate == "target" else {}))
+                upload = trained | (renamed(trained, "target", "encoder") if o.aggregate == "target" else {})
+                uploads.append(upload | {name: model[name] for name in norms})
                 reports.append((k, len(group[k]), mean_loss, d, whose, own_share, decided_on))
             n = sum(len(group[k]) for k in present)
             if uploads:
@@ -423,7 +438,8 @@ def federate(x, y, groups, method, public=(), **options):
         rounds.append({"lr": lr, "dropped": sorted(dropped), "upload_bytes": up, "download_bytes": down})
         rounds[-1] |= {name: [report[i] for report in reports] for i, name in enumerate(names)}
     encoders = []
-    for model in servers:
+    trained = [with_own_norms(servers[0], client, norms) for client in clients.values() if client] if norms else servers
+    for model in trained:
         net.load_state_dict(model, strict=False)
         encoders.append(copy.deepcopy(net.encoder))
     return encoders, rounds

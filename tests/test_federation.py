@@ -1,11 +1,17 @@
-import numpy as np
-import torch
-from conftest import run
+import json
 
+import numpy as np
+import pytest
+import torch
+from conftest import load, run
+
+import eval as evaluation
+import fedu
 import training
 from data import load_images, partition
-from federation import build, drops_out, sample_clients
-from options import Options, parse
+from federation import build, build_networks, drops_out, sample_clients
+from models import load_encoders
+from options import Options, parse, parse_evaluation
 
 
 def test_sampled_clients_are_distinct_and_by_round():
@@ -39,6 +45,39 @@ def test_single_never_communicates(tiny, npz, tmp_path):
     assert len(alone["encoders"]) == 2
     assert torch.equal(alone["encoders"][0], other["encoders"][0])
     assert not torch.equal(alone["encoders"][1], other["encoders"][1])
+
+
+def test_batchnorm_of_its_own_stays_with_a_client(tiny, tmp_path, capsys):
+    """What travels is counted without it, the server's stays as initialised, and each client that took part is evaluated with its own."""
+    more = ["--statistics", "local", "--clients", "3", "--dropout", "0.3", "--seed", "1"]
+    local = run(tmp_path / "run", *tiny, *more)
+    took_part = sorted({k for row in local["metrics"] for k in row["clients"]})
+    first = load_encoders(tmp_path / "run")
+    assert len(first) == len(took_part) > 1
+    (untrained,) = run(tmp_path / "untrained", *tiny, "--method", "untrained", "--seed", "1")["encoders"]
+    assert all(len(encoder) == len(untrained) for encoder in local["encoders"])
+    one, other = (encoder.backbone for encoder in first[:2])
+    assert torch.equal(one[0].weight, other[0].weight)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert not torch.equal(getattr(one[1], name), getattr(other[1], name))
+    options = Options(**parse([*tiny, *more]).given)
+    networks = build_networks(options, None, torch.device("cpu"))
+    widths = [32, 64, 128, 256, 512, 512]  # of each BatchNorm; the last two in projector and predictor
+    assert len(networks.private.unique()) == 4 * sum(widths)
+    sent = networks.online.vector.nbytes - 4 * 4 * sum(widths)
+    assert all(row["upload_bytes"] == sent * len(row["clients"]) for row in local["metrics"])
+    server = torch.load(tmp_path / "run/checkpoint.pt")["tensors"][0]["model"]
+    assert torch.equal(server[networks.private], networks.online.vector[networks.private]) and not torch.equal(
+        server, networks.online.vector
+    )
+    evaluation.main(parse_evaluation(["--knn", str(tmp_path / "run")]))
+    (line,) = map(json.loads, (tmp_path / "run/eval.jsonl").read_text().splitlines())
+    assert len(line["accuracies"]) == len(took_part) and line["accuracy"] == pytest.approx(local["metrics"][-1]["knn"])
+
+    (tmp_path / "run/checkpoint.pt").unlink()  # goes on from the round before
+    (tmp_path / "run/encoder.pt").unlink()
+    fedu.resume(tmp_path / "run")
+    assert all(map(torch.equal, load(tmp_path / "run")["encoders"], local["encoders"]))
 
 
 def test_one_who_has_all_images_does_not_care_how_they_would_be_dealt(tiny, tmp_path):

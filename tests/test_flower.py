@@ -373,6 +373,7 @@ def test_a_client_whose_state_is_lost_says_so_and_begins_anew(npz, grid, tmp_pat
     [
         ("--method fedsimclr", "--method got fedsimclr, between parties it needs one of fedu, fedbyol, fedema"),
         ("--aggregate target", "target encoders do not leave the parties"),
+        ("--statistics local", "--statistics got local, but the server measures the encoder, and would not have the parties' BatchNorm"),
         ("--resume run --seed 1", "--resume run continues with the options that the run has, and got --seed"),
         ("--partition iid", "--partition changes nothing between parties"),
         ("--lr -1", "--lr: got '-1', needs a number above 0"),

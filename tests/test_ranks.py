@@ -41,7 +41,7 @@ def assert_same_runs(a: Path, b: Path) -> None:
         (2, ["--method", "fedx", "--clients", "3"]),
         (2, ["--method", "orchestra", "--clients", "3"]),
         (2, ["--method", "single", "--clients", "3"]),
-        (2, ["--method", "fedu2", "--clients", "3", "--dropout", "0.2"]),
+        (2, ["--method", "fedu2", "--clients", "3", "--dropout", "0.2", "--statistics", "local"]),
     ],
 )
 def test_several_processes_give_the_bits_of_one(tiny, tmp_path, count, more):
