@@ -3,13 +3,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_metrics
 
-from bench import peers, training
+from bench import others, peers, timing, training
 from data import load_images
 
 
@@ -24,22 +25,25 @@ def rows(out: str) -> list[list[str]]:
 
 
 def test_views_are_timed_against_each_other(capsys):
-    training.bench_views(training.some_images(16), 3)
+    training.main(["views"], [], 3, None, None)
     ways = [row[-4] for row in rows(capsys.readouterr().out) if row[0] == "views,"]
     assert ways[:3] == ["ours", "reference", "PIL"]
 
 
-def test_each_way_of_an_epoch_runs_in_a_process_of_its_own():
+def test_each_way_of_an_epoch_runs_in_a_process_of_its_own(capsys):
     assert 0 < training.ours("tiny", 64, 32)() < 8
-    ways = [training.core, training.floor, training.authors]
+    ways = [partial(training.ours, core=True), training.floor, others.authors]
     if importlib.util.find_spec("lightly"):
-        ways.append(training.lightly)
+        ways.append(others.lightly)
     for way in ways:
         way("tiny", 64, 32)()
-    worker = training.Worker(training.ours, "tiny", 64, 32)
-    worker()
-    worker.stop()
-    assert 1e8 < worker.peak_bytes < 1e11
+    ways = {name: partial(training.ours, "tiny", 64, 32) for name in ("ours", "again")}
+    seconds, peaks = training.compare("epoch", ways, 64, apart=True, operations=1e9, repeats=3, peak_tflops=100.0)
+    printed = rows(capsys.readouterr().out)
+    assert [row[:2] for row in printed] == [["epoch", "ours"], ["epoch", "again"]] and printed[0][3] == printed[0][-1] == "1.00"
+    for row, s, peak in zip(printed, seconds.values(), peaks.values()):
+        assert 100 < peak < 1e5 and row[-2] == "MiB" and float(row[-3]) == round(peak)
+        assert float(row[4]) == pytest.approx(64 / s, abs=1) and float(row[5]) == pytest.approx(0.064 / s, abs=0.01) and row[7] == "MFU"
 
 
 def test_operations_by_hand():
@@ -64,16 +68,54 @@ def test_traffic_by_hand():
 
 
 def test_growth_is_drawn(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(training, "timed", lambda ways, repeats: {way: 0.5 * int(way[2:]) ** 2 for way in ways})
-    training.bench_growth(3, tmp_path / "growth.png")
+    monkeypatch.setattr(training, "time_ways", lambda ways, *_: {way: 0.5 * int(way[2:]) ** 2 for way in ways})
+    training.main(["growth"], [], 3, None, tmp_path)
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("slope 2.00") == 4
 
 
-def test_seconds_and_memory_of_many_clients_are_drawn(tmp_path):
-    sizes = [(10, 10), (100, 10)]
-    training.draw_clients(sizes, {(10, 10): 1.0, (100, 10): 1.1}, {(10, 10): 300.0, (100, 10): 310.0}, tmp_path / "clients.png")
+def test_seconds_and_memory_of_many_clients_are_drawn(tmp_path, monkeypatch):
+    def compare(what: str, ways: dict, apart: bool):
+        assert apart and list(ways) == ["10, 10", "100, 10", "1000, 10", "10000, 10", "10000, 50"]
+        return dict(zip(ways, (1.0, 1.1, 1.0, 1.2, 5.0))), dict.fromkeys(ways, 300.0)
+
+    monkeypatch.chdir(tmp_path)
+    training.compare_clients(compare, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["clients.png"]
     assert (tmp_path / "clients.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_commands_are_timed_without_a_call_before():
+    """They return their own seconds, or are timed from outside."""
+    calls = []
+    seconds = timing.time_ways({"own": lambda: calls.append(1) or float(len(calls)), "none": lambda: None}, 3, 1.0, "cpu", commands=True)
+    assert len(calls) == 3 and seconds["own"] == 2 and 0 < seconds["none"] < 0.1
+
+
+def test_whole_runs_are_timed_idle_and_beside_a_busy_loop(monkeypatch, capsys):
+    seconds = {"auto": 30.0, "1": 40.0, "auto busy": 45.0, "1 busy": 200.0}
+    monkeypatch.setattr(training, "time_ways", lambda ways, *_: {way: seconds.get(way, 1.0) for way in ways})
+    training.main(["start"], [], 3, None, None)
+    printed = capsys.readouterr().out.splitlines()
+    assert "auto over one process, idle  0.75" in printed and "busy over idle               auto 1.50, 1 5.00" in printed
+    rounds = [line.split()[5:] for line in printed if line.startswith("a round, small")]
+    times = [["auto", "30000.00", "1.00", "400"], ["1", "40000.00", "1.33", "300"]]
+    assert rounds == [[clients, *row] for clients in ("5", "10") for row in times]
+
+
+def test_a_command_is_timed_to_its_end_or_to_what_it_prints(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "README", ("--out", "run"))
+    of_round = training.seconds_of_round(*tiny)
+    assert 0 < of_round < training.seconds_of(*tiny, "--out", "busy", busy=True)
+    assert len(load_metrics(tmp_path / "busy")) == 3
+    assert training.seconds_of(*tiny, "--out", "first", until="predictor taken") > 0
+    assert (tmp_path / "busy" / "encoder.pt").exists() and not (tmp_path / "first" / "encoder.pt").exists()
+    for options, until in (["--bad"], None), (["--help"], "not there"):
+        with pytest.raises(AssertionError):
+            training.seconds_of(*options, until=until, busy=True)
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    assert not any(b"while True" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
 
 
 def test_a_simulated_round_trains_on_its_images(tmp_path):
