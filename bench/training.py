@@ -83,6 +83,8 @@ def compare(
     """
     spawn = multiprocessing.get_context("spawn")  # no process inherits another's memory or its memory settings
     pools = {name: ProcessPoolExecutor(1, spawn, build_way, (way,)) for name, way in ways.items()} if apart else {}
+    for pool in pools.values():
+        pool.submit(peak_memory).result()  # after this it has built its way
     called = {name: lambda pool=pool: pool.submit(run_way).result() for name, pool in pools.items()} or ways
     seconds = time_ways(called, repeats, float("inf"), DEVICE.type, commands)
     peaks = {name: pool.submit(peak_memory).result() for name, pool in pools.items()}
