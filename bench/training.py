@@ -68,7 +68,8 @@ from runtime.run import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = {"tiny": (32, 1184), "small": (64, 1920), "resnet18": (128, 256)}  # batch size, images of the epoch timed on a CPU
-README = ("--device", DEVICE.type, "--overwrite", "--out", "runs/bench-start")  # the README's first command, into this folder
+RUN = Path("runs/bench-start")
+README = ("--device", DEVICE.type, "--overwrite", "--out", str(RUN))  # the README's first command, into this folder
 Measured = tuple[dict[str, float], dict[str, float]]  # seconds and peak memory in MiB of each way
 
 
@@ -194,7 +195,7 @@ def seconds_of(*options: str, until: str | None = None, busy: bool = False) -> f
 def seconds_of_round(*options: str) -> float:
     """Seconds of the last round by its own clock."""
     seconds_of(*README, *options)
-    return json.loads(Path(README[-1], "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    return json.loads((RUN / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
 
 
 def compare_epochs(compare: Callable[..., Measured], encoders: list[str]) -> None:
