@@ -5,16 +5,17 @@ PATH.npz or a folder; labels are not needed), and, if need be, the folder for wh
 what `fedu.py` counts as upload_bytes, who it is, how many images it has, and its loss, its divergence and the share of its own predictor.
 """
 
-import json
 import math
 import sys
 import traceback
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from messages import Request, read_order, read_question
 from torch import Tensor
 
 import fedu
@@ -23,12 +24,10 @@ from data import load_unlabelled
 from federation import Client, Federation, Turn, assemble
 from options import Options
 from runtime.bank import Bank
-from runtime.cli import InputError, command_line, first_line, locked, os_errors, user_path
+from runtime.cli import InputError, command_line, locked, os_errors, user_path
 from runtime.device import choose_device, keep_memory
 from runtime.run import load_checkpoint, save_checkpoint
 from training import train_client
-
-FLOWER_METHODS = ("fedu", "fedbyol", "fedema")
 
 
 class ReportedError(InputError):
@@ -56,8 +55,9 @@ app = ClientApp(mods=[answer])
 @app.query()
 def introduce(message: Message, context: Context) -> Message:
     """Answer the server's first question: which client this is, and how many images it has."""
-    config = message.content["config"]
-    client = open_client(context, read_options(config, context), config)[0]
+    with reported("the server's question is refused"):
+        request = read_question(message)
+    client = open_client(context, request)[0]
     return Message(RecordDict({"client": ConfigRecord({"id": client.id, "num-examples": client.num_examples})}), reply_to=message)
 
 
@@ -70,19 +70,26 @@ def alive(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round: take what the server sends, train, and upload the online encoder, and the predictor unless it is local."""
-    config = message.content["config"]
-    options = read_options(config, context)
-    client, images = open_client(context, options, config)
-    received = torch.from_numpy(message.content["model"]["model"].numpy()).to(images.device)
-    state = user_path(str(context.node_config.get("state", "fedu-state")), "--node-config state")
-    folder = state / config["run"] / f"client-{client.id}"
-    turn, upload = take_turn(client, images, received, options, config["round"], config["last-round"], folder)
+    with reported("the server's message is refused"):
+        request, round_, last_round, received = read_order(message)
+    client, images = open_client(context, request)
+    folder = state_folder(context) / request.run / f"client-{client.id}"
+    turn, upload = take_turn(client, images, received.to(images.device), request.options, round_, last_round, folder)
     divergence = math.nan if client.divergence is None else client.divergence  # of an upload that is not finite
     report = {"loss": turn.loss, "divergence": divergence, "own-share": turn.start.predictor}
     if turn.start.divergence is not None:
         report["decided-on"] = turn.start.divergence
     model = ArrayRecord({"model": Array(upload.cpu().numpy())})
     return Message(RecordDict({"model": model, "turn": ConfigRecord(report)}), reply_to=message)
+
+
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Let the server read an InputError about what it sent."""
+    try:
+        yield
+    except InputError as error:
+        raise ReportedError(f"{what}: {error}") from None
 
 
 def take_turn(
@@ -132,40 +139,31 @@ def recall(federation: Federation, bank: Bank, folder: Path, last_round: int) ->
         )
 
 
-def read_options(config: ConfigRecord, context: Context) -> Options:
-    """The server's options, on this client's device. Raises ReportedError for one that is wrong, or would let private networks leave."""
-    asked = json.loads(config["options"])
-    if str(asked.get("method")).endswith(".py"):  # a file on this machine, which would be run
-        raise ReportedError(f"the server asks for --method {asked['method']}, which this client does not upload")
-    try:
-        options = replace(Options(**asked), device=context.node_config.get("device", "auto"))
-    except TypeError as error:
-        raise ReportedError(f"the server's options are not known here ({first_line(error)}), its code is of another version") from None
-    except InputError as error:
-        raise ReportedError(f"the server's options are wrong: {error}") from None
-    if options.method not in FLOWER_METHODS or options.aggregate != "online":
-        asked = f"--method {options.method} --aggregate {options.aggregate}"
-        raise ReportedError(f"the server asks for {asked}, which this client does not upload")
-    return options
+def state_folder(context: Context) -> Path:
+    """The folder for all that this client writes, which nobody else may read; made if need be."""
+    folder = user_path(str(context.node_config.get("state", "fedu-state")), "--node-config state")
+    with os_errors(f"the state folder {folder} cannot be made"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
-def open_client(context: Context, options: Options, config: ConfigRecord) -> tuple[Client, Tensor]:
+def open_client(context: Context, request: Request) -> tuple[Client, Tensor]:
     """This client and its images `[N, 3, S, S]`. Raises InputError for what the party has to mend."""
     keep_memory()
-    node = context.node_config
+    node, options = context.node_config, request.options
     if missing := {"client", "data"} - node.keys():
         raise ReportedError(f"--node-config has no {min(missing)}; it needs at least 'client=0 data=\"PATH\"'")
-    if not isinstance(node["client"], int) or not 0 <= node["client"] < options.clients:
+    if type(node["client"]) is not int or not 0 <= node["client"] < options.clients:
         raise ReportedError(f"--node-config got client={node['client']}; the federation has the clients 0 to {options.clients - 1}")
-    data = user_path(str(node["data"]), "--node-config data")
+    data, state = user_path(str(node["data"]), "--node-config data"), state_folder(context)
     try:
         images = load_unlabelled(
-            data, config["image-size"], node.get("pixel-range"), bool(node.get("skip-broken")),
-            None if node.get("no-cache") else user_path("~/.cache/fedu"),
+            data, request.image_size, node.get("pixel-range"), bool(node.get("skip-broken")),
+            None if node.get("no-cache") else state,
         )  # fmt: skip
         if len(images) < options.batch_size:
             raise InputError(f"{data} has {len(images)} images, a batch needs {options.batch_size}")
     except InputError as error:  # a file's name may be a patient's; what the system says, in brackets, may name one
         raise ReportedError(str(error).replace(str(data), "DATA").partition(" (")[0]) from error
-    images = images.to(choose_device(options.device))
+    images = images.to(choose_device(node.get("device", "auto")))
     return Client(node["client"], torch.arange(len(images), device=images.device)), images

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from client_app import FLOWER_METHODS
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from messages import FLOWER_METHODS
 from strategy import FedU
 
 import fedu

@@ -1,27 +1,26 @@
 """Flower's FedAvg, except that clients are drawn and uploads averaged as in `fedu.py`; DAPU is each client's own decision."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from torch import Tensor
+from messages import SENT_OPTIONS, Answer, NotFinite, read_answer, read_introduction
 
 import fedu
-from federation import Federation, Start, Turn, draw_turns, most_uploads, sample_clients
+from federation import Federation, draw_turns, most_uploads, sample_clients
 from options import Options
-from runtime.cli import InputError, first_line
+from runtime.cli import InputError
 from runtime.uploads import Uploads
 
 ANSWER = 300  # seconds that a node has to say who it is
 SILENCE = 30  # seconds without any answer, after which nodes that are still awaited are asked whether they have lost their message
 ALIVE = f"{MessageType.QUERY}.alive"  # the type of this question
+PATIENCE = 5  # rounds in a row without an upload that can be taken, after which the run ends
 POLL = 3  # seconds between two looks for answers, as in Flower's own `send_and_receive`
 
 
@@ -32,11 +31,13 @@ class FedU(FedAvg):
         super().__init__(fraction_evaluate=0.0, min_available_nodes=min_clients)
         self.options, self.federation, self.timeout = options, federation, timeout
         self.server, self.clients = federation.servers[0], federation.clients
-        self.message_config = {"options": json.dumps(asdict(options)), "run": run, "image-size": federation.images.shape[-1]}
+        sent = json.dumps({name: getattr(options, name) for name in SENT_OPTIONS})
+        self.message_config = {"options": sent, "run": run, "image-size": federation.images.shape[-1]}
         self.num_floats = fedu.num_floats_sent(federation.networks, options)
         most, nothing = most_uploads(federation.servers, options.clients_per_round), torch.empty(0, 2, dtype=torch.int64)
         self.uploads = Uploads(self.server.model, most, segments=nothing)  # clients measure their drift themselves
         self.nodes: dict[int, int] = {}  # the node of each connected client
+        self.skipped = 0  # how many rounds in a row had no upload that could be taken
 
     def make_round(self, grid: Grid, round_: int) -> dict:
         """Make a round and return its metrics, as `fedu.run_round` does."""
@@ -97,12 +98,12 @@ class FedU(FedAvg):
     def introduce(self, reply: Message) -> None:
         """Take a node in as the client that it says it is, unless another node is that client."""
         node = reply.metadata.src_node_id
-        if reply.has_error():
-            print(f"node {node} was refused: {reply.error.reason}", file=sys.stderr, flush=True)
-            return
-        client, count = reply.content["client"]["id"], reply.content["client"]["num-examples"]
-        if client in self.nodes:
-            print(f"node {node} was refused: client {client} is node {self.nodes[client]}", file=sys.stderr, flush=True)
+        try:
+            client, count = read_introduction(reply, self.options)
+            if client in self.nodes:
+                raise InputError(f"client {client} is node {self.nodes[client]}")
+        except InputError as error:
+            print(f"node {node} was refused: {error}", file=sys.stderr, flush=True)
             return
         self.nodes[client], self.clients[client].indices = node, torch.empty(count, device="meta")
         here = f"{len(self.nodes)} here, a round waits for {self.min_available_nodes}"
@@ -124,54 +125,50 @@ class FedU(FedAvg):
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What the server's rule makes of the uploads that came and are finite becomes its model."""
-        round_, server, answers = server_round - 1, self.server, {reply.metadata.src_node_id: reply for reply in replies}
-        uploads: dict[int, tuple[Tensor, float]] = {}
-        left_out, nonfinite = {}, []
-        for turn in self.turns:
-            client = turn.client.id
-            try:
-                uploads[client] = self.read_upload(answers.get(self.nodes[client]), turn)
-            except InputError as error:
-                left_out[client] = str(error)
-            else:
-                if not (math.isfinite(turn.loss) and uploads[client][0].isfinite().all()):
-                    left_out[client] = "its upload is not finite"
-                    nonfinite.append(client)
-                    del uploads[client]
-        for client, reason in left_out.items():
-            print(f"round {round_}: client {client} was left out: {reason}", file=sys.stderr, flush=True)
-        if not uploads or (nonfinite and self.options.on_nonfinite == "error"):
-            raise InputError(f"round {round_} cannot be made: {'; '.join(f'client {k}: {reason}' for k, reason in left_out.items())}")
+        """What the server's rule makes of the uploads that can be taken becomes its model.
 
-        reported = [turn for turn in self.turns if turn.client.id in uploads]
+        Without any such upload the model stays, and the round is skipped. Raises InputError after `PATIENCE` of such rounds in a row, and
+        if an upload is not finite and `on_nonfinite` is `error`.
+        """
+        round_, server = server_round - 1, self.server
+        answers, left_out = self.read_answers({reply.metadata.src_node_id: reply for reply in replies})
+        for client, error in left_out.items():
+            print(f"round {round_}: client {client} was left out: {error}", file=sys.stderr, flush=True)
+        nonfinite = {client for client, error in left_out.items() if isinstance(error, NotFinite)}
+        self.skipped = 0 if answers else self.skipped + 1
+        if self.skipped == PATIENCE or (nonfinite and self.options.on_nonfinite == "error"):
+            reasons = "; ".join(f"client {client}: {error}" for client, error in left_out.items())
+            raise InputError(f"round {round_} cannot be made: {reasons}")
+        if not answers:
+            print(f"round {round_} was skipped, and the model stays: no client's upload can be taken", file=sys.stderr, flush=True)
+
+        reported = [turn for turn in self.turns if turn.client.id in answers]
         total = sum(turn.client.num_examples for turn in reported)
         for turn in reported:
-            turn.total = total
-            self.uploads.next_row().copy_(server.model)[: self.num_floats] = uploads[turn.client.id][0]
+            answer, turn.total = answers[turn.client.id], total
+            self.uploads.next_row().copy_(server.model)[: self.num_floats] = answer.upload
             self.uploads.add(turn.fraction, server.model)
-            turn.client.divergence, turn.client.last_round = uploads[turn.client.id][1], round_  # as the client measured it
-        server.model.copy_(fedu.rule_of(self.options)(server, self.uploads, self.federation.networks, []))
-        self.uploads.close()
+            turn.loss, turn.start = answer.loss, answer.start
+            turn.client.divergence, turn.client.last_round = answer.divergence, round_
+        if reported:
+            server.model.copy_(fedu.rule_of(self.options)(server, self.uploads, self.federation.networks, []))
+            self.uploads.close()
         reported.sort(key=lambda turn: turn.client.id)
         size = self.num_floats * server.model.itemsize
-        self.row = fedu.describe_round(self.options, round_, reported, self.drawn - uploads.keys() - set(nonfinite), nonfinite)
+        self.row = fedu.describe_round(self.options, round_, reported, self.drawn - answers.keys() - nonfinite, nonfinite)
         self.row |= {"upload_bytes": size * len(reported), "download_bytes": size * len(self.turns)}
         return self.global_model(), None
 
-    def read_upload(self, reply: Message | None, turn: Turn) -> tuple[Tensor, float]:
-        """A client's upload and divergence; its turn gets the loss, and what it took. Raises InputError if there is no such answer."""
-        if reply is None:
-            raise InputError("its node was lost, or did not answer in time")
-        if reply.has_error():
-            raise InputError(reply.error.reason)
-        try:
-            report, upload = reply.content["turn"], torch.from_numpy(reply.content["model"]["model"].numpy())
-            turn.loss, divergence = report["loss"], report["divergence"]
-            turn.start = Start(predictor=report["own-share"], divergence=report.get("decided-on"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"its answer has another form ({first_line(error)}), perhaps by code of another version") from None
-        if upload.dtype != torch.float32 or upload.shape != (self.num_floats,):
-            size = f"--encoder {self.options.encoder} has {self.num_floats} numbers"
-            raise InputError(f"it uploaded {upload.dtype} {list(upload.shape)}, {size}")
-        return upload.to(self.server.model.device), divergence
+    def read_answers(self, replies: dict[int, Message]) -> tuple[dict[int, Answer], dict[int, InputError]]:
+        """What the round's clients answered, and what is wrong with the answers of the others. replies: of each node."""
+        answers, left_out = {}, {}
+        for turn in self.turns:
+            client = turn.client.id
+            try:
+                reply = replies.get(self.nodes[client])
+                if reply is None:
+                    raise InputError("its node was lost, or did not answer in time")
+                answers[client] = read_answer(reply, self.options, self.num_floats)
+            except InputError as error:
+                left_out[client] = error
+        return answers, left_out
