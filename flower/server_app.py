@@ -30,7 +30,7 @@ from runtime.bank import Bank
 from runtime.cli import InputError, command_line, number
 from runtime.device import choose_device
 from runtime.recorder import Recorder
-from runtime.run import holds_run, open_run, reopen_run, run_folder, write_config
+from runtime.run import holds_run, open_run, read_metrics, reopen_run, run_folder, write_config
 
 INEFFECTIVE = ("partition", "save_partition", "dry_run", "classes_per_client", "alpha", "dropout", "log")  # only the simulation has these
 
@@ -56,6 +56,7 @@ def main(grid: Grid, context: Context) -> None:
     options = fedu.stored_options(command.resume, {}) if command.resume else Options(**command.given)
     least = read_number(context, "min-clients", number(int, 0, options.clients)) or options.clients
     timeout = read_number(context, "timeout", number(float, 0, open_low=True))
+    max_share = read_number(context, "max-share", number(float, 0, 1, open_low=True))
     out = command.resume or command.out or Path("runs") / f"flower-{options.method}-{options.clients}clients-s{options.seed}"
     if not command.resume:
         holds_run(out, command.overwrite)
@@ -74,7 +75,9 @@ def main(grid: Grid, context: Context) -> None:
             config = open_run(out, asdict(options), device, command.overwrite, {"images": images.digest})
             config |= {"command": shlex.join(["flwr", "run", "flower", "--run-config", given]), "run": secrets.token_hex(8)}
             write_config(out, config)
-        strategy = FedU(options, federation, config["run"], least, timeout)
+        strategy = FedU(options, federation, config["run"], least, timeout, max_share)
+        for row in read_metrics(out):
+            strategy.counts |= zip(row["clients"], row["num_examples"])
         strategy.roll_call(grid, set(range(options.clients)))
         record = Recorder(out, config, options.rounds, federation, Bank({}), device, partial(fedu.show_round, None))
         fedu.introduce(options, images, federation, record, bool(command.resume))

@@ -1,6 +1,7 @@
 """Flower's FedAvg, except that clients are drawn and uploads averaged as in `fedu.py`; DAPU is each client's own decision."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from messages import SENT_OPTIONS, Answer, NotFinite, read_answer, read_introduction
 
 import fedu
-from federation import Federation, draw_turns, most_uploads, sample_clients
+from federation import Federation, Turn, draw_turns, most_uploads, sample_clients
 from options import Options
 from runtime.cli import InputError
 from runtime.uploads import Uploads
@@ -25,11 +26,14 @@ POLL = 3  # seconds between two looks for answers, as in Flower's own `send_and_
 
 
 class FedU(FedAvg):
-    """A run's strategy. run: its name at the clients; min_clients: how many a round waits for; timeout: seconds for an upload."""
+    """A run's strategy. run: its name at the clients; min_clients: how many a round waits for; timeout: seconds for an upload.
 
-    def __init__(self, options: Options, federation: Federation, run: str, min_clients: int, timeout: float):
+    max_share: the largest share of a mean that one of three or more clients can have, however many images it says that it has.
+    """
+
+    def __init__(self, options: Options, federation: Federation, run: str, min_clients: int, timeout: float, max_share: float):
         super().__init__(fraction_evaluate=0.0, min_available_nodes=min_clients)
-        self.options, self.federation, self.timeout = options, federation, timeout
+        self.options, self.federation, self.timeout, self.max_share = options, federation, timeout, max_share
         self.server, self.clients = federation.servers[0], federation.clients
         sent = json.dumps({name: getattr(options, name) for name in SENT_OPTIONS})
         self.message_config = {"options": sent, "run": run, "image-size": federation.images.shape[-1]}
@@ -37,6 +41,7 @@ class FedU(FedAvg):
         most, nothing = most_uploads(federation.servers, options.clients_per_round), torch.empty(0, 2, dtype=torch.int64)
         self.uploads = Uploads(self.server.model, most, segments=nothing)  # clients measure their drift themselves
         self.nodes: dict[int, int] = {}  # the node of each connected client
+        self.counts: dict[int, int] = {}  # how many images each client last said that it has
         self.skipped = 0  # how many rounds in a row had no upload that could be taken
 
     def make_round(self, grid: Grid, round_: int) -> dict:
@@ -105,6 +110,9 @@ class FedU(FedAvg):
         except InputError as error:
             print(f"node {node} was refused: {error}", file=sys.stderr, flush=True)
             return
+        if (before := self.counts.get(client, count)) != count:
+            print(f"client {client} now says that it has {count} images, and said {before} before", file=sys.stderr, flush=True)
+        self.counts[client] = count
         self.nodes[client], self.clients[client].indices = node, torch.empty(count, device="meta")
         here = f"{len(self.nodes)} here, a round waits for {self.min_available_nodes}"
         print(f"client {client} is node {node} and has {count} images ({here})", flush=True)
@@ -143,11 +151,10 @@ class FedU(FedAvg):
             print(f"round {round_} was skipped, and the model stays: no client's upload can be taken", file=sys.stderr, flush=True)
 
         reported = [turn for turn in self.turns if turn.client.id in answers]
-        total = sum(turn.client.num_examples for turn in reported)
-        for turn in reported:
-            answer, turn.total = answers[turn.client.id], total
+        for turn, share in zip(reported, self.shares(round_, reported)):
+            answer = answers[turn.client.id]
             self.uploads.next_row().copy_(server.model)[: self.num_floats] = answer.upload
-            self.uploads.add(turn.fraction, server.model)
+            self.uploads.add(share, server.model)
             turn.loss, turn.start = answer.loss, answer.start
             turn.client.divergence, turn.client.last_round = answer.divergence, round_
         if reported:
@@ -172,3 +179,31 @@ class FedU(FedAvg):
             except InputError as error:
                 left_out[client] = error
         return answers, left_out
+
+    def shares(self, round_: int, reported: list[Turn]) -> list[float]:
+        """The weight of each client's upload, n_k / n, of which nobody has more than `max_share` if there are three or more."""
+        total = sum(turn.client.num_examples for turn in reported)
+        for turn in reported:
+            turn.total = total
+        claimed = [turn.fraction for turn in reported]
+        shares = capped(claimed, self.max_share) if len(claimed) > 2 else claimed
+        for turn, claim, share in zip(reported, claimed, shares):
+            if share < claim:
+                sentence = f"client {turn.client.id} says that it has {claim:.1%} of the images, and weighs {share:.1%} (max-share)"
+                print(f"round {round_}: {sentence}", file=sys.stderr, flush=True)
+        return shares
+
+
+def capped(shares: list[float], most: float) -> list[float]:
+    """Shares that add up to 1, none of them above `most`: what exceeds it is dealt to the others in proportion.
+
+    If that leaves too little for 1, all are equal.
+    """
+    most, over = max(most, 1 / len(shares)), set()
+    while True:
+        rest = math.fsum(share for k, share in enumerate(shares) if k not in over)
+        grown = [share * (1 - most * len(over)) / rest if over and rest else share for share in shares]
+        further = {k for k, share in enumerate(grown) if k not in over and share > most}
+        if not further:
+            return [most if k in over else share for k, share in enumerate(grown)]
+        over |= further

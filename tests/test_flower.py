@@ -121,8 +121,8 @@ class LocalGrid:
         answer = partial(client_app.app, message, self.contexts[message.metadata.dst_node_id])
         return self.fault(message, answer) if message.metadata.message_type == MessageType.TRAIN else answer()
 
-    def serve(self, text: str, min_clients: int = 0, timeout: float = 60) -> None:
-        config = {"options": text, "min-clients": min_clients, "timeout": timeout}
+    def serve(self, text: str, min_clients: int = 0, timeout: float = 60, max_share: float = 0.5) -> None:
+        config = {"options": text, "min-clients": min_clients, "timeout": timeout, "max-share": max_share}
         with command_line():  # as the server's app does, which Flower's decorator hides
             inspect.unwrap(server_app.main)(self, Context(1, 0, {}, RecordDict(), config))
 
@@ -304,6 +304,39 @@ def test_an_upload_that_is_not_finite_is_refused_by_name(npz, grid, tmp_path, ca
         grid.serve(f"{FEDU} --dataset {npz} --on-nonfinite error --out stopped")
 
 
+@pytest.mark.parametrize(
+    "shares, most, expected",
+    [
+        ([0.2, 0.3, 0.5], 0.5, [0.2, 0.3, 0.5]),
+        ([0.1, 0.1, 0.8], 0.5, [0.25, 0.25, 0.5]),
+        ([0.02, 0.28, 0.7], 0.4, [0.2, 0.4, 0.4]),  # what the third leaves lifts the second above the bound
+        ([1e-9, 1e-9, 1 - 2e-9], 0.5, [0.25, 0.25, 0.5]),
+        ([0.2, 0.3, 0.5], 0.1, [1 / 3, 1 / 3, 1 / 3]),
+    ],
+)
+def test_nobody_has_more_than_its_share(shares, most, expected):
+    assert strategy.capped(shares, most) == pytest.approx(expected)
+
+
+def test_a_claim_of_many_images_weighs_half_and_one_that_changes_is_named(npz, grid, tmp_path, capfd):
+    """Client 1 says that it has 10^9 images, and when the run is resumed, 10^8."""
+    honest = client_app.open_client
+    claims = iter([10**9, 10**8])
+
+    def claim(context: Context, request) -> tuple:
+        client, images = honest(context, request)
+        if client.id == 1 and inspect.stack()[1].function == "introduce":
+            client.indices = torch.empty(next(claims), device="meta")
+        return client, images
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client_app, "open_client", claim)
+        grid.serve(f"{FEDU} --rounds 1 --dataset {npz} --out run")
+        assert "round 0: client 1 says that it has 100.0% of the images, and weighs 50.0% (max-share)" in capfd.readouterr().err
+        grid.serve("--resume run")
+    assert "client 1 now says that it has 100000000 images, and said 1000000000 before" in capfd.readouterr().err
+
+
 def test_what_a_client_has_to_mend_is_said_there_and_at_the_server_and_the_others_go_on(npz, parts, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few, large, grey = tmp_path / "few.npz", tmp_path / "large.npz", tmp_path / "empty"
@@ -393,6 +426,7 @@ def test_options_that_the_server_refuses(grid, text, sentence):
     "config, sentence",
     [
         ({"min_clients": 4}, "--run-config min-clients got '4', needs a whole number of at least 0 and at most 3"),
+        ({"max_share": 0}, "--run-config max-share got '0', needs a number above 0 and at most 1"),
         ({"timeout": "soon"}, "--run-config timeout got 'soon', needs a number above 0"),
     ],
 )

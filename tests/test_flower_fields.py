@@ -150,7 +150,7 @@ class Server:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
         clients = [Client(k, torch.empty(0, device="meta")) for k in range(3)]
         federation = assemble(OPTIONS, [clients], torch.empty(1, 3, 16, 16, dtype=torch.uint8), torch.empty(0))
-        self.strategy = strategy.FedU(OPTIONS, federation, RUN, 3, 60)
+        self.strategy = strategy.FedU(OPTIONS, federation, RUN, 3, 60, 0.5)
         self.first = self.strategy.server.model.clone()
         uploads = [(self.first + k + 1).numpy() for k in range(3)]
         content = [{"model": ArrayRecord({"model": Array(upload)}), "turn": ConfigRecord(TURN)} for upload in uploads]
