@@ -18,6 +18,7 @@ from options import Options, row_of
 from runtime.bank import Bank, Row
 from runtime.cli import user_path
 from runtime.run import Checkpoint
+from runtime.uploads import Outlier
 
 
 @dataclass
@@ -84,6 +85,13 @@ class Turn:
     received: Tensor | None = None  # the online network that it began with, `[P]`
     loss: float = math.nan
     shared: Tensor | None = None  # what it shares besides its networks, `[N, d]`
+    row: Row | None = None  # where the bank has what the client keeps if its upload is taken
+    outlier: Outlier | None = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether its upload, once accepted, is in the mean: it is, unless it was left out as an outlier."""
+        return self.outlier is None or self.outlier.shortened
 
     @property
     def fraction(self) -> float:

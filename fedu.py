@@ -72,7 +72,7 @@ def run_round(
     clock, networks = time.perf_counter(), federation.networks
     turns, dropped = draw_turns(federation.servers, options, round_)
     download_bytes = sum(num_bytes_sent(turn.server, networks, options, turn.server.state.get("shared")) for turn in turns)
-    reported: list[Turn] = []
+    uploaded: list[Turn] = []
     with Progress(f"round {round_}", steps_per_rank(turns, options), announce) as progress:
         start = partial(start_turn, options, federation, bank, round_, len(turns))  # stage 4
         train = partial(train_client, options, federation, progress)  # stage 1
@@ -87,16 +87,18 @@ def run_round(
                 uploads.add(turn.fraction, turn.received, None if whole else networks.online.vector)
                 turn.loss, turn.shared, turn.received = loss, shared, None  # which frees what it received
                 if kept := kept_parts(networks, options):
-                    turn.client.row = bank.write(kept)
-                turn.client.last_round = round_
+                    turn.row = bank.write(kept)
                 accepted.append(turn)
             if accepted:
                 aggregate(server, accepted, uploads, networks, options)  # stage 3
-                reported += accepted
-    reported.sort(key=lambda turn: turn.client.id)
-    nonfinite = sorted({turn.client.id for turn in turns} - {turn.client.id for turn in reported})
+                uploaded += accepted
+    uploaded.sort(key=lambda turn: turn.client.id)
+    reported = [turn for turn in uploaded if turn.taken]
+    for turn in reported:
+        turn.client.row, turn.client.last_round = turn.row, round_
+    nonfinite = sorted({turn.client.id for turn in turns} - {turn.client.id for turn in uploaded})
     refuse_nonfinite(round_, nonfinite, len(reported), options.on_nonfinite)
-    row = describe_round(options, round_, reported, dropped, nonfinite)
+    row = describe_round(options, round_, reported, dropped, nonfinite, name_outliers(round_, uploaded, options.max_drift))
     row |= {"upload_bytes": sum(num_bytes_sent(turn.server, networks, options, turn.shared) for turn in reported)}
     return row | {"download_bytes": download_bytes, "seconds": round(time.perf_counter() - clock, 2)}
 
@@ -111,14 +113,21 @@ def model_upload(networks: Objective, aggregate: str, out: Tensor | None = None)
 
 
 def aggregate(server: Server, accepted: list[Turn], uploads: Uploads, networks: Objective, options: Options) -> None:
-    """Stage 3: the server's rule makes its next model of the accepted uploads, and each client's divergence is measured."""
-    shared = [turn.shared for turn in sorted(accepted, key=lambda turn: turn.client.id)]
-    model = rule_of(options)(server, uploads, networks, shared)
+    """Stage 3: the server's rule makes its next model of the accepted uploads, and each client's divergence is measured.
+
+    An outlier that is left out changes nothing, and its client keeps what it had, as after an upload that is not finite.
+    """
+    for k, outlier in uploads.judge().items():
+        accepted[k].outlier = outlier
+    taken = [turn for turn in accepted if turn.taken]
+    if taken:
+        shared = [turn.shared for turn in sorted(taken, key=lambda turn: turn.client.id)]
+        model, private = rule_of(options)(server, uploads, networks, shared), server.model[networks.private]
+        server.model.copy_(model)
+        server.model[networks.private] = private  # without an average's rounding
     for turn, norms in zip(accepted, uploads.close(), strict=True):
-        record_divergence(turn.client, norms, options)
-    private = server.model[networks.private]
-    server.model.copy_(model)
-    server.model[networks.private] = private  # without an average's rounding
+        if turn.taken:
+            record_divergence(turn.client, norms, options)
 
 
 def rule_of(options: Options) -> Callable[[Server, Uploads, Objective, list[Tensor]], Tensor]:
@@ -255,10 +264,22 @@ def refuse_nonfinite(round_: int, nonfinite: list[int], num_reported: int, on_no
         print(f"round {round_}: the upload of client {k} is not finite and was left out", file=sys.stderr)
 
 
-def describe_round(options: Options, round_: int, reported: list[Turn], dropped: Iterable[int], nonfinite: Iterable[int]) -> dict:
+def name_outliers(round_: int, turns: list[Turn], max_drift: float) -> list[int]:
+    """The clients whose uploads moved too far, left out or shortened; each is named on stderr."""
+    outliers = [turn for turn in turns if turn.outlier]
+    for turn in outliers:
+        moved = f"moved {turn.outlier.times:.3g} times as far as the round's median, above --max-drift {max_drift:g}"
+        done = "shortened" if turn.taken else "left out"
+        print(f"round {round_}: the upload of client {turn.client.id} {moved}, and was {done}", file=sys.stderr, flush=True)
+    return [turn.client.id for turn in outliers]
+
+
+def describe_round(
+    options: Options, round_: int, reported: list[Turn], dropped: Iterable[int], nonfinite: Iterable[int], outliers: Iterable[int]
+) -> dict:  # fmt: skip
     """A round as its line in metrics.jsonl. Traffic, kNN and seconds are for the caller to fill in.
 
-    reported: the turns whose uploads were accepted, in the order of their clients' ids.
+    reported: the turns whose uploads were taken, in the order of their clients' ids.
     """
     names = {0.0: "global", 1.0: "local"} if row_of(options.method).has_predictor and not options.no_predictor else {0.0: "-"}
     return {
@@ -273,6 +294,7 @@ def describe_round(options: Options, round_: int, reported: list[Turn], dropped:
         "clients": [turn.client.id for turn in reported],
         "dropped": sorted(dropped),
         "nonfinite": sorted(nonfinite),
+        "outliers": sorted(outliers),
         "upload_bytes": 0,
         "download_bytes": 0,
         "knn": None,
@@ -395,7 +417,8 @@ def num_processes(options: Options, device: torch.device) -> int:
 def uploads_of(federation: Federation, options: Options) -> Uploads:
     """What takes the uploads of a round."""
     most = most_uploads(federation.servers, options.clients_per_round)
-    return Uploads(federation.networks.online.vector, most, federation.segments, keeps_own_encoder(options))
+    judged = {"max_drift": options.max_drift, "shorten": options.on_outlier == "clip"}
+    return Uploads(federation.networks.online.vector, most, federation.segments, keeps_own_encoder(options), **judged)
 
 
 def introduce(options: Options, images: Images, federation: Federation, record: Recorder, resumed: bool) -> None:

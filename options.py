@@ -250,6 +250,11 @@ class Clients:
     clients_per_round: int | None = option(None, "clients drawn for each round", type=COUNT, shown="all")
     dropout: float = option(0.0, "probability that a drawn client fails to report", type=PROBABILITY)
     on_nonfinite: str = option("skip", "what to do if an upload is not finite: leave it out, or stop", ("skip", "error"))
+    max_drift: float = option(
+        10.0, "an upload that moved more than this many times as far as the median of its round is an outlier, if the round has three or "
+        "more; inf: none is", type=number(float, 1),
+    )  # fmt: skip
+    on_outlier: str = option("drop", "what to do with an outlier: leave it out, or shorten its change to --max-drift", ("drop", "clip"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +351,8 @@ class Options(Host, Training, Clients, Exchange, Data):
             "first_target": (not row.has_target, with_target),
             "classes_per_client": (self.partition != "classes", "--partition classes"),
             "alpha": (self.partition != "dirichlet", "--partition dirichlet"),
+            "max_drift": (row.servers != "one", "a method whose clients share a server"),
+            "on_outlier": (row.servers != "one" or self.max_drift == math.inf, "a finite --max-drift, and clients that share a server"),
             "clients_per_round": (row.servers == "pooled", "a method with more than one client"),
             **dict.fromkeys(FOLDER_OPTIONS, (not is_folder, "a folder of images")),
         }

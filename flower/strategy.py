@@ -39,7 +39,8 @@ class FedU(FedAvg):
         self.message_config = {"options": sent, "run": run, "image-size": federation.images.shape[-1]}
         self.num_floats = fedu.num_floats_sent(federation.networks, options)
         most, nothing = most_uploads(federation.servers, options.clients_per_round), torch.empty(0, 2, dtype=torch.int64)
-        self.uploads = Uploads(self.server.model, most, segments=nothing)  # clients measure their drift themselves
+        judged = {"max_drift": options.max_drift, "shorten": options.on_outlier == "clip"}
+        self.uploads = Uploads(self.server.model, most, nothing, **judged)  # clients measure their divergence themselves
         self.nodes: dict[int, int] = {}  # the node of each connected client
         self.counts: dict[int, int] = {}  # how many images each client last said that it has
         self.skipped = 0  # how many rounds in a row had no upload that could be taken
@@ -143,26 +144,30 @@ class FedU(FedAvg):
         for client, error in left_out.items():
             print(f"round {round_}: client {client} was left out: {error}", file=sys.stderr, flush=True)
         nonfinite = {client for client, error in left_out.items() if isinstance(error, NotFinite)}
-        self.skipped = 0 if answers else self.skipped + 1
-        if self.skipped == PATIENCE or (nonfinite and self.options.on_nonfinite == "error"):
-            reasons = "; ".join(f"client {client}: {error}" for client, error in left_out.items())
-            raise InputError(f"round {round_} cannot be made: {reasons}")
-        if not answers:
-            print(f"round {round_} was skipped, and the model stays: no client's upload can be taken", file=sys.stderr, flush=True)
-
-        reported = [turn for turn in self.turns if turn.client.id in answers]
-        for turn, share in zip(reported, self.shares(round_, reported)):
+        uploaded = [turn for turn in self.turns if turn.client.id in answers]
+        for turn, share in zip(uploaded, self.shares(round_, uploaded)):
             answer = answers[turn.client.id]
             self.uploads.next_row().copy_(server.model)[: self.num_floats] = answer.upload
             self.uploads.add(share, server.model)
             turn.loss, turn.start = answer.loss, answer.start
-            turn.client.divergence, turn.client.last_round = answer.divergence, round_
+        for k, outlier in self.uploads.judge().items():
+            uploaded[k].outlier = outlier
+        outliers = fedu.name_outliers(round_, uploaded, self.options.max_drift)
+
+        reported = sorted((turn for turn in uploaded if turn.taken), key=lambda turn: turn.client.id)
+        self.skipped = 0 if reported else self.skipped + 1
+        if self.skipped == PATIENCE or (nonfinite and self.options.on_nonfinite == "error"):
+            reasons = "; ".join(f"client {client}: {error}" for client, error in left_out.items())
+            raise InputError(f"round {round_} cannot be made: {reasons or 'every upload moved too far'}")
         if reported:
             server.model.copy_(fedu.rule_of(self.options)(server, self.uploads, self.federation.networks, []))
-            self.uploads.close()
-        reported.sort(key=lambda turn: turn.client.id)
-        size = self.num_floats * server.model.itemsize
-        self.row = fedu.describe_round(self.options, round_, reported, self.drawn - answers.keys() - nonfinite, nonfinite)
+        else:
+            print(f"round {round_} was skipped, and the model stays: no client's upload can be taken", file=sys.stderr, flush=True)
+        self.uploads.close()
+        for turn in reported:
+            turn.client.divergence, turn.client.last_round = answers[turn.client.id].divergence, round_
+        size, absent = self.num_floats * server.model.itemsize, self.drawn - answers.keys() - nonfinite
+        self.row = fedu.describe_round(self.options, round_, reported, absent, nonfinite, outliers)
         self.row |= {"upload_bytes": size * len(reported), "download_bytes": size * len(self.turns)}
         return self.global_model(), None
 

@@ -254,8 +254,15 @@ def test_two_servers_of_several_clients_average_their_own(npz, monkeypatch, rows
         assert row["divergence"][k] == pytest.approx(sum(moved) / len(moved), rel=1e-4)
 
 
-def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkeypatch):
-    """Client 1 of 3 gets an infinite weight in round 1. It is as if it had dropped out, up to rounding, since the mean is rescaled."""
+@pytest.mark.parametrize(
+    "value, kind, named",
+    [
+        (float("inf"), "nonfinite", "is not finite and was left out"),
+        (1e30, "outliers", "times as far as the round's median, above --max-drift 10, and was left out"),
+    ],
+)
+def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkeypatch, value, kind, named):
+    """Client 1 of 3 gets an infinite or a huge weight in round 1. It is as if it had dropped out, up to rounding: the mean is rescaled."""
     images = load_images(str(npz))
     options = Options(**parse([*tiny, "--clients", "3", "--method", "fedema"]).given)
     training = fedu.train_client
@@ -271,7 +278,7 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
         def poison(*arguments):
             result = training(*arguments)
             if arguments[4] == 1:  # the client's id
-                net.online.vector[-1] = float("inf")
+                net.online.vector[-1] = value
             return result
 
         with monkeypatch.context() as patch:
@@ -287,13 +294,16 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
         return row, server
 
     row, server = rounds(poisoned=True)
-    assert row["nonfinite"] == [1] and row["clients"] == [0, 2]
-    assert "round 1: the upload of client 1 is not finite and was left out" in capsys.readouterr().err
+    assert {name: row[name] for name in ("nonfinite", "outliers")} == {"nonfinite": [], "outliers": []} | {kind: [1]}
+    assert row["clients"] == [0, 2]
+    said = capsys.readouterr().err
+    assert said.startswith("round 1: the upload of client 1 ") and said.endswith(f"{named}\n"), said
     expected, alone = rounds(poisoned=False)
     assert expected["loss"] == row["loss"] and expected["divergence"] == row["divergence"]
     torch.testing.assert_close(server.model, alone.model, rtol=1e-5, atol=1e-7)
-    with pytest.raises(InputError, match="round 1: the upload of client 1 is not finite"):
-        rounds(poisoned=True, options=replace(options, on_nonfinite="error"))
+    if kind == "nonfinite":
+        with pytest.raises(InputError, match="round 1: the upload of client 1 is not finite"):
+            rounds(poisoned=True, options=replace(options, on_nonfinite="error"))
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs

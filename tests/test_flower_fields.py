@@ -228,6 +228,39 @@ def test_an_answer_of_other_records_or_an_error_is_left_out(server, capfd, data)
     refuses(server, data.draw(wrong_records(right) | errors), capfd)
 
 
+@pytest.mark.parametrize("on_outlier", ["drop", "clip"])
+@pytest.mark.parametrize(
+    "attack, stopped",
+    [
+        (lambda first, change, other: torch.full_like(first, 1e30), True),
+        (lambda first, change, other: torch.full_like(first, -3e38), True),
+        (lambda first, change, other: first + 100 * change, True),
+        (lambda first, change, other: first - change, False),
+        (lambda first, change, other: first + torch.randn(len(first)) * change.norm() / len(first) ** 0.5, False),
+        (lambda first, change, other: other, False),
+    ],
+    ids=["1e30", "3e38", "scaled", "flipped", "noise", "copy"],
+)
+def test_what_the_bound_on_drift_stops_and_what_it_does_not(server, capfd, monkeypatch, on_outlier, attack, stopped):
+    """The others' changes are 1 and 3 everywhere; with a larger one the bound of 10 medians is 30. docs/flower.md has the table."""
+    monkeypatch.setattr(server.strategy.uploads, "shorten", on_outlier == "clip")
+    torch.manual_seed(0)
+    planted = attack(server.first, torch.full_like(server.first, 2), server.first + 1)
+    content = RecordDict({"model": ArrayRecord({"model": Array(planted.numpy())}), "turn": ConfigRecord(TURN)})
+    row = server.make_round(server.good[0], reply_of(101, content), server.good[2])
+    said, moved = capfd.readouterr().err, (server.strategy.server.model - server.first).abs().mean().item()
+    assert ("client 1 moved" in said) == stopped and row["outliers"] == [1] * stopped
+    if stopped and on_outlier == "drop":
+        assert row["clients"] == [0, 2] and moved == pytest.approx(2, rel=1e-4) and server.strategy.clients[1].last_round is None
+    elif stopped:
+        assert row["clients"] == [0, 1, 2] and "and was shortened" in said
+        assert moved == pytest.approx(
+            (3 + 1 + 30) / 3 if planted[0] > 0 else (30 - 3 - 1) / 3, rel=1e-3
+        )  # the median of 1, 3 and this is 3
+    else:
+        assert row["clients"] == [0, 1, 2]
+
+
 def test_rounds_without_any_good_answer_are_skipped_and_the_fifth_in_a_row_ends_the_run(server, capfd):
     strategy_ = server.strategy
     row = server.make_round(*(reply_of(100 + k, RecordDict()) for k in range(3)))

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 import ops
 from runtime.cli import InputError
-from runtime.uploads import MEMORY, Uploads
+from runtime.uploads import MEMORY, Outlier, Uploads
 
 
 def collect(
@@ -96,3 +98,85 @@ def test_a_rule_sees_all_rows_or_one_sentence():
             with pytest.raises(InputError, match="lower clients_per_round"):
                 uploads.rows()
         assert [norms.item() for norms in uploads.close()] == pytest.approx(vectors.norm(dim=1).tolist())
+
+
+# ------------------------------------------------------------------------------------------------------ outliers
+
+
+def judged(vectors: list[list[float]], max_drift: float = 2, shorten: bool = False, rows: int = 9, own: list | None = None) -> Uploads:
+    """Uploads of equal weights from a start at 0, or at a vector of their own, with a drift that is measured on the first float."""
+    uploads = Uploads(
+        torch.zeros(len(vectors[0])), len(vectors), torch.tensor([[0, 1]]), own is not None, memory=rows * 4 * len(vectors[0]),
+        max_drift=max_drift, shorten=shorten,
+    )  # fmt: skip
+    for k, vector in enumerate(vectors):
+        uploads.next_row().copy_(torch.tensor(vector))
+        uploads.add(1 / len(vectors), torch.tensor(own[k]) if own else torch.zeros(len(vector)))
+    return uploads
+
+
+def test_an_outlier_by_hand():
+    """Of norms 5, 10 and 15 the median is 10, which 15 exceeds by half; and it lies outside the segment that drift is measured on."""
+    vectors = [[3.0, 4.0], [0.0, 10.0], [0.0, 15.0]]
+    assert judged(vectors, 1.5).judge() == {}  # not further than the bound
+    uploads = judged(vectors, 1.25)
+    assert uploads.judge() == {2: Outlier(1.5, False)} and uploads.rows().tolist() == vectors[:2]
+    assert uploads.sum().tolist() == [1.5, 7.0] and [drift.item() for drift in uploads.close()] == [3, 0, 0]
+    uploads = judged(vectors, 1.25, shorten=True)
+    assert uploads.judge() == {2: Outlier(1.5, True)} and uploads.rows()[2].tolist() == [0, 12.5]
+    assert uploads.sum().tolist() == pytest.approx([1, 26.5 / 3]) and [drift.item() for drift in uploads.close()] == [3, 0, 0]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_mean_without_an_outlier_is_that_of_the_others(place):
+    torch.manual_seed(0)
+    vectors = [torch.randn(500).tolist() for _ in range(4)]
+    uploads = judged([*vectors[:place], [1e4] * 500, *vectors[place:]], max_drift=10)
+    torch.testing.assert_close(uploads.sum(), torch.tensor(vectors).mean(0))
+    assert uploads.outliers.keys() == {place}
+
+
+@pytest.mark.parametrize("shorten", [False, True])
+@pytest.mark.parametrize("huge", [1e30, -3e38])
+def test_a_norm_that_float32_cannot_square_is_an_outlier_among_any_number(shorten, huge):
+    """Shortened, it has the bound's length, once there is one."""
+    assert judged([[huge, 1.0]], shorten=shorten).judge() == {0: Outlier(math.inf, False)}
+    uploads = judged([[huge, 1.0], [3.0, 4.0]], shorten=shorten)
+    assert uploads.judge().keys() == {0} and uploads.sum().tolist() == [3, 4]
+    uploads = judged([[huge, 1.0], [3.0, 4.0], [4.0, 3.0]], shorten=shorten)
+    assert uploads.judge() == {0: Outlier(pytest.approx(abs(huge) / 5), shorten)}
+    assert not shorten or uploads.rows()[0].norm().item() == pytest.approx(10)
+    uploads = judged([[huge, 1.0], [huge, 1.0], [huge, 1.0]], shorten=shorten)  # and nothing is left
+    assert uploads.judge().keys() == {0, 1, 2} and not any(outlier.shortened for outlier in uploads.outliers.values())
+    assert uploads.sum().tolist() == [0, 0]
+
+
+def test_no_upload_is_an_outlier_among_two_nor_where_half_did_not_move_nor_with_a_bound_of_infinity():
+    assert judged([[1.0], [1000.0]]).judge() == {}
+    assert judged([[0.0], [0.0], [1.0]]).judge() == {}
+    uploads = judged([[1.0], [1.0], [1e30]], math.inf)
+    assert uploads.judge() == {} and uploads.sum().item() > 1e29
+
+
+def test_drift_is_measured_from_what_each_client_received():
+    uploads = judged([[101.0], [52.0], [9.0]], max_drift=4, own=[[100.0], [50.0], [0.0]])
+    assert uploads.judge() == {2: Outlier(4.5, False)} and uploads.sum().tolist() == [76.5]
+
+
+def test_an_outlier_in_a_tile_leaves_the_sum_of_the_others():
+    """The uploads that came so far are the measure: with three rows, two of them in the first tile, and two more in each other."""
+    torch.manual_seed(0)
+    vectors = [torch.randn(500).tolist() for _ in range(6)]
+    uploads = judged([*vectors[:4], [1e30] * 500, *vectors[4:], [1e3] * 500], max_drift=10, rows=3)
+    torch.testing.assert_close(uploads.sum(), torch.tensor(vectors).mean(0))
+    assert uploads.outliers.keys() == {4, 7} and len(uploads.close()) == 8
+
+
+def test_a_round_without_outliers_takes_one_pass(monkeypatch):
+    passes = []
+    for name in ("aggregate", "weighted_mean", "layer_norms"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, op=op, name=name, **how: passes.append(name) or op(*a, **how))
+    uploads = judged([[3.0, 4.0], [0.0, 10.0], [0.0, 15.0]])
+    uploads.judge(), uploads.rows(), uploads.sum(), uploads.close()
+    assert passes == ["aggregate"]
