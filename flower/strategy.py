@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from messages import SENT_OPTIONS, Answer, NotFinite, read_answer, read_introduction
+from parties import FILE, Party, party_of, read_parties
 
 import fedu
 from federation import Federation, Turn, draw_turns, most_uploads, sample_clients
@@ -42,6 +43,11 @@ class FedU(FedAvg):
         judged = {"max_drift": options.max_drift, "shorten": options.on_outlier == "clip"}
         self.uploads = Uploads(self.server.model, most, nothing, **judged)  # clients measure their divergence themselves
         self.nodes: dict[int, int] = {}  # the node of each connected client
+        self.parties = read_parties()
+        if self.parties is None:
+            print(f"{FILE} is not here, so any registered node may say that it is any client", file=sys.stderr, flush=True)
+        self.wrong = ""  # what was wrong with the file when it was last read
+        self.keys: dict[int, bytes] = {}  # the public key of each node
         self.counts: dict[int, int] = {}  # how many images each client last said that it has
         self.skipped = 0  # how many rounds in a row had no upload that could be taken
 
@@ -87,10 +93,11 @@ class FedU(FedAvg):
         """Ask nodes who they are, until as many clients as a round needs are connected, and one of those drawn among them."""
         asked: set[int] = set()
         while True:
-            present = set(grid.get_node_ids())
-            if asked - present:
+            self.keys = {node.node_id: node.public_key for node in grid.get_nodes()}
+            present, bound = set(self.keys), self.reread_parties()
+            if asked - present or bound:
                 asked = set()  # a refused node may take the place of a lost one, so all are asked again
-            self.nodes = {client: node for client, node in self.nodes.items() if node in present}
+            self.nodes = {client: node for client, node in self.nodes.items() if node in present and self.may_be(node, client)}
             unknown = present - asked - set(self.nodes.values())
             asked |= present
             question = RecordDict({"config": ConfigRecord(self.message_config)})
@@ -101,22 +108,55 @@ class FedU(FedAvg):
                 return
             time.sleep(1)
 
+    def reread_parties(self) -> bool:
+        """Read parties.json anew, which may change during a run; returns whether it did. A mistake in it leaves what was read before."""
+        if self.parties is None:
+            return False
+        before, wrong = self.parties, ""
+        try:
+            self.parties = read_parties() or before
+        except InputError as error:
+            wrong = str(error)
+        if wrong and wrong != self.wrong:
+            print(f"{wrong}: the parties stay those that it had", file=sys.stderr, flush=True)
+        self.wrong = wrong
+        return self.parties != before
+
+    def party(self, node: int) -> Party | None:
+        """The party of a node's key."""
+        return party_of(self.parties or [], self.keys.get(node, b""))
+
+    def may_be(self, node: int, client: int) -> bool:
+        """Whether a node can be this client, by its key."""
+        party = self.party(node)
+        return self.parties is None or (party is not None and party.client == client)
+
     def introduce(self, reply: Message) -> None:
         """Take a node in as the client that it says it is, unless another node is that client."""
         node = reply.metadata.src_node_id
         try:
             client, count = read_introduction(reply, self.options)
+            if self.parties is not None and not self.may_be(node, client):
+                party = self.party(node)
+                whose = f"that of client {party.client} ({party.name})" if party else f"not in {FILE}"
+                raise InputError(f"it says that it is client {client}, and its key is {whose}")
             if client in self.nodes:
                 raise InputError(f"client {client} is node {self.nodes[client]}")
         except InputError as error:
             print(f"node {node} was refused: {error}", file=sys.stderr, flush=True)
             return
+        party = self.party(node)
+        if party and party.images and count > party.images:
+            claim = f"client {client} ({party.name}) says that it has {count} images"
+            print(f"{claim}, of which {party.images} count ({FILE})", file=sys.stderr, flush=True)
+            count = party.images
         if (before := self.counts.get(client, count)) != count:
             print(f"client {client} now says that it has {count} images, and said {before} before", file=sys.stderr, flush=True)
         self.counts[client] = count
         self.nodes[client], self.clients[client].indices = node, torch.empty(count, device="meta")
         here = f"{len(self.nodes)} here, a round waits for {self.min_available_nodes}"
-        print(f"client {client} is node {node} and has {count} images ({here})", flush=True)
+        name = f" ({party.name})" if party else ""
+        print(f"client {client}{name} is node {node} and has {count} images ({here})", flush=True)
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """A message for each client that is drawn and connected. Flower counts rounds from 1, `fedu.py` from 0."""

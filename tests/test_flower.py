@@ -23,10 +23,15 @@ from conftest import ROOT
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install -r flower/requirements-flower.txt")
 import client_app
+import parties
 import server_app
 import strategy
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 from messages import SENT_OPTIONS
 
@@ -90,10 +95,11 @@ class LocalGrid:
         self.fault = lambda message, answer: answer()  # what becomes of a training message: a reply, None if it is lost, or BUSY
         self.queues: dict[int, list[Message]] = {node: [] for node in self.contexts}
         self.replies: dict[str, Message] = {}
+        self.keys: dict[int, bytes] = {}
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 
-    def get_node_ids(self) -> list[int]:
-        return list(self.contexts)
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node, public_key=self.keys.get(node, b"")) for node in self.contexts]
 
     def push_messages(self, messages) -> list[str]:
         for message in messages:
@@ -337,6 +343,109 @@ def test_a_claim_of_many_images_weighs_half_and_one_that_changes_is_named(npz, g
     assert "client 1 now says that it has 100000000 images, and said 1000000000 before" in capfd.readouterr().err
 
 
+# ------------------------------------------------------------------------------------------------- parties.json
+
+
+def new_key(path: Path) -> bytes:
+    """A key pair as certificates.sh makes it; the public key as Flower gives it."""
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    path.write_bytes(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b" client of a hospital\n")
+    return public_key_to_bytes(key)
+
+
+@pytest.fixture
+def keys(grid, tmp_path, monkeypatch) -> list[bytes]:
+    """The keys of the nodes of `grid`, client-K.pub here, and a command flwr that knows no key but refuses client-9.pub."""
+    (tmp_path / "flwr").write_text('#!/bin/sh\necho "$@" >> called\ncase $3 in *9.pub) echo "no connection" >&2; exit 1;; esac\n')
+    (tmp_path / "flwr").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    keys = [new_key(tmp_path / f"client-{k}.pub") for k in range(4)]
+    grid.keys = {100 + k: key for k, key in enumerate(keys[:3])}
+    return keys
+
+
+def test_a_key_is_a_party(npz, grid, keys, tmp_path, capfd):
+    """Nodes 100 and 101 have the keys of clients 0 and 1. Node 102 says that it is client 2, whose key it does not have, and then has."""
+    for k, name in enumerate(["St. Mary's", "Charité"]):
+        parties.main([f"client-{k}.pub", str(k), "--name", name, "--images", "9"])
+    parties.main(["client-3.pub", "2", "--name", "Third"])
+    assert (tmp_path / "called").read_text().count("supernode register client-") == 3
+    grid.serve(f"{FEDU} --rounds 1 --dataset {npz} --out run", min_clients=2)
+    said = capfd.readouterr()
+    assert "node 102 was refused: it says that it is client 2, and its key is not in parties.json" in said.err
+    assert "client 1 (Charité) says that it has " in said.err and "of which 9 count (parties.json)" in said.err
+    assert "client 0 (St. Mary's) is node 100 and has 9 images" in said.out
+    assert read_metrics(tmp_path / "run")[0]["clients"] == [0, 1] and read_metrics(tmp_path / "run")[0]["num_examples"] == [9, 9]
+    grid.contexts[101].node_config["client"] = 0  # another's number
+    parties.main(["client-2.pub", "2", "--name", "Third", "--replace"])  # a new key
+    grid.serve(f"{FEDU} --rounds 1 --dataset {npz} --out other", min_clients=2)
+    said = capfd.readouterr().err
+    assert "node 101 was refused: it says that it is client 0, and its key is that of client 1 (Charité)" in said
+    assert read_metrics(tmp_path / "other")[0]["clients"] == [0, 2]
+
+
+def test_a_key_that_changes_during_a_run(npz, grid, keys, tmp_path, capfd):
+    """After round 0 client 2 has another key, which its node lacks in round 1 and has in round 2; then the file is damaged."""
+    for k in range(3):
+        parties.main([f"client-{k}.pub", str(k)])
+
+    def rotate(message: Message, answer) -> Message:
+        place = (message.content["config"]["round"], message.metadata.dst_node_id)
+        if place == (0, 100):
+            parties.main(["client-3.pub", "2", "--replace"])
+        if place == (1, 100):
+            (tmp_path / "parties.json").write_text("[")
+            grid.keys[102] = keys[3]
+        return answer()
+
+    grid.fault = rotate
+    grid.serve(f"{FEDU} --dataset {npz} --out run", min_clients=2)
+    assert [row["clients"] for row in read_metrics(tmp_path / "run")] == [[0, 1, 2], [0, 1], [0, 1, 2]]
+    assert capfd.readouterr().err.count("parties.json cannot be read (JSONDecodeError") == 1
+    with pytest.raises(InputError, match="parties.json cannot be read"):
+        grid.serve(f"{FEDU} --dataset {npz} --out other")
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("client-9.pub 2", "client-9.pub cannot be read: No such file"),
+        ("wrong.pub 2", "wrong.pub is not a public key in OpenSSH's form"),
+        ("client-2.pub -1", "argument client: got '-1'"),
+        ("client-2.pub 2 --images 0", "--images: got '0', needs a whole number of at least 1"),
+        ("client-2.pub 0", "parties.json has client 0 already: --replace changes its key, name or images"),
+        ("client-0.pub 1", "the key of client 1 is that of client 0 (a) in parties.json"),
+        ("other-9.pub 2", "the SuperLink did not take the key: no connection"),
+    ],
+)
+def test_what_the_command_for_parties_refuses(keys, tmp_path, refuses, line, sentence):
+    (tmp_path / "wrong.pub").write_text("ssh-ed25519 AAAA")
+    new_key(tmp_path / "other-9.pub")
+    parties.main(["client-0.pub", "0", "--name", "a"])
+    before = (tmp_path / "parties.json").read_bytes()
+    line = line.split() if " -1" not in line else ["client-2.pub", "--", "-1"]
+    assert refuses(lambda: parties.main(line), sentence) and (tmp_path / "parties.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({}, "parties.json has the client 0 twice"),
+        ({"client": 1}, "parties.json has the key ecdsa-sha2-nistp384 "),
+        ({"client": "1"}, "client '1' needs a number from 0"),
+        ({"client": 1, "images": -5}, "client 1 needs a number from 0, a name, and a number of images or null"),
+        ({"client": 1, "key": "abc"}, "client 1 has no public key in OpenSSH's form"),
+        ({"role": "x"}, "parties.json cannot be read (TypeError"),
+    ],
+)
+def test_files_of_parties_that_are_refused(keys, tmp_path, change, sentence):
+    parties.main(["client-0.pub", "0", "--name", "a"])
+    (row,) = json.loads((tmp_path / "parties.json").read_text())
+    (tmp_path / "parties.json").write_text(json.dumps([row, row | change]))
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        parties.read_parties()
+
+
 def test_what_a_client_has_to_mend_is_said_there_and_at_the_server_and_the_others_go_on(npz, parts, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few, large, grey = tmp_path / "few.npz", tmp_path / "large.npz", tmp_path / "empty"
@@ -517,8 +626,8 @@ class Deployment:
 
     def register(self, k: int) -> bool:
         """Where the machine is slow, flwr gives up after two seconds, perhaps after the SuperLink has heard it."""
-        done = self.call("flwr", "supernode", "register", f"keys/client-{k}.pub", "local", check=False)
-        return done.returncode == 0 or "already in use" in done.stdout + done.stderr
+        line = (str(ROOT / "flower" / "parties.py"), f"keys/client-{k}.pub", str(k), "--name", f"Hospital {k}")
+        return self.call(sys.executable, *line, check=False).returncode == 0
 
     def start(self, name: str, line: str) -> subprocess.Popen:
         with open(self.folder / f"{name}.log", "a") as log:

@@ -17,6 +17,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install -r flower
 import client_app
 import strategy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -170,8 +171,8 @@ class Server:
         self.strategy.aggregate_train(2, replies)
         return self.strategy.row
 
-    def get_node_ids(self) -> list[int]:
-        return [100, 101, 102]
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=100 + k) for k in range(3)]
 
 
 @pytest.fixture(scope="module")
