@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install -r flower/requirements-flower.txt")
 import client_app
@@ -343,7 +343,65 @@ def test_a_claim_of_many_images_weighs_half_and_one_that_changes_is_named(npz, g
     assert "client 1 now says that it has 100000000 images, and said 1000000000 before" in capfd.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------- parties.json
+# ------------------------------------------------------------------------------------- certificates.sh and parties.json
+
+
+def certificates(folder: Path, *line: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess:
+    script = str(ROOT / "flower" / "certificates.sh")
+    return subprocess.run(["/bin/sh", script, *line], cwd=folder, env={"PATH": path}, capture_output=True, text=True, timeout=60)
+
+
+def test_certificates_of_names_and_addresses(tmp_path):
+    done = certificates(tmp_path, "the keys/", "fedu.example.org,localhost,10.0.0.255,::1", "2")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    (folder,) = tmp_path.iterdir()
+    made = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    names = {"ca.crt", "ca.key", "server.crt", "server.key", *(f"client-{k}{end}" for k in range(2) for end in ("", ".pub"))}
+    assert folder.name == "the keys" and folder.stat().st_mode & 0o777 == 0o700 and made == dict.fromkeys(names, 0o600)
+    line = ["openssl", "verify", "-CAfile", "ca.crt", "-purpose", "sslserver"]
+    for checked in (["-verify_hostname", "localhost"], ["-verify_ip", "10.0.0.255"], ["-verify_ip", "::1"], ["-verify_ip", "127.0.0.1"]):
+        assert subprocess.run([*line, *checked, "server.crt"], cwd=folder, capture_output=True).returncode == 0, checked
+    assert parties.normal_key((folder / "client-1.pub").read_bytes()).startswith("ecdsa-sha2-nistp384 ")
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        (["keys", "a"], "got 2 arguments, needs FOLDER HOST[,HOST...] CLIENTS"),
+        (["", "a", "1"], "FOLDER is empty"),
+        (["there", "a", "1"], "FOLDER there exists already"),
+        (["absent/keys", "a", "1"], "FOLDER absent/keys cannot be made: absent is not a folder"),
+        (["/proc/no-keys", "a", "1"], "FOLDER /proc/no-keys cannot be made: no right to write there"),
+        (["keys", "https://fedu.example.org", "1"], "HOST https://fedu.example.org is a URL or a path"),
+        (["keys", "fedu.example.org:8000", "1"], "HOST fedu.example.org:8000 has a port"),
+        (["keys", "", "1"], "HOST has an empty name"),
+        (["keys", "a,,b", "1"], "HOST has an empty name"),
+        (["keys", "a b", "1"], "HOST 'a b' has a character that no host's name has"),
+        (["keys", "[::1]", "1"], "HOST '[::1]' has a character"),
+        (["keys", "1:2:3", "1"], "HOST 1:2:3 has something that is no IPv6 address"),
+        (["keys", "-a", "1"], "HOST -a is no host's name or address"),
+        (["keys", "10.0.0.256", "1"], "HOST 10.0.0.256 is no host's name or address"),
+        (["keys", "a." * 130 + "a", "1"], "is no host's name or address"),
+        *((["keys", "a", count], f"CLIENTS got '{count}'") for count in ("0", "-1", "three", "1e3", "10000", "")),
+    ],
+)
+def test_what_certificates_refuses_and_nothing_is_half_made(tmp_path, line, sentence):
+    (tmp_path / "there").mkdir()
+    done = certificates(tmp_path, *line)
+    assert refused(done, sentence) and [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("absent", ["openssl", "ssh-keygen"])
+def test_certificates_without_a_program_or_with_one_that_fails(tmp_path, absent):
+    (tmp_path / "bin").mkdir()
+    for name in ("dirname", "grep", "head", "mktemp", "rm", "mv", "seq", "openssl", "ssh-keygen"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    (tmp_path / "bin" / absent).unlink()
+    assert refused(certificates(tmp_path, "keys", "a", "1", path=str(tmp_path / "bin")), f"{absent} is not installed")
+    (tmp_path / "bin" / absent).write_text("#!/bin/sh\necho no entropy >&2\nexit 1\n")
+    (tmp_path / "bin" / absent).chmod(0o755)
+    assert refused(certificates(tmp_path, "keys", "a", "1", path=str(tmp_path / "bin")), f"{absent} failed: no entropy")
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
 def new_key(path: Path) -> bytes:
