@@ -28,7 +28,6 @@ FLOWER_METHODS = ("fedu", "fedbyol", "fedema")
 SENT_OPTIONS = sorted({f.name for group in (Exchange, Clients, Training) for f in fields(group)} - {"init"} | {"seed"})
 MOST_IMAGES = 10**9  # that a party can have; the largest public sets have a tenth of them
 SIDES = (8, 1024)  # pixels of an image's side
-LOSSES = (-0.1, 8.1)  # BYOL's loss lies in [0, 8], and bf16 rounds it
 REQUEST = {"options", "run", "image-size"}  # the fields of a question who a party is
 
 
@@ -82,7 +81,9 @@ def read_answer(reply: Message, options: Options, num_floats: int) -> Answer:
         raise InputError(f"it uploaded a network of {len(upload)} numbers, that of --encoder {options.encoder} has {num_floats}")
     if not upload.isfinite().all() or (type(loss) is float and not np.isfinite(loss)):
         raise NotFinite("its upload is not finite")
-    loss, most = number_in(report, "loss", float, *LOSSES), sys.float_info.max
+    # BYOL's loss lies in [0, 8], and FedDecorr's term of its two passes is below 2 B; bf16 rounds both
+    loss = number_in(report, "loss", float, -0.1, 8.1 + 2.1 * options.settings["decorrelation"] * options.batch_size)
+    most = sys.float_info.max
     divergence = number_in(report, "divergence", float, 0, most)
     own = number_in(report, "own-share", float, 0, 1)
     decided = number_in(report, "decided-on", float, 0, most) if "decided-on" in report else None

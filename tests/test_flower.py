@@ -150,6 +150,7 @@ def grid(parts, tmp_path, monkeypatch) -> LocalGrid:
         f"{RECIPE} --predictor local",
         f"{FEDU} --clients-per-round 2",
         f"{FEDU} --server-rule median",
+        f"{FEDU} --set decorrelation=30",
         f"{FEDU} --seed 3",
     ],
 )
