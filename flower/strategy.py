@@ -114,7 +114,8 @@ class FedU(FedAvg):
             return False
         before, wrong = self.parties, ""
         try:
-            self.parties = read_parties() or before
+            read = read_parties()
+            self.parties = before if read is None else read
         except InputError as error:
             wrong = str(error)
         if wrong and wrong != self.wrong:
