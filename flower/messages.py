@@ -136,9 +136,8 @@ def read_options(text: object) -> Options:
     try:
         given = json.loads(text) if type(text) is str else None
         known = type(given) is dict and sorted(given) == SENT_OPTIONS
-        if known and (
-            given["method"] not in FLOWER_METHODS or given["aggregate"] != "online"
-        ):  # a method may be a file, which would be run
+        # before anything looks at it: a method may be a file, which would be run
+        if known and (given["method"] not in FLOWER_METHODS or given["aggregate"] != "online"):
             asked = f"--method {brief(given['method'])} --aggregate {brief(given['aggregate'])}"
             raise InputError(f"it asks for {asked}, which no party uploads")
         options = Options(**given) if known else None

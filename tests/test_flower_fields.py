@@ -286,7 +286,7 @@ paths = st.sampled_from(
     ["", ".", "..", "../x", "/abs", "a/b", "~", f"../{RUN}", f"{RUN}/", f"{RUN}\n", RUN.upper(), RUN[:-1], f"{RUN}0", "\0"]
 )
 values = st.none() | single.filter(lambda value: type(value) is not bytes) | st.lists(whole, max_size=2) | st.just({"jitter": [1]})
-wrong_values = st.sampled_from([None, -1, math.nan, "", "3", [], {"x": 1}, True, 1e400, "../x"])
+wrong_values = st.sampled_from([None, -1, math.nan, "", "3", [], {"x": 1}, True, 1e400, "../x", "./mine.py"])
 files = st.sampled_from(["init", "labels", "data_root", "save_partition", "dataset", "device", "log", "no_cache", "image_size", "unheard"])
 options = st.one_of(
     st.text(max_size=50),
