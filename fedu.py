@@ -268,7 +268,9 @@ def name_outliers(round_: int, turns: list[Turn], max_drift: float) -> list[int]
     """The clients whose uploads moved too far, left out or shortened; each is named on stderr."""
     outliers = [turn for turn in turns if turn.outlier]
     for turn in outliers:
-        moved = f"moved {turn.outlier.times:.3g} times as far as the round's median, above --max-drift {max_drift:g}"
+        moved = "moved further than float32 can square"
+        if max_drift < turn.outlier.times < math.inf:
+            moved = f"moved {turn.outlier.times:.3g} times as far as the round's median, above --max-drift {max_drift:g}"
         done = "shortened" if turn.taken else "left out"
         print(f"round {round_}: the upload of client {turn.client.id} {moved}, and was {done}", file=sys.stderr, flush=True)
     return [turn.client.id for turn in outliers]

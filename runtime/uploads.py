@@ -16,6 +16,7 @@ from torch import Tensor
 import ops
 from runtime.cli import InputError
 
+HUGE = torch.finfo(torch.float32).max ** 0.5  # a vector that moved further has a squared length beyond float32
 MEMORY = 2 << 30  # bytes for a round's uploads; what exceeds them is aggregated in tiles
 
 
@@ -36,7 +37,7 @@ class Uploads:
     weight 1. The results are the same bits.
 
     max_drift: an upload is an outlier if its whole vector moved more than this many times as far as the median of the round's uploads. That
-    takes three uploads; in tiles, those that came so far. One whose squares exceed float32 is an outlier among any number of uploads.
+    takes three uploads; in tiles, those that came so far. One that moved further than `HUGE` is an outlier among any number of uploads.
     shorten: whether an outlier's change is shortened to that bound, instead of being left out.
     """
 
@@ -113,8 +114,10 @@ class Uploads:
         """Leave the outliers out of the mean, or shorten them. moved: how far each of the waiting uploads has moved."""
         self.moved += moved
         median = statistics.median(self.moved)
-        bound = self.max_drift * median if len(self.moved) > 2 and median else math.inf  # half of them not moved: no measure for the others
-        far = [k for k, distance in enumerate(moved) if distance > bound or distance == math.inf]
+        # a median of 0, where half of them have not moved, is no measure for the others
+        measure = median if len(self.moved) > 2 and median else 0.0
+        bound = min(HUGE, self.max_drift * measure or HUGE)
+        far = [k for k, distance in enumerate(moved) if distance > bound]
         if not far:
             return
         for k in far:
@@ -122,7 +125,7 @@ class Uploads:
             start = (self.common if self.received is None else self.received[self.folded + k]).double()
             change = row.double() - start  # whose norm is finite in double
             distance = change.norm().item()
-            self.outliers[upload] = Outlier(distance / median if median else math.inf, self.shorten and bound < math.inf)
+            self.outliers[upload] = Outlier(distance / measure if measure else math.inf, self.shorten and bound < HUGE)
             if self.outliers[upload].shortened:
                 row.copy_(start + change * (bound / distance))
             else:

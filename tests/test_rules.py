@@ -106,7 +106,7 @@ def test_a_faulty_client_moves_the_mean_and_not_the_median(tiny, tmp_path, monke
     for rule in ("mean", "median", "trimmed"):
         count = {"uploads": 0}
         monkeypatch.setattr(fedu, "model_upload", faulty)
-        result = run(tmp_path / rule, *tiny, "--clients", "3", "--rounds", "1", "--server-rule", rule)
+        result = run(tmp_path / rule, *tiny, "--clients", "3", "--rounds", "1", "--server-rule", rule, "--max-drift", "inf")
         found[rule] = result["encoders"][0].abs().max().item()
         first, second, third = sorted(result["metrics"][0]["divergence"])
         assert 0 < first < second < 10 and third > 100
@@ -115,7 +115,7 @@ def test_a_faulty_client_moves_the_mean_and_not_the_median(tiny, tmp_path, monke
 
 @pytest.mark.parametrize("more", [{"method": "fedu2"}, {"method": "ldawa"}, {"server_rule": "median"}, {"server_rule": "trimmed"}])
 def test_a_rule_that_needs_all_rows_is_refused_in_tiles(npz, tmp_path, monkeypatch, more):
-    monkeypatch.setattr(Uploads.__init__, "__defaults__", (False, 1))
+    monkeypatch.setattr(Uploads.__init__, "__defaults__", (False, 1, float("inf"), False))
     options = Options(dataset=str(npz), encoder="tiny", clients=3, batch_size=8, rounds=1, local_epochs=1, device="cpu", **more)
     with pytest.raises(InputError, match="a round's uploads exceed the memory for them, .*: lower clients_per_round"):
         fedu.train(options, tmp_path / "run")
