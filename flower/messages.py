@@ -140,6 +140,8 @@ def read_options(text: object) -> Options:
         if known and (given["method"] not in FLOWER_METHODS or given["aggregate"] != "online"):
             asked = f"--method {brief(given['method'])} --aggregate {brief(given['aggregate'])}"
             raise InputError(f"it asks for {asked}, which no party uploads")
+        if known and given["statistics"] != "shared":
+            raise InputError(f"it asks for --statistics {brief(given['statistics'])}, which no party uploads")
         options = Options(**given) if known else None
         known = known and given == {name: getattr(options, name) for name in SENT_OPTIONS}  # each is said, as a value of its own type
     except InputError as error:

@@ -621,6 +621,7 @@ def test_runs_that_the_server_does_not_resume(npz, grid, tmp_path):
     "change, sentence",
     [
         ({"aggregate": "target"}, "it asks for --method 'fedu' --aggregate 'target', which no party uploads"),
+        ({"statistics": "local"}, "it asks for --statistics 'local', which no party uploads"),
         ({"method": "./mine.py"}, "it asks for --method './mine.py' --aggregate 'online', which no party uploads"),
         ({"method": "fedavg-supervised", "predictor": "global"}, "it asks for --method 'fedavg-supervised'"),
         ({"init": "/etc/passwd"}, "of another version"),
