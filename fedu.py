@@ -40,7 +40,7 @@ import ops
 from data import Images, count_classes, digest_of, lacks, load_dataset, refuse_other_data, save_partition
 from eval import knn
 from federation import Client, Federation, Server, Start, Turn, build, draw_turns, most_uploads
-from methods import COPY, OwnMethod, explained, find, of_run
+from methods import WANTED, Own, explained, find, of_run
 from models import Objective, save_encoders
 from report.figures import draw_run, optional, plot_partition
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
@@ -314,16 +314,13 @@ def train(options: Options, out: Path | str | None = None, overwrite: bool = Fal
     """
     out = user_path(out or Path("runs") / run_name(options))
     holds_run(out, overwrite)  # refuses a folder that must not be replaced, before anything slow
-    with explained(getattr(options.method, "file", "")):
-        return simulate(options, out, resumed=False, overwrite=overwrite)
+    return simulate(options, out, resumed=False, overwrite=overwrite)
 
 
 def resume(out: Path | str, **given: object) -> Run:
     """Continue the run in a folder. given: options that may differ from the run's, such as `device`; others raise InputError."""
     out = user_path(out)
-    options = stored_options(out, given)
-    with explained(getattr(options.method, "file", "")):
-        return simulate(options, out, resumed=True)
+    return simulate(stored_options(out, given), out, resumed=True)
 
 
 def stored_options(out: Path, given: dict[str, object]) -> Options:
@@ -332,10 +329,8 @@ def stored_options(out: Path, given: dict[str, object]) -> Options:
     stored = config["options"]
     if unknown := sorted(stored.keys() - OPTIONS.keys()):
         raise InputError(f"{out} was begun by a version that had the option {flag(unknown[0])}: train it again with --overwrite")
-    method = of_run(out, stored["method"], config.get("data", {}).get("method"), given.get("method"))
-    if isinstance(method, OwnMethod):  # which is the given one, if any
-        given = {name: value for name, value in given.items() if name != "method"}
-    begun = Options(**stored | {"method": method})
+    own = {k: of_run(out, k, stored[k], config["data"][k], given.get(k)) for k in WANTED if k in config.get("data", {})}
+    begun, given = Options(**stored | own), {name: value for name, value in given.items() if name not in own}
     given = given | ({"settings": begun.settings | given["settings"]} if "settings" in given else {})
     resumed = replace(begun, **given)
     changed = [name for name in given if getattr(resumed, name) != getattr(begun, name) and name not in (*HOST_OPTIONS, *MOVABLE)]
@@ -349,6 +344,11 @@ def stored_options(out: Path, given: dict[str, object]) -> Options:
 
 def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False) -> Run:
     """Load images and networks, then make the rounds. Wrong input is refused before the run folder is made."""
+    with explained(getattr(options.method, "file", "")), explained(getattr(options.views, "file", "")):
+        return make_rounds(options, out, resumed, overwrite)
+
+
+def make_rounds(options: Options, out: Path, resumed: bool, overwrite: bool) -> Run:
     load_kernels()
     keep_memory()
     log = tensorboard_log(out / "tensorboard") if options.log == "tensorboard" else None
@@ -371,12 +371,13 @@ def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False
             return Run(out, [])
         with ranks.forked(processes, serve), run_folder(out), resumable(out), unbreakable_output():
             data = {"images": images.digest, "clients": digest_of(*parts)}
-            if own := isinstance(options.method, OwnMethod):
-                data["method"] = options.method.digest
+            own = {name: getattr(options, name) for name in WANTED if isinstance(getattr(options, name), Own)}
+            data |= {name: value.digest for name, value in own.items()}
             config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite, data)
             refuse_other_data(out, config.get("data", {}), data, options.dataset, options.dataset != config["options"]["dataset"])
-            if own and options.method.file and not resumed:
-                write_atomic(out / COPY, lambda file: file.write(options.method.source))
+            for name, value in own.items():
+                if value.file and not resumed:
+                    write_atomic(out / f"{name}.py", lambda file, value=value: file.write(value.source))
             bank = Bank(kept_parts(federation.networks, options), out / "bank.bin")
             uploads = uploads_of(federation, options)
             record = Recorder(out, config, num_rounds(options), federation, bank, device, partial(show_round, log))

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from methods import OwnMethod, load, of_notebook
+from methods import Own, load, of_notebook
 from runtime.cli import InputError, Parser, command_line, nearest, number, user_path
 
 # ------------------------------------------------------------------------------------------------ methods and recipes
@@ -113,7 +113,7 @@ SERVER_RULES = {"mean": "", "median": "robust:median", "trimmed": "robust:trimme
 
 def row_of(method: str) -> Method:
     """A method's row: in the table, or its own."""
-    return method.row if isinstance(method, OwnMethod) else METHODS[method]
+    return method.content if isinstance(method, Own) else METHODS[method]
 
 
 ABLATED = ("aggregate", "update", "predictor")  # the columns of a method's row that are options too
@@ -266,6 +266,10 @@ class Training:
         "batch", "normalisation in the backbone: BatchNorm, or GroupNorm, which has no running statistics", ("batch", "group"),
     )  # fmt: skip
     init: str | None = option(None, "begin with the trained encoder of this run or FILE.safetensors", shown="random weights")
+    views: str | None = option(
+        None, "draw views by the function view(images, generator) in this file PATH.py, see docs/extending.md",
+        shown="random crop, flip, colours",
+    )  # fmt: skip
     rounds: int = option(None, "number of rounds (R)", type=COUNT, shown="100; fashion: 8")
     local_epochs: int = option(None, "epochs of a client in a round (E)", type=COUNT, shown="5; fashion: 2")
     batch_size: int = option(None, "B; the last partial batch of an epoch is dropped", type=number(int, 2), shown="128; fashion: 32")
@@ -319,6 +323,8 @@ class Options(Host, Training, Clients, Exchange, Data):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self.refuse_ineffective(name for name, value in default.items() if getattr(self, name) != value)
+        if self.views and self.settings["jitter"] != row_of(self.method).jitter:
+            raise Ineffective("jitter", f"--set jitter={self.settings['jitter']:g} changes nothing: --views {self.views} draws the views")
         if (self.clients_per_round or 1) > self.clients:
             raise InputError(f"--clients-per-round got {self.clients_per_round}, there are {self.clients} clients")
         if self.server_rule == "trimmed" and (uploads := self.clients_per_round or self.clients) < 3:
@@ -381,7 +387,7 @@ def run_name(options: Options) -> str:
     values, default = values | values.pop("settings"), default | default.pop("settings")
     told = ("dataset", "method", "clients", "seed", *HOST_OPTIONS)
     name = stem + "".join(changed_in_name(k, v) for k, v in values.items() if k not in told and v != default[k])
-    own = getattr(options.method, "digest", "")
+    own = "".join(value.digest for value in (options.method, options.views) if isinstance(value, Own))
     if len(name) <= 60 and os.sep not in name and Path(options.dataset).stem == options.dataset and not own:
         return name
     return f"{name.replace(os.sep, '-')[:49]}-{hashlib.sha256(os.fsencode(f'{options.dataset} {name}{own}')).hexdigest()[:10]}"
@@ -410,8 +416,8 @@ def checked(name: str, value: object) -> object:
     f = OPTIONS[name]
     if name == "settings":  # checked by resolved_settings, which knows the method
         return value
-    if name == "method":
-        return method_of(value)
+    if name in ("method", "views"):
+        return {"method": method_of, "views": views_of}[name](value)
     choices = (True, False) if isinstance(f.default, bool) else f.metadata["choices"]
     if choices and value not in choices:
         meant = "" if isinstance(f.default, bool) else nearest(str(value), choices)
@@ -426,7 +432,7 @@ def checked(name: str, value: object) -> object:
 
 def method_of(value: str | Method) -> str:
     """A method by its name, its file or its row. Raises InputError for what is none."""
-    if isinstance(value, OwnMethod):
+    if isinstance(value, Own):
         return value
     if isinstance(value, Method):
         return of_notebook(value)
@@ -434,7 +440,14 @@ def method_of(value: str | Method) -> str:
         name = method_name(str(value))
     except argparse.ArgumentTypeError as error:
         raise InputError(f"--method {error}") from None
-    return name if name in METHODS else load(user_path(name, "--method"), name)
+    return name if name in METHODS else load(user_path(name, "--method"), name, "method")
+
+
+def views_of(value: str | Callable) -> str:
+    """Views by their file, or by their function. Raises InputError for what is neither."""
+    if isinstance(value, Own):
+        return value
+    return of_notebook(value) if callable(value) else load(user_path(value, "--views"), str(value), "views")
 
 
 def settings_of(method: str) -> dict[str, Setting]:

@@ -155,7 +155,20 @@ def local_step(federation: Federation, options: Options) -> Step:
 
 
 def make_step(networks: Objective, images: Tensor, options: Options) -> Step:
-    return Step(networks, images, options.precision, partial(random_views, jitter=options.settings["jitter"]))
+    views = partial(random_views, jitter=options.settings["jitter"])
+    if options.views:
+        views = partial(own_views, options.views.content)
+    return Step(networks, images, options.precision, views)
+
+
+def own_views(view: Callable, images: Tensor, generator: torch.Generator | None, count: int = 2) -> list[Tensor]:
+    """As `random_views`, by a user's function. Raises InputError if it gives something else."""
+    views = [view(images, generator) for _ in range(count)]
+    for made in views:
+        if not isinstance(made, Tensor) or made.shape != images.shape or made.dtype != torch.float32 or made.device != images.device:
+            what = f"{list(made.shape)} of {made.dtype} on {made.device}" if isinstance(made, Tensor) else type(made).__name__
+            raise InputError(f"{place(view)}: view gives {what}, needs float32 {list(images.shape)} on {images.device}")
+    return views
 
 
 def prepare(federation: Federation, options: Options) -> None:

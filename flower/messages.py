@@ -25,7 +25,7 @@ from runtime.cli import InputError, first_line
 
 FLOWER_METHODS = ("fedu", "fedbyol", "fedema")
 # the options that a party needs. No other is sent, and none of these names a file: a party reads its own images, and nothing else
-SENT_OPTIONS = sorted({f.name for group in (Exchange, Clients, Training) for f in fields(group)} - {"init"} | {"seed"})
+SENT_OPTIONS = sorted({f.name for group in (Exchange, Clients, Training) for f in fields(group)} - {"init", "views"} | {"seed"})
 MOST_IMAGES = 10**9  # that a party can have; the largest public sets have a tenth of them
 SIDES = (8, 1024)  # pixels of an image's side
 REQUEST = {"options", "run", "image-size"}  # the fields of a question who a party is

@@ -99,6 +99,8 @@ def read_command(text: str) -> Command:
         raise InputError(said.getvalue().partition("error: ")[2].strip() or "--help starts no run") from None
     if ineffective := [name for name in INEFFECTIVE if name in command.given]:
         raise InputError(f"{flag(ineffective[0])} changes nothing between parties, which have images, and failures, of their own")
+    if "views" in command.given:
+        raise InputError(f"--views got {command.given['views']}, but parties run no file that a server names")
     if command.given.get("aggregate") == "target":
         raise InputError("--aggregate got target, but target encoders do not leave the parties")
     if command.given.get("statistics") == "local":

@@ -1,6 +1,7 @@
 """One file for each objective or server's rule; a row of `options.METHODS` names its objective as FILE:CLASS.
 
-A method of one's own is a file with a row METHOD, or a row that a notebook gives: docs/extending.md.
+A method of one's own is a file with a row METHOD, and views of one's own are a file with a function `view`; a notebook gives the row or the
+function itself: docs/extending.md.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -22,21 +23,22 @@ from runtime.cli import InputError, first_line, os_errors
 if TYPE_CHECKING:
     from options import Method
 
-COPY = "method.py"  # the name of the file's copy in the run folder
+WANTED = {"method": "METHOD", "views": "view"}  # the options whose value may be a file of the user's: what has to be in it
 
 
-class OwnMethod(str):
-    """A method that is not in the table, by the path that the user typed, or by its objective's name if a notebook made it.
+class Own(str):
+    """The value of such an option: the path that the user typed, or a name if a notebook made it.
 
-    row: of the form of the table's. source: what it was made from. file: the path that was read; empty for a notebook's.
+    content: the method's row, or the function that draws a view. source: what it was made from. file: the path that was read; empty for a
+    notebook's.
     """
 
-    def __new__(cls, name: str, row: Method, source: bytes, file: str = "") -> OwnMethod:
+    def __new__(cls, name: str, content: Any, source: bytes, file: str = "") -> Own:
         own = super().__new__(cls, name)
-        own.row, own.source, own.file = row, source, file
+        own.content, own.source, own.file = content, source, file
         return own
 
-    def __deepcopy__(self, memo: dict) -> OwnMethod:
+    def __deepcopy__(self, memo: dict) -> Own:
         return self
 
     @property
@@ -52,39 +54,47 @@ def find(name: Any) -> Any:
     return getattr(importlib.import_module(f"methods.{file}"), attribute)
 
 
-def load(path: Path, name: str) -> OwnMethod:
-    """Run a user's file and take its METHOD. Raises InputError, with the line, for what is wrong in it."""
-    with os_errors(f"--method {name} cannot be read"):
+def load(path: Path, name: str, option: str) -> Own:
+    """Run a user's file and take what the option needs of it. Raises InputError, with the line, for what is wrong in it."""
+    with os_errors(f"--{option} {name} cannot be read"):
         source = path.read_bytes()
-    return loaded(str(path), name, source)
+    return loaded(str(path), name, option, source)
 
 
 @cache
-def loaded(file: str, name: str, source: bytes) -> OwnMethod:
-    module = ModuleType("own_method_" + hashlib.sha256(source).hexdigest()[:16])
+def loaded(file: str, name: str, option: str, source: bytes) -> Own:
+    module = ModuleType("own_" + hashlib.sha256(source).hexdigest()[:16])
     module.__file__ = file
     sys.modules[module.__name__] = module
     with explained(file):
         exec(compile(source, file, "exec"), module.__dict__)
-    return checked(OwnMethod(name, vars(module).get("METHOD"), source, file))
+    own = Own(name, vars(module).get(WANTED[option]), source, file)
+    if option == "method":
+        return checked(own)
+    if not callable(own.content):
+        raise InputError(f"{file} has no function view(images, generator), see docs/extending.md")
+    return own
 
 
-def of_notebook(row: Method) -> OwnMethod:
-    """A method by a row that Python code gives, whose classes and functions are its source as far as they can be read."""
-    pieces = [repr(row._replace(objective="", rule="", settings={k: s[:2] for k, s in row.settings.items()}))]
-    for piece in (row.objective, row.rule):
+def of_notebook(content: Method | Callable) -> Own:
+    """A method or views that Python code gives; its classes and functions are its source as far as they can be read."""
+    pieces, parts = [], [content]
+    if isinstance(content, tuple):
+        row = checked(Own("", content, b"")).content
+        pieces.append(repr(row._replace(objective="", rule="", settings={k: s[:2] for k, s in row.settings.items()})))
+        content, parts = row, [row.objective, row.rule]
+    for part in parts:
         with suppress(OSError, TypeError):
-            pieces.append(piece if isinstance(piece, str) else inspect.getsource(piece))
-    name = getattr(row.objective, "__name__", str(row.objective).split(":")[-1])
-    return checked(OwnMethod(name, row, "\n".join(pieces).encode()))
+            pieces.append(part if isinstance(part, str) else inspect.getsource(part))
+    return Own(getattr(parts[0], "__name__", str(parts[0]).split(":")[-1]), content, "\n".join(pieces).encode())
 
 
-def checked(own: OwnMethod) -> OwnMethod:
+def checked(own: Own) -> Own:
     """The method, whose row says whether its objective takes `predictor` and `stop_gradient`. Raises InputError if the row is wrong."""
     from models import Objective  # only here, since it imports torch
     from options import ABLATED, OPTIONS, Method, Setting, settings_of
 
-    row, where = own.row, own.file or "method"
+    row, where = own.content, own.file or "method"
     if not isinstance(row, Method):
         found = "no METHOD" if row is None else f"METHOD = {row!r:.60}"
         raise InputError(f"{where} has {found}, needs METHOD = Method(...), see docs/extending.md")
@@ -115,27 +125,25 @@ def checked(own: OwnMethod) -> OwnMethod:
     for layer in row.head:
         if layer not in ("relu", "standardise") and not (isinstance(layer, int) and layer >= 0):
             raise InputError(f"{where}: METHOD has {layer!r:.60} in head, needs widths, 'relu' and 'standardise'")
-    own.row = row._replace(ablations={"predictor", "stop_gradient"} <= takes.keys())
+    own.content = row._replace(ablations={"predictor", "stop_gradient"} <= takes.keys())
     return own
 
 
-def of_run(run: Path, name: str, recorded: str | None, given: str | Method | None) -> str:
-    """The method with which a run began. If it is not in the table: the copy in its folder, or the one that a notebook gives again.
+def of_run(run: Path, option: str, name: str, recorded: str, given: Any = None) -> Own:
+    """The method or the views with which a run began: the copy in its folder, or what a notebook gives again.
 
-    recorded: its hash. given: what the user names as its method, if anything. Raises InputError if it is another one.
+    recorded: its hash. given: what the user names as such now, if anything. Raises InputError if it is another one.
     """
-    from options import METHODS, method_of
+    from options import checked as value_of
 
-    if name in METHODS:
-        return name
-    copy = run / COPY
+    copy = run / f"{option}.py"
     if not (copy.exists() or given):
-        raise InputError(f"{run} has no {COPY}: a notebook began it, and fedu.resume needs its method=Method(...) again")
-    own = load(copy, name) if copy.exists() else method_of(given)
+        raise InputError(f"{run} has no {copy.name}: a notebook began it, and fedu.resume needs its {option}=... again")
+    own = load(copy, name, option) if copy.exists() else value_of(option, given)
     if getattr(own, "digest", None) != recorded:
-        raise InputError(f"{copy if copy.exists() else f'--method {own}'} is not what {run} began with")
-    if given and getattr(method_of(given), "digest", None) != recorded:
-        raise InputError(f"--method {str(given)[:60]} is not the file with which {run} began, of which {copy} is a copy")
+        raise InputError(f"{copy if copy.exists() else f'--{option} {own}'} is not what {run} began with")
+    if given and getattr(value_of(option, given), "digest", None) != recorded:
+        raise InputError(f"--{option} {str(given)[:60]} is not the file with which {run} began, of which {copy} is a copy")
     return own
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import stdev
 
+from methods import WANTED
 from options import ABLATED, CIFAR_CLASSES, EVALUATION_EPOCHS, EVALUATIONS, HOST_OPTIONS, METHODS, OPTIONS, defaults, in_words, settings_of
 from runtime.cli import InputError, first_line
 from runtime.run import read_config, read_metrics
@@ -68,8 +69,8 @@ def read_options(run: Path) -> dict:
     """
     config = read_config(run)
     options = config["options"] | ({"partition": "own"} if "run" in config else {})
-    if digest := config.get("data", {}).get("method"):  # a method of one's own, with which all options are stored
-        options["method"] = f"{Path(options['method']).name} {digest[:6]}"
+    for name in config.get("data", {}).keys() & WANTED.keys():  # files of the user's; with a method of one's own all options are stored
+        options[name] = f"{Path(options[name]).name} {config['data'][name][:6]}"
     default = usual(options)
     options = default | options | {"settings": (default["settings"] or {}) | options.get("settings", {})}
     return {name: value for name, value in options.items() if name in OPTIONS}

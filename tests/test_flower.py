@@ -625,6 +625,7 @@ def test_runs_that_the_server_does_not_resume(npz, grid, tmp_path):
         ({"method": "./mine.py"}, "it asks for --method './mine.py' --aggregate 'online', which no party uploads"),
         ({"method": "fedavg-supervised", "predictor": "global"}, "it asks for --method 'fedavg-supervised'"),
         ({"init": "/etc/passwd"}, "of another version"),
+        ({"views": "./views.py"}, "of another version"),
         ({"unheard": 1}, "of another version"),
         ({"batch_size": 0}, "--batch-size got '0'"),
     ],

@@ -29,7 +29,7 @@ PAPER = {
     "on_nonfinite": "skip", "max_drift": 10.0, "on_outlier": "drop",
     "device": "auto", "processes": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
     "settings": {"jitter": 1, "decorrelation": 0}, "labels": None, "holdout": 0, "pixel_range": None, "skip_broken": False,
-    "no_cache": False, "save_partition": None, "dry_run": False, "init": None,
+    "no_cache": False, "save_partition": None, "dry_run": False, "init": None, "views": None,
 }  # fmt: skip
 FASHION = {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}
 ALL = {"jitter": 1, "decorrelation": 0}  # settings of every method
