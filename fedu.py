@@ -329,7 +329,7 @@ def stored_options(out: Path, given: dict[str, object]) -> Options:
     stored = config["options"]
     if unknown := sorted(stored.keys() - OPTIONS.keys()):
         raise InputError(f"{out} was begun by a version that had the option {flag(unknown[0])}: train it again with --overwrite")
-    own = {k: of_run(out, k, stored[k], config["data"][k], given.get(k)) for k in WANTED if k in config.get("data", {})}
+    own = of_run(out, config, given)
     begun, given = Options(**stored | own), {name: value for name, value in given.items() if name not in own}
     given = given | ({"settings": begun.settings | given["settings"]} if "settings" in given else {})
     resumed = replace(begun, **given)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from methods import of_run
 from options import HOST_OPTIONS, OPTIONS, Ineffective, Options, flag, run_name, training_parser
 from runtime.cli import InputError, Parser, bars_are_hidden, command_line, number, os_errors, user_errors, user_path, write_atomic
 
@@ -176,7 +177,8 @@ def runs_in(out: Path) -> dict[str, Path]:
         try:
             config = json.loads(path.read_text())
             if "run" not in config:  # else Flower made it, from the images of parties
-                found.setdefault(run_name(Options(**config["options"])), path.parent)
+                own = of_run(path.parent, config, {})  # a method's file may have changed since
+                found.setdefault(run_name(Options(**config["options"] | own)), path.parent)
         except (OSError, ValueError, KeyError, TypeError, InputError):
             pass  # no run, or one of another version
     return found

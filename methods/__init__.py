@@ -129,11 +129,17 @@ def checked(own: Own) -> Own:
     return own
 
 
-def of_run(run: Path, option: str, name: str, recorded: str, given: Any = None) -> Own:
-    """The method or the views with which a run began: the copy in its folder, or what a notebook gives again.
+def of_run(run: Path, config: dict, given: dict[str, Any]) -> dict[str, Own]:
+    """The options of a run whose values are the user's own: from the copies in its folder, or what a notebook gives again.
 
-    recorded: its hash. given: what the user names as such now, if anything. Raises InputError if it is another one.
+    config: the run's. given: what the user names as such now, if anything. Raises InputError if it is another one.
     """
+    recorded = {name: digest for name, digest in config.get("data", {}).items() if name in WANTED}
+    return {name: own_of(run, name, config["options"][name], digest, given.get(name)) for name, digest in recorded.items()}
+
+
+def own_of(run: Path, option: str, name: str, recorded: str, given: Any) -> Own:
+    """The value of one such option. recorded: its hash."""
     from options import checked as value_of
 
     copy = run / f"{option}.py"

@@ -13,6 +13,7 @@ from test_ranks import assert_same_runs, torchrun
 import eval as evaluation
 import fedu
 import methods
+import sweep
 from methods.barlow import BarlowTwins
 from models import Segment
 from options import Method, Options, Setting, parse, parse_evaluation, run_name
@@ -126,6 +127,15 @@ def test_names_of_runs_differ_with_the_files_content(own):
     (own / "barlow.py").write_text(EXAMPLES["barlow.py"] + "\n")
     second = run_name(Options(method="./barlow.py"))
     assert first != second and first.startswith("fashion-barlow-5clients-s0-") and len(first) <= 60
+
+
+def test_a_sweep_knows_a_run_by_the_file_that_it_was_made_with(own, tiny):
+    run(own / "runs/a", *tiny, "--method", "./barlow.py", "--rounds", "1")
+    options = Options(**parse([*tiny, "--method", "./barlow.py", "--rounds", "1"]).given)
+    assert sweep.runs_in(own / "runs") == {run_name(options): own / "runs/a"}
+    (own / "barlow.py").write_text(EXAMPLES["barlow.py"] + "\n")
+    changed = Options(**parse([*tiny, "--method", "./barlow.py", "--rounds", "1"]).given)
+    assert list(sweep.runs_in(own / "runs")) == [run_name(options)] != [run_name(changed)]
 
 
 def test_the_help_has_the_settings_of_the_file(own, capsys):
