@@ -251,11 +251,12 @@ class Objective:
 
     `parts` are the pieces that a client and the server exchange or keep, as views. `encoder` and `predictor` make up the online network;
     the predictor is empty where the objective has none. Behind it lies `exchanged`, a network without gradient that is averaged with the
-    others, if there is one. `initial` has an entry for each part that an objective adds, such as a target or
-    a queue: its content in a client's first round. `param_slices` says where in each part its parameters lie. `trainable` are the tensors
-    that the optimizer sees, `ema_target` the target encoder's parameters, which follow `xi <- m xi + (1 - m) theta` after each step.
-    `shared` `[N, d]` is what the clients shared through the server in the last round. `private` int64 `[M]` are the places in the online
-    vector that a client keeps for itself: BatchNorm's with `--statistics local`, else none. `decorrelation`: weight of FedDecorr's term.
+    others, if there is one. `initial` has an entry for each part that an objective adds, such as a target or a queue: its content in a
+    client's first round. `param_slices` says where in each part its parameters lie. `trainable` are the tensors that the optimizer sees,
+    `ema_target` the target encoder's parameters, which follow `xi <- m xi + (1 - m) theta` after each step. `shared` `[N, d]` is what the
+    clients shared through the server in the last round. `others` are all networks but the online one. `private` int64 `[M]` are the places
+    in the online vector that a client keeps for itself: BatchNorm's with `--statistics local`, else none. `decorrelation`: weight of
+    FedDecorr's term.
 
     A step hands `batches` batches of the client's images to `terms`, each in an order of its own. `view(batch)` draws one more random view
     `[B, 3, S, S]` of the images of a batch `[B]`, to be called in `terms`. All tensors that `terms` uses must stay where they are: a CUDA
@@ -274,6 +275,7 @@ class Objective:
     ):  # fmt: skip
         module = Online(encoder, predictor).to(device)
         self.online = Flat(module, module.predictor, behind=exchanged)
+        self.others = [exchanged] if exchanged else []
         end = sum(t.numel() for t in encoder.state_dict().values())
         self.parts = {"encoder": self.online.vector[:end], "predictor": self.online.vector[end:]}
         parameters = self.online.param_slice
@@ -343,12 +345,13 @@ class Objective:
 
     def compile(self) -> None:
         """Let torch.compile fuse what lies between the networks' convolutions and products, once each network is first used."""
-        for network in self.online.module.children():
-            network.compile()
+        for module in (*self.online.module.children(), *(other.module for other in self.others)):
+            module.compile()
 
     def check_views(self) -> None:
         """Assert that the networks still are views into their vectors."""
-        self.online.check_views()
+        for network in (self.online, *self.others):
+            network.check_views()
 
 
 def correlation(features: Tensor) -> Tensor:
@@ -370,6 +373,7 @@ class WithTarget(Objective):
         super().__init__(encoder, device, predictor)
         self.stop_gradient = stop_gradient
         self.target = Flat(target, trained=not stop_gradient)
+        self.others.append(self.target)
         self.parts["target"] = self.target.vector
         self.param_slices["target"] = self.target.param_slice
         self.initial["target"] = self.parts["encoder"]  # a copy of what the client received
@@ -377,14 +381,6 @@ class WithTarget(Objective):
             self.ema_target = self.target.vector[self.target.param_slice]
         else:
             self.trainable.append(self.target.trainable)
-
-    def compile(self) -> None:
-        super().compile()
-        self.target.module.compile()
-
-    def check_views(self) -> None:
-        super().check_views()
-        self.target.check_views()
 
     def project(self, view: Tensor) -> Tensor:
         """The target encoder's projection of a view."""

@@ -38,11 +38,8 @@ class FedX(Objective):
         teacher = copy.deepcopy(encoder).to(device)
         super().__init__(encoder, device, predictor=True)
         self.teacher = Flat(teacher.eval(), trained=False)
+        self.others.append(self.teacher)
         self.temperature, self.target_temperature = temperature, target_temperature
-
-    def compile(self) -> None:
-        super().compile()
-        self.teacher.module.compile()
 
     def begin(self, client_id: int, num_clients: int) -> None:
         """The teacher is the received model."""

@@ -49,10 +49,6 @@ class Orchestra(Objective):
         self.first_centroids = normalize(torch.randn(clusters, encoder.width)).to(device)
         self.memory = torch.zeros(memory, encoder.width, device=device)  # the newest first; rows of zeros are not filled yet
 
-    def compile(self) -> None:
-        super().compile()
-        self.target.module.compile()
-
     def terms(self, view1: Tensor, view2: Tensor, batch: Tensor, generator: torch.Generator | None) -> list[Callable[[], Tensor]]:
         with torch.no_grad():
             online = self.parts["encoder"][self.param_slices["encoder"]]

@@ -143,6 +143,8 @@ def test_the_help_has_the_settings_of_the_file(own, capsys):
         parse(["--method", "./barlow.py", "--help"])
     assert end.value.code == 0 and "(fedbarlow, ./barlow.py: 0.005):" in " ".join(capsys.readouterr().out.split())
     assert Options(method="./barlow.py", settings={"redundancy": 2}).settings["redundancy"] == 2
+    with pytest.raises(InputError, match="settings got 'bogus'; method ./barlow.py has the settings jitter, .*redundancy"):
+        Options(method="./barlow.py", settings={"bogus": 2})
 
 
 GOOD = EXAMPLES["barlow.py"]
