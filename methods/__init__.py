@@ -134,8 +134,8 @@ def of_run(run: Path, config: dict, given: dict[str, Any]) -> dict[str, Own]:
 
     config: the run's. given: what the user names as such now, if anything. Raises InputError if it is another one.
     """
-    recorded = {name: digest for name, digest in config.get("data", {}).items() if name in WANTED}
-    return {name: own_of(run, name, config["options"][name], digest, given.get(name)) for name, digest in recorded.items()}
+    stored, hashes = config["options"], config.get("data", {})
+    return {name: own_of(run, name, stored[name], hashes[name], given.get(name)) for name in WANTED if name in hashes}
 
 
 def own_of(run: Path, option: str, name: str, recorded: str, given: Any) -> Own:

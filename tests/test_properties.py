@@ -111,6 +111,7 @@ SOME = {  # values of each option, also neighbours and values that look alike
     "labels": [None, "a/b.csv", "a-b.csv"],
     "save_partition": [None, "b.json"],
     "views": [None],
+    "processes": ["auto", 1, 2],
     "init": [None, "runs/a", "b.safetensors"],
     "pixel_range": [None, "0,4095", "0,4096", "-1000,400"],
     "holdout": [0.0, 0.1, 0.10000001, 0.5],
