@@ -22,7 +22,7 @@ def test_run_folder(finished):
     metrics = load(folder)["metrics"]
     assert [row["round"] for row in metrics] == [0, 1, 2]
     keys = {"round", "lr", "loss", "divergence", "decided_on", "predictor", "own_share", "num_examples", "clients"}
-    keys |= {"dropped", "nonfinite", "upload_bytes", "download_bytes", "knn", "seconds"}
+    keys |= {"dropped", "nonfinite", "outliers", "upload_bytes", "download_bytes", "knn", "seconds"}
     assert all(row.keys() == keys for row in metrics)
     assert metrics[0]["decided_on"] == [None, None] and metrics[1]["decided_on"] == metrics[0]["divergence"]
     net = objective()
