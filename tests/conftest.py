@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 import fedu
 from federation import build_networks
 from methods.byol import BYOL
 from models import Encoder, Objective
-from options import Options, parse
+from options import Options, parse, parse_evaluation
 from runtime.cli import user_errors
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +96,24 @@ def refuses(capsys):
         return refused(subprocess.CompletedProcess([], stop.value.code, *capsys.readouterr()), *words)
 
     return check
+
+
+@pytest.fixture
+def evaluates(monkeypatch, capsys):
+    """`command("eval.py", ...)` in this process, which costs a tenth of a process of its own."""
+
+    def run(*arguments, cwd: Path) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        status = 0
+        try:
+            with user_errors("eval.py"):
+                evaluation.main(parse_evaluation([*map(str, arguments)]))
+        except SystemExit as stop:
+            status = stop.code
+        return subprocess.CompletedProcess([], status, *capsys.readouterr())
+
+    return run
 
 
 KINDS = {  # a method of each objective

@@ -202,16 +202,14 @@ def test_a_client_has_its_number_at_its_line(tmp_path, drawn):  # noqa: F811
         assert {text.get_text(): text.xy[1] for text in axis.texts} == heights
 
 
-def test_files_for_a_paper(tmp_path, command):
+def test_files_for_a_paper(tmp_path, evaluates):
     write_run(tmp_path / "run", [linear(0.5)])
     for out in ("x.pdf", "x.svg", "x.png"):
-        done = command("eval.py", "--plot", "run", "--size", "3.3,4", "--no-title", "--out", out, cwd=tmp_path)
+        done = evaluates("--plot", "run", "--size", "3.3,4", "--no-title", "--out", out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     pdf, svg, png = ((tmp_path / f"x.{kind}").read_bytes() for kind in ("pdf", "svg", "png"))
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # fonts are TrueType and not drawn letter by letter
     assert b"mean of the clients</text>" in svg and b"classes each" not in svg
     assert (int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")) == (495, 600)
-    assert refused(
-        command("eval.py", "--table", "run", "--size", "3,3", cwd=tmp_path), "--size goes with --plot or --against, not with --table"
-    )
-    assert refused(command("eval.py", "--plot", "run", "--size", "3", cwd=tmp_path), "--size: got '3', needs W,H in inches from 1 to 100")
+    assert refused(evaluates("--table", "run", "--size", "3,3", cwd=tmp_path), "--size goes with --plot or --against, not with --table")
+    assert refused(evaluates("--plot", "run", "--size", "3", cwd=tmp_path), "--size: got '3', needs W,H in inches from 1 to 100")

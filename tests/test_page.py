@@ -44,7 +44,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page(tmp_path, command):
+def page(tmp_path, evaluates):
     """The page of four runs: two seeds, another method, and an untrained encoder, whose folder's name is no HTML."""
     write_run(tmp_path / "runs/s0", [linear(0.5)], batch_size=32)
     write_run(tmp_path / "runs/s1", [linear(0.75)], seed=1, batch_size=32)
@@ -54,7 +54,7 @@ def page(tmp_path, command):
     (tmp_path / "runs/unfinished/encoder.pt").unlink()
     config = tmp_path / "runs/s0/config.json"
     config.write_text(config.read_text()[:-1] + ', "command": "python fedu.py --out \'a<b\'", "device": "cpu", "seconds": 90}')
-    done = command("eval.py", "--report", "runs", cwd=tmp_path)
+    done = evaluates("--report", "runs", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("report.html shows "), done.stderr
     assert done.stderr == "runs/unfinished is left out: it is unfinished, with 1 of 3 rounds\n"
     return tmp_path / "report.html"
@@ -83,13 +83,13 @@ def test_a_page_says_what_was_run_and_what_it_does_not_show(page):
     assert "fedu (2 seeds)" in text["text"]
 
 
-def test_a_page_goes_where_it_is_told(tmp_path, command):
+def test_a_page_goes_where_it_is_told(tmp_path, evaluates):
     write_run(tmp_path / "run")
-    done = command("eval.py", "--report", "run", "--out", "x.html", cwd=tmp_path)
+    done = evaluates("--report", "run", "--out", "x.html", cwd=tmp_path)
     assert done.returncode == 0 and Page((tmp_path / "x.html").read_text()).tags["svg"] == 1
     (tmp_path / "run/encoder.pt").unlink()
     (tmp_path / "run/metrics.jsonl").write_text("")
-    assert refused(command("eval.py", "--report", "run", cwd=tmp_path), "no run is finished among run")
+    assert refused(evaluates("--report", "run", cwd=tmp_path), "no run is finished among run")
 
 
 @pytest.mark.skipif(not BROWSER, reason="there is no Chromium")

@@ -133,8 +133,16 @@ def test_another_rank_says_what_only_it_has_met(monkeypatch, refuses):
     assert refuses(lambda: parse(["--clients", "0"]), "rank 1: ", "--clients") and waited == [3]
 
 
+@pytest.fixture(scope="module")
+def straight(tiny, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    run(folder, *tiny, "--rounds", "8")
+    return folder
+
+
 @pytest.mark.parametrize("whom, how", [("another", "SIGKILL"), ("first", "SIGKILL"), ("first", "SIGTERM"), ("all", "SIGINT")])
-def test_when_a_process_dies_the_others_end_and_the_last_full_round_resumes(tiny, tmp_path, whom, how):
+def test_when_a_process_dies_the_others_end_and_the_last_full_round_resumes(tiny, tmp_path, straight, whom, how):
     line = [sys.executable, str(ROOT / "fedu.py"), *tiny, "--rounds", "8", "--processes", "2", "--out", "run"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(line, cwd=tmp_path, env=ENVIRONMENT, start_new_session=True, **streams) as process:
@@ -150,8 +158,7 @@ def test_when_a_process_dies_the_others_end_and_the_last_full_round_resumes(tiny
     while Path(f"/proc/{other}").exists():  # it ends soon, even if the first process could tell it nothing
         time.sleep(0.1)
     fedu.resume(tmp_path / "run")
-    run(tmp_path / "straight", *tiny, "--rounds", "8")
-    assert_same_runs(tmp_path / "straight", tmp_path / "run")
+    assert_same_runs(straight, tmp_path / "run")
     assert len(load_metrics(tmp_path / "run")) == 8
 
 

@@ -54,14 +54,14 @@ def test_a_cell_with_fewer_seeds_than_its_row_says_so(tmp_path):
     assert rows_of(tables.table(runs[1:]))[0][3:5] == ["50.00 ± 0.00", "25.00 (1 seed)"]
 
 
-def test_tables_for_a_paper_and_for_a_program(tmp_path, command):
+def test_tables_for_a_paper_and_for_a_program(tmp_path, evaluates):
     knn = {"evaluation": "knn", "features": "backbone", "dataset": "cifar10", "accuracy": 0.25}
     for seed, rows in enumerate([[linear(0.5), knn], [linear(0.75)]]):
         write_run(tmp_path / f"runs/s{seed}", rows, seed=seed)
     write_run(tmp_path / "runs/e1", [linear(0.5)], local_epochs=1)
-    printed = command("eval.py", "--table", "runs", cwd=tmp_path).stdout
+    printed = evaluates("--table", "runs", cwd=tmp_path).stdout
     for kind in ("md", "tex", "csv"):
-        done = command("eval.py", "--table", "runs", "--out", f"x.{kind}", cwd=tmp_path)
+        done = evaluates("--table", "runs", "--out", f"x.{kind}", cwd=tmp_path)
         assert done.returncode == 0 and done.stdout.startswith(f"x.{kind} holds the table of "), done.stderr
     assert (tmp_path / "x.md").read_text() == printed
     with (tmp_path / "x.csv").open() as file:
@@ -76,9 +76,7 @@ def test_tables_for_a_paper_and_for_a_program(tmp_path, command):
     )
     tex = (tmp_path / "x.tex").read_text()
     assert r"method & local\_epochs & seeds &" in tex and r"& 2 & 1.0 + 2.0 & 62.50 $\pm$ 17.68 & 25.00 (1 seed) & 80.52 \\" in tex
-    assert refused(
-        command("eval.py", "--table", "runs", "--out", "x.txt", cwd=tmp_path), "x.txt, needs a name that ends in .md, .tex or .csv"
-    )
+    assert refused(evaluates("--table", "runs", "--out", "x.txt", cwd=tmp_path), "x.txt, needs a name that ends in .md, .tex or .csv")
 
 
 def test_latex_text_has_no_special_characters_left():
