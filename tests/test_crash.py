@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import fedu
 
-KILLS = int(os.environ.get("FEDU_KILLS", 3))
+KILLS = int(os.environ.get("FEDU_KILLS", 2))
 
 
 def contents(run) -> tuple[list[dict], list[torch.Tensor], list[dict]]:

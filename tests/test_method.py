@@ -63,7 +63,6 @@ CASES = {
     "fedx": {"method": "fedx", **DIRICHLET},
     "fedx, clients absent": {"method": "fedx", "local_epochs": 2, "seed": 3, **ABSENT},
     "fedx, settings": {"method": "fedx", "settings": {"temperature": 0.3, "target_temperature": 0.2}, "predictor": "local", "rounds": 2},
-    "orchestra": {"method": "orchestra", **DIRICHLET},
     "orchestra, clients absent": {"method": "orchestra", "seed": 3, **ABSENT},
     "orchestra, settings": {
         "method": "orchestra",

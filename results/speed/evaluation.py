@@ -1,14 +1,11 @@
-"""Times the evaluations on CIFAR-10's 50,000 and 10,000 images against scikit-learn's: `python results/speed/evaluation.py`.
+"""Times the evaluations on CIFAR-10's 50,000 and 10,000 images against scikit-learn's: `python -m results.speed.evaluation`.
 
 Representations are the untrained small encoder's, `[N, 256]`; the time to compute them stands apart. scikit-learn has the same vote of 200
 neighbours. Medians of 3, in turns; the linear evaluation is timed once.
 """
 
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
