@@ -98,6 +98,14 @@ def refuses(capsys):
     return check
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Runs in a test's own process draw no figures, which would take half of their time, unless the test has the mark `draws`."""
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(fedu, "draw_run", lambda *_: None)
+        monkeypatch.setattr(fedu, "plot_partition", lambda *_: None)
+
+
 @pytest.fixture
 def evaluates(monkeypatch, capsys):
     """`command("eval.py", ...)` in this process, which costs a tenth of a process of its own."""

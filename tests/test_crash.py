@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from conftest import ROOT
 
@@ -38,6 +39,7 @@ def equal(a, b) -> bool:
     return a == b
 
 
+@pytest.mark.draws
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tiny, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     line = [sys.executable, str(ROOT / "fedu.py")]

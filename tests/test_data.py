@@ -540,6 +540,7 @@ def test_an_npz_may_say_whose_each_image_is(owners, tmp_path):
         indices(data.load_images("fashion"), "parties", 3)
 
 
+@pytest.mark.draws
 def test_three_folders_train_as_three_clients_and_their_partition_is_saved_and_used(tmp_path, monkeypatch, capsys):
     path = colours(tmp_path / "x", *(f"{party}/{k}.png" for party in "abc" for k in range(5)))
     base = ["--dataset", str(path), *FOLDER, *SMALL, "--clients", "3"]

@@ -94,6 +94,7 @@ def test_a_figure_needs_no_backend(tmp_path, command, backend):
     assert done.returncode == 0 and done.stderr == "" and (tmp_path / "run/divergence.png").exists(), done.stderr
 
 
+@pytest.mark.draws
 def test_a_failing_figure_does_not_fail_its_run(tmp_path, tiny, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no font\nat all")
