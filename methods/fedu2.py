@@ -78,7 +78,7 @@ def move_in_unison(server: Server, uploads: Uploads, networks: FedU2, shared: li
     gram = sum((delta @ delta.T).double() for delta in (former - row for row, former in pieces)).cpu()
     lengths = gram.diagonal().sqrt()
     scale = torch.where(lengths > 0, 2 / lengths, 0)
-    shares = torch.tensor(uploads.weights, dtype=torch.float64)
+    shares = torch.tensor([weight for weight in uploads.weights if weight], dtype=torch.float64)  # an outlier's, which has no row, is 0
     weights = min_norm_weights(scale[:, None] * gram * scale, shares / shares.sum())
     factors = (networks.server_lr * weights * scale).to(rows)
     model[parameters] = torch.cat([former - factors @ (former - row) for row, former in pieces])

@@ -20,10 +20,10 @@ from runtime.uploads import Uploads
 NETWORKS = SimpleNamespace(online=SimpleNamespace(param_slice=slice(2, 5), segments=[Segment("a", 2, 4), Segment("b", 4, 5)]))
 
 
-def apply(rule, model: list[float], rows: list[list[float]], num_examples: list[int], networks=NETWORKS) -> list[float]:
-    """What a rule makes of these uploads and the server's model."""
+def apply(rule, model: list[float], rows: list[list[float]], num_examples: list[int], networks=NETWORKS, **judged) -> list[float]:
+    """What a rule makes of these uploads and the server's model. judged: how outliers are found, see Uploads."""
     server = Server(torch.tensor(model, dtype=torch.float32), [Client(k, torch.empty(n)) for k, n in enumerate(num_examples)])
-    uploads = Uploads(server.model, len(rows), torch.tensor([[0, len(model)]]))
+    uploads = Uploads(server.model, len(rows), torch.tensor([[0, len(model)]]), **judged)
     for row, n in zip(rows, num_examples, strict=True):
         uploads.next_row().copy_(torch.tensor(row))
         uploads.add(n / sum(num_examples), server.model)
@@ -78,6 +78,14 @@ def test_fedu2_by_hand(monkeypatch):
     assert apply(move_in_unison, [0, 0, 1, 1, 1, 0], rows, [1, 3], networks) == pytest.approx([1, 3, 1.5, 1.5, 1, 2])
     unmoved = [[0, 0, 1, 1, 1, 0], [0, 0, 3, 1, 1, 0]]
     assert apply(move_in_unison, [0, 0, 1, 1, 1, 0], unmoved, [1, 1], networks) == pytest.approx([0, 0, 1, 1, 1, 0])
+
+
+@pytest.mark.parametrize("rule", [fedu.fedavg, weigh_by_angle, move_in_unison, median, trimmed])
+def test_a_rule_sees_an_outlier_as_little_as_an_absent_client(rule):
+    networks = SimpleNamespace(**vars(NETWORKS), server_lr=0.5)
+    model, rows = [1.0] * 6, [[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [2, 2, 3, 3, 1, 1], [1e6] * 6]
+    with_outlier = apply(rule, model, rows, [4, 2, 3, 9], networks, max_drift=10.0)
+    assert with_outlier == pytest.approx(apply(rule, model, rows[:3], [4, 2, 3], networks))
 
 
 def test_median_and_trimmed_mean_by_hand(monkeypatch):
