@@ -30,4 +30,9 @@ class BYOL(WithTarget):
 
     def direction(self, view: Tensor, other: Tensor) -> Tensor:
         projection = self.project(other)
-        return 2 - 2 * cosine_similarity(self.online.module(view), projection).mean()
+        return distance(self.online.module(view), projection)
+
+
+def distance(predictions: Tensor, projections: Tensor) -> Tensor:
+    """`mean(2 - 2 cos(p, z))` of predictions and projections, each `[B, d]`: `[]`."""
+    return 2 - 2 * cosine_similarity(predictions, projections).mean()

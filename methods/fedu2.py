@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
-from methods.byol import BYOL
+from methods.byol import BYOL, distance
 from models import Encoder
+from runtime.uploads import COLUMNS
 
 if TYPE_CHECKING:
     from federation import Server
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 POINTS = DIRECTIONS = 6
 GAP, STEPS = 1e-5, 250
-COLUMNS = 1 << 20  # of the matrix of uploads, whose differences from the model are computed at a time
 
 
 class FedU2(BYOL):
@@ -53,8 +53,7 @@ class FedU2(BYOL):
     def regularised(self, view: Tensor, other: Tensor, generator: torch.Generator | None) -> Tensor:
         target, online = self.project(other), self.online.module
         projection = online.encoder(view)
-        bootstrap = 2 - 2 * cosine_similarity(online.predictor(projection), target).mean()
-        return bootstrap + self.uniformity * distance_from_uniform(projection, generator)
+        return distance(online.predictor(projection), target) + self.uniformity * distance_from_uniform(projection, generator)
 
 
 def distance_from_uniform(projections: Tensor, generator: torch.Generator | None = None) -> Tensor:

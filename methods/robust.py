@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from runtime.uploads import COLUMNS
+
 if TYPE_CHECKING:
     from federation import Server
     from models import Objective
     from runtime.uploads import Uploads
-
-COLUMNS = 1 << 20  # of the matrix of uploads, sorted at a time: sorting needs three times their memory
 
 
 def median(server: Server, uploads: Uploads, networks: Objective, shared: list[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ import ops
 from runtime.cli import InputError
 
 HUGE = torch.finfo(torch.float32).max ** 0.5  # a vector that moved further has a squared length beyond float32
+COLUMNS = 1 << 20  # of the matrix, which a rule that needs several times their memory takes at a time
 MEMORY = 2 << 30  # bytes for a round's uploads; what exceeds them is aggregated in tiles
 
 
@@ -87,8 +88,7 @@ class Uploads:
             self.received[self.filled] = received
         self.waiting.append(len(self.weights))
         self.weights.append(weight)
-        asked = self.segments[self.asked]
-        self.drifts.append(None if online is None else ops.layer_norms(online, received, asked))
+        self.drifts.append(None if online is None else ops.layer_norms(online, received, self.segments[self.asked]))
         self.measured = False
 
     def judge(self) -> dict[int, Outlier]:
