@@ -147,8 +147,9 @@ def fedavg(server: Server, uploads: Uploads, networks: Objective, shared: list[T
 def start_turn(options: Options, federation: Federation, bank: Bank, round_: int, num_clients: int, turn: Turn) -> tuple[int, ...]:
     """Stage 4, model update: fill the workspace with what a client starts its round with. Returns the job for `train_client`."""
     client, server, networks = turn.client, turn.server, federation.networks
-    kept = bank.read(client.row) if client.row else {}
-    if takes_all(client, options, round_):
+    everything = takes_all(client, options, round_)
+    kept = bank.read(client.row) if client.row and (len(networks.private) or not everything) else {}
+    if everything:
         kept = {name: kept[name] for name in kept if name == "private"}
     else:
         d = client.divergence
