@@ -90,10 +90,13 @@ def forked(processes: int, work: Callable[[], None]) -> Iterator[None]:
         meet = Path(folder, "ranks")
         try:
             former = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            for rank in range(1, processes):
-                copies.append(fork.Process(target=copy, args=(rank, processes, meet, work), daemon=True))
-                copies[-1].start()
-            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+            try:
+                for rank in range(1, processes):
+                    process = fork.Process(target=copy, args=(rank, processes, meet, work), daemon=True)
+                    process.start()
+                    copies.append(process)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, former)
             try:
                 join(0, processes, meet)
             except RuntimeError as error:
