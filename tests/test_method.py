@@ -30,7 +30,6 @@ import pytest
 import slow_fedu
 import torch
 import torchvision
-from matplotlib.figure import Figure
 
 import fedu
 import ops
@@ -118,11 +117,6 @@ def dataset(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "small.npz"
     np.savez(path, **arrays)
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)  # a quarter of the time, for a curve that nobody looks at
 
 
 @pytest.fixture
