@@ -47,6 +47,8 @@ EXPERIMENTS = {
     "fedu-iid": (f"{LONG} --method fedu --partition iid", 1),
     "single-iid": (f"{LONG} --method single --partition iid", 1),
 }
+for method in ("ldawa", "fedalignuniform", "fedbarlow", "fedu2", "fedx", "orchestra"):  # after FedU
+    EXPERIMENTS[method] = (f"{LONG} --method {method}", 1)
 # which encoder is averaged, what it becomes, and whose predictor
 for aggregate in ("online", "target"):
     for update in ("online", "target", "both"):
