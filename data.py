@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ops
 from images import note
-from options import CIFAR_CLASSES, Data
+from options import CIFAR_CLASSES, DIRICHLET, Data
 from runtime.cli import InputError, first_line, nearest, user_path, write_atomic
 from sources import Split, decode_splits, find_source, label_files, read_cifar, read_npz, read_table, some
 
@@ -230,9 +230,9 @@ def client_indices(images: Images, private: np.ndarray, clients: int, kind: str,
     private: indices of the images that clients may have, sorted. Raises InputError if the set lacks the labels or parties that this needs,
     or a client has fewer than `at_least` images.
     """
-    if kind in ("classes", "dirichlet"):
+    if kind in ("classes", *DIRICHLET):
         require(images, f"--partition {kind}, unlike iid,", test=False)
-    if kind in ("classes", "dirichlet", "iid"):
+    if kind in ("classes", *DIRICHLET, "iid"):
         labels = images.y_train if len(images.y_train) else torch.zeros(len(images.x_train), dtype=torch.int64)
         return [private[part] for part in partition(labels.cpu().numpy()[private], clients, kind, *how, at_least=at_least)]
     if not len(images.owners):
@@ -307,7 +307,8 @@ def partition(
 
     kind `iid`: equal shares of a permutation. `classes`: client k holds `classes_per_client` classes (default 1/K of them, rounded
     up), every class divided equally among its clients. `dirichlet`: each class in proportions drawn from Dir(alpha), redrawn until
-    every client has `at_least` images (Yurochkin et al. 2019). Raises InputError if a client has fewer than `at_least` images.
+    every client has `at_least` images (Yurochkin et al. 2019). `dirichlet-balanced`: as many images for each client, up to one, see
+    `balanced_counts`. Raises InputError if a client has fewer than `at_least` images.
     """
     if clients * at_least > len(labels):
         raise InputError(f"{clients} clients want {at_least} images each, there are {len(labels)}: lower --clients or --batch-size")
@@ -331,6 +332,10 @@ def partition(
         slots = np.resize(rng.permutation(num_classes), clients * per_client).reshape(clients, per_client)
         holds = np.stack([(slots == c).any(1) for c in range(num_classes)])
         result = divide(lambda c: holds[c] / holds[c].sum())
+    elif kind == "dirichlet-balanced":
+        ends = balanced_counts(np.array([len(m) for m in members]), clients, alpha, rng).cumsum(0)
+        parts = [np.split(m, ends[:-1, c]) for c, m in enumerate(members)]
+        result = [np.sort(np.concatenate([part[k] for part in parts])) for k in range(clients)]
     else:
         for _ in range(100):
             result = divide(lambda c: rng.dirichlet(np.full(clients, alpha)))
@@ -341,6 +346,29 @@ def partition(
         remedy = "lower --batch-size or --clients, or raise --alpha" if kind == "dirichlet" else "lower --batch-size or --clients"
         raise InputError(f"client {smallest} has {len(result[smallest])} images, a batch wants {at_least}: {remedy}")
     return result
+
+
+def balanced_counts(sizes: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
+    """The number of images of each class that each client gets, `[K, C]`, if all get as many, up to one. sizes: of the classes, `[C]`.
+
+    As in Orchestra's code, each client's shares of the classes are drawn from Dir(alpha), and then scaled, in turn by client and by class,
+    until all clients and all classes are used up alike (Sinkhorn and Knopp 1967). The authors round down and leave out what is left; here
+    every client draws classes by its shares, and draws again in place of those that were used up meanwhile.
+    """
+    shares = rng.dirichlet(np.full(len(sizes), alpha), clients) + 1e-100  # with a small alpha, shares are so small that they become 0
+    for _ in range(100):
+        shares *= sizes / np.maximum(shares.sum(0), 1e-100)  # a class without images gets 0
+        shares /= shares.sum(1, keepdims=True)
+    left, counts = sizes.copy(), np.zeros((clients, len(sizes)), int)
+    wanted = sizes.sum() // clients + (np.arange(clients) < sizes.sum() % clients)
+    while (lacking := wanted - counts.sum(1)).any():  # in each turn but the last a class is used up
+        weights = shares * (left > 0)
+        weights[weights.sum(1) == 0] = left  # a client whose classes are used up takes the others as they come
+        drawn = rng.multinomial(lacking, weights / weights.sum(1, keepdims=True))
+        for c in np.flatnonzero(drawn.sum(0) > left):
+            drawn[:, c] = rng.multivariate_hypergeometric(drawn[:, c], left[c])
+        counts, left = counts + drawn, left - drawn.sum(0)
+    return counts
 
 
 def balanced_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:

@@ -121,7 +121,8 @@ ABLATED = ("aggregate", "update", "predictor")  # the columns of a method's row 
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
 RECIPES = {"fashion": {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}}
 FOLDER_OPTIONS = ("image_size", "pixel_range", "skip_broken", "labels", "no_cache")  # they say how a folder's images are read
-PARTITIONS = ("classes", "iid", "dirichlet", "folders", "parties")
+DIRICHLET = ("dirichlet", "dirichlet-balanced")
+PARTITIONS = ("classes", "iid", *DIRICHLET, "folders", "parties")
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
@@ -190,14 +191,15 @@ class Data:
         type=number(float, 0, 0.9),
     )  # fmt: skip
     partition: str = option(
-        "classes", "how the clients share the images: classes, iid, dirichlet; folders: each client has one in the data set; "
+        "classes", "how the clients share the images: classes, iid; dirichlet: sizes and shares of the classes differ; "
+        "dirichlet-balanced: only the shares of the classes differ; folders: each client has one in the data set; "
         "parties: the array client_train or the column party says it; FILE.json: a list of indices for each client; FILE.csv: file,party",
         type=partition_kind,
     )  # fmt: skip
     save_partition: str | None = option(None, "write each client's images to this file, for --partition FILE.json", host=True)
     dry_run: bool = option(False, "print each client's number of images, draw them in partition.png, and do not train", host=True)
     classes_per_client: int | None = option(None, "classes of each client, for --partition classes", type=COUNT, shown="1/K of the classes")
-    alpha: float = option(0.5, "concentration of --partition dirichlet; smaller: clients differ more", type=number(float, 1e-3, 1e6))
+    alpha: float = option(0.5, "concentration of both Dirichlet partitions; smaller: clients differ more", type=number(float, 1e-3, 1e6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +358,7 @@ class Options(Host, Training, Clients, Exchange, Data):
             "ema_decay": (not row.has_target, with_target),
             "first_target": (not row.has_target, with_target),
             "classes_per_client": (self.partition != "classes", "--partition classes"),
-            "alpha": (self.partition != "dirichlet", "--partition dirichlet"),
+            "alpha": (self.partition not in DIRICHLET, "--partition dirichlet or dirichlet-balanced"),
             "max_drift": (row.servers != "one", "a method whose clients share a server"),
             "on_outlier": (row.servers != "one" or self.max_drift == math.inf, "a finite --max-drift, and clients that share a server"),
             "clients_per_round": (row.servers == "pooled", "a method with more than one client"),

@@ -12,7 +12,19 @@ from pathlib import Path
 from statistics import stdev
 
 from methods import WANTED
-from options import ABLATED, CIFAR_CLASSES, EVALUATION_EPOCHS, EVALUATIONS, HOST_OPTIONS, METHODS, OPTIONS, defaults, in_words, settings_of
+from options import (
+    ABLATED,
+    CIFAR_CLASSES,
+    DIRICHLET,
+    EVALUATION_EPOCHS,
+    EVALUATIONS,
+    HOST_OPTIONS,
+    METHODS,
+    OPTIONS,
+    defaults,
+    in_words,
+    settings_of,
+)
 from runtime.cli import InputError, first_line
 from runtime.run import read_config, read_metrics
 
@@ -151,7 +163,8 @@ def capitalized(text: str) -> str:
 def describe_partition(setting: dict) -> str:
     classes = "1/K of the" if setting["classes_per_client"] is None else setting["classes_per_client"]
     partitions = {"classes": f"{classes} class{'es' * (classes != 1)} each", "iid": "iid", "own": "with images of their own"}
-    partitions |= {"dirichlet": f"dirichlet {setting['alpha']}", "folders": "a folder each", "parties": "by party"}
+    partitions |= {kind: f"{kind} {setting['alpha']}" for kind in DIRICHLET}
+    partitions |= {"folders": "a folder each", "parties": "by party"}
     return partitions.get(setting["partition"], setting["partition"])
 
 

@@ -248,6 +248,8 @@ def test_a_client_holds_its_share_of_the_classes():
         ("iid", 1, [0, 4, 5, 7, 10, 11]),
         ("dirichlet", 0, [0, 1, 5, 6, 7, 9, 10]),
         ("dirichlet", 1, [1, 3, 4, 5, 8, 9]),
+        ("dirichlet-balanced", 0, [0, 1, 4, 5, 8, 9]),
+        ("dirichlet-balanced", 1, [0, 2, 4, 6, 8, 9]),
     ],
 )
 def test_a_seed_keeps_its_partition(kind, seed, first):

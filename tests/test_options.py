@@ -134,7 +134,7 @@ RANGES = {
     "--ema-decay": (*PROBABILITIES, ""),
     "--tau": (*PROBABILITIES, "--method fedema"),
     "--method": ("fedsgd FedU", " ".join(ROWS), ""),
-    "--partition": ("none", "classes iid dirichlet", ""),
+    "--partition": ("none", "classes iid dirichlet dirichlet-balanced", ""),
     "--aggregate": ("both ema", "online target", ""),
     "--update": ("local", "online target both ema", ""),
     "--predictor": ("online", "global local dapu ema", ""),
@@ -251,7 +251,7 @@ EFFECTIVE = [
     ("--server-rule median", ["", *methods("fedema", "fedsimclr", "untrained")], methods("fedca", "fedu2", "ldawa", *NOT_EXCHANGED)),
     ("--statistics local", ["", "--norm group", *methods("fedema", "fedca", "ldawa", "untrained")], methods(*NOT_EXCHANGED)),
     ("--classes-per-client 2", ["", "--partition classes"], ["--partition iid", "--partition dirichlet"]),
-    ("--alpha 0.5", ["--partition dirichlet"], ["", "--partition classes", "--partition iid"]),
+    ("--alpha 0.5", ["--partition dirichlet", "--partition dirichlet-balanced"], ["", "--partition classes", "--partition iid"]),
     ("--clients-per-round 5", ["", "--method single"], ["--method central"]),
     ("--image-size 32", ["--dataset folder"], [f"--dataset {name}" for name in ("fashion", "cifar10", "cifar100", "x.npz")]),
 ]  # fmt: skip

@@ -21,7 +21,7 @@ settings.load_profile("here")
 @given(
     labels=some.lists(some.integers(0, 6), min_size=1, max_size=80),
     clients=some.integers(1, 30),
-    kind=some.sampled_from(["iid", "classes", "dirichlet"]),
+    kind=some.sampled_from(["iid", "classes", "dirichlet", "dirichlet-balanced"]),
     classes=some.none() | some.integers(1, 9),
     alpha=some.floats(1e-3, 1e3),
     at_least=some.integers(1, 5),
@@ -35,6 +35,7 @@ def test_a_partition_is_disjoint_and_complete(labels, clients, kind, classes, al
         return
     assert len(parts) == clients and min(map(len, parts)) >= at_least
     assert sorted(np.concatenate(parts)) == list(range(len(labels)))
+    assert kind not in ("iid", "dirichlet-balanced") or max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 @given(labels=some.lists(some.integers(0, 4), min_size=1, max_size=60), fraction=some.floats(1e-3, 1))
