@@ -276,6 +276,8 @@ class Training:
     local_epochs: int = option(None, "epochs of a client in a round (E)", type=COUNT, shown="5; fashion: 2")
     batch_size: int = option(None, "B; the last partial batch of an epoch is dropped", type=number(int, 2), shown="128; fashion: 32")
     lr: float = option(None, "learning rate of round 0; cosine over rounds", type=POSITIVE, shown="0.032; fashion: 0.1")
+    momentum: float = option(0.9, "of SGD, which begins each round with none; 0: plain SGD", type=number(float, 0, 0.999))
+    weight_decay: float = option(5e-4, "of SGD, on all parameters", type=number(float, 0, 1))
     ema_decay: float = option(0.99, "m of the target's moving average; 1: the target does not move", type=PROBABILITY)
     precision: str = option("fp32", "number format of the networks' arithmetic", ("fp32", "bf16"))
     compile: bool = option(False, "let torch.compile fuse what lies between convolutions, which takes it a minute at first")

@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from federation import Federation
     from report.progress import Progress
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-
 
 class Step:
     """A step of local training: two views of a batch, the gradient of their loss, and the update of the networks.
 
-    images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` draws two or more of its views from `generator`. `lr` and
-    `loss`, the sum of the losses so far, are scalars on the device. Every tensor that a step touches keeps its address from client to
-    client, so that one CUDA graph serves all clients.
+    images: uint8 `[N, 3, S, S]`; a batch is an index into them, and `views` draws two or more of its views from `generator`. momentum,
+    weight_decay: SGD's, for all parameters. `lr` and `loss`, the sum of the losses so far, are scalars on the device. Every tensor that a
+    step touches keeps its address from client to client, so that one CUDA graph serves all clients.
     """
 
     def __init__(
-        self, networks: Objective, images: Tensor, precision: str = "fp32", views: Callable[..., tuple[Tensor, ...]] = random_views
+        self, networks: Objective, images: Tensor, precision: str = "fp32", views: Callable[..., tuple[Tensor, ...]] = random_views,
+        momentum: float = 0.9, weight_decay: float = 5e-4,
     ):  # fmt: skip
         self.networks, self.images, self.precision, self.views = networks, images, precision, views
+        self.momentum, self.weight_decay = momentum, weight_decay
         device = images.device
         self.generator = None if device.type == "meta" else torch.Generator(device)  # the meta device has none, and draws nothing
         self.lr, self.loss = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), device=device)
@@ -60,7 +60,7 @@ class Step:
                 with self.in_bf16(False):
                     loss.backward()
                 self.loss.add_(loss.detach())
-        self.networks.update(self.lr, MOMENTUM, WEIGHT_DECAY, self.ema_decay)
+        self.networks.update(self.lr, self.momentum, self.weight_decay, self.ema_decay)
 
     def in_bf16(self, enabled: bool = True) -> AbstractContextManager:
         """Autocast to bf16 if that is the precision; `enabled=False` switches it off inside such a block."""
@@ -95,15 +95,14 @@ def wrong_terms(networks: Objective, what: str) -> InputError:
 def local_training(step: Step, batches: Iterable[Tensor], lr: float, ema_decay: float = 0.99, progress: Progress | None = None) -> Tensor:
     """Train the networks on a client's batches; returns the mean loss, `[]`, still on the device.
 
-    SGD with momentum 0.9, which starts from zero every round, and weight decay 5e-4 on everything. No step makes the host wait for the
-    device.
+    SGD whose momentum starts from zero every round. No step makes the host wait for the device.
     """
     step.networks.check_views()
     step.lr.fill_(lr)
     step.loss.zero_()
     step.ema_decay, steps = ema_decay, 0
     for parameters in step.networks.trainable:  # backward() adds to this: momentum and gradient are one vector
-        torch.mul(parameters.detach(), WEIGHT_DECAY, out=parameters.grad)
+        torch.mul(parameters.detach(), step.weight_decay, out=parameters.grad)
     with step.launcher() as run_step:
         for batch in batches:
             run_step(batch)
@@ -158,7 +157,7 @@ def make_step(networks: Objective, images: Tensor, options: Options) -> Step:
     views = partial(random_views, jitter=options.settings["jitter"])
     if options.views:
         views = partial(own_views, options.views.content)
-    return Step(networks, images, options.precision, views)
+    return Step(networks, images, options.precision, views, options.momentum, options.weight_decay)
 
 
 def own_views(view: Callable, images: Tensor, generator: torch.Generator | None, count: int = 2) -> list[Tensor]:

@@ -137,7 +137,9 @@ def test_three_mistakes_on_the_command_line(command, tmp_path):
     """The whole chain, from the process to its exit status; what the options show is answered before torch is imported."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     without = {"PYTHONPATH": str(tmp_path)}
-    assert refused(command("fedu.py", "--alpha", "1", cwd=tmp_path, variables=without), "it goes with --partition dirichlet or dirichlet-balanced")
+    assert refused(
+        command("fedu.py", "--alpha", "1", cwd=tmp_path, variables=without), "it goes with --partition dirichlet or dirichlet-balanced"
+    )
     assert refused(command("eval.py", "--knn", "--seed", "1", cwd=tmp_path, variables=without), "--seed goes with --linear or --semi")
     (tmp_path / "torch.py").unlink()
     assert refused(command("eval.py", "none", cwd=tmp_path), "none is not a run folder")

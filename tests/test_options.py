@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import CPU, ROOT
 
-import training
 from federation import build_networks
 from options import HOST_OPTIONS, METHODS, Options, evaluation_parser, parse, parse_evaluation, run_name, training_parser
 from report.reference import as_markdown, documentation
@@ -23,6 +22,7 @@ def options_of(line: str) -> Options:
 PAPER = {
     "method": "fedu", "clients": 5, "clients_per_round": None, "dropout": 0, "partition": "classes", "classes_per_client": None,
     "encoder": "resnet18", "norm": "batch", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "ema_decay": 0.99,
+    "momentum": 0.9, "weight_decay": 5e-4,
     "precision": "fp32", "aggregate": "online", "update": "online", "predictor": "dapu", "mu": 0.4, "divergence": "layer-mean",
     "divergence_from": "received", "first_target": "copy", "server_rule": "mean", "statistics": "shared", "no_predictor": False,
     "no_stop_gradient": False, "compile": False, "tau": 0.7, "alpha": 0.5, "seed": 0, "knn_every": 10,
@@ -62,7 +62,6 @@ ROWS = {
 def test_without_options_a_run_is_fedu_by_the_papers_recipe():
     for dataset in ("cifar10", "cifar100", "x.npz", "folder"):
         assert asdict(options_of(f"--dataset {dataset}")) == {**PAPER, "dataset": dataset}
-    assert (training.MOMENTUM, training.WEIGHT_DECAY) == (0.9, 5e-4)
 
 
 def test_the_embedded_images_have_a_recipe_of_their_own():
@@ -130,6 +129,8 @@ RANGES = {
     "--lr": ("0 -1 nan", "1e-9 100", ""),
     "--mu": ("-0.1 nan", "0 inf", ""),
     "--alpha": ("0 0.0009 1000001 inf", "0.001 1000000", "--partition dirichlet"),
+    "--momentum": ("-0.1 1 nan", "0 0.999", ""),
+    "--weight-decay": ("-0.1 1.1 nan", "0 1", ""),
     "--dropout": (*PROBABILITIES, ""),
     "--ema-decay": (*PROBABILITIES, ""),
     "--tau": (*PROBABILITIES, "--method fedema"),

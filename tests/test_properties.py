@@ -124,7 +124,10 @@ SOME = {  # values of each option, also neighbours and values that look alike
     **{k: [2, 3, 128, 1234567, 1234568] for k in ("clients", "rounds", "local_epochs", "batch_size", "knn_every")},
     **{k: [None, 1, 2] for k in ("clients_per_round", "classes_per_client")},
     "max_drift": [1, 10.0, 10.000001, float("inf")],
-    **{k: [0.1, 0.10000001, np.nextafter(0.1, 1).item(), 0.01, 1] for k in ("mu", "tau", "alpha", "dropout", "lr", "ema_decay")},
+    **{
+        k: [0.1, 0.10000001, np.nextafter(0.1, 1).item(), 0.01, 1]
+        for k in ("mu", "tau", "alpha", "dropout", "lr", "ema_decay", "momentum", "weight_decay")
+    },
 }
 
 

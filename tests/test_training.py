@@ -11,6 +11,7 @@ import models
 import ops
 import training
 from data import draw_views, load_images
+from options import Options
 from training import Step, cosine, local_batches, local_training
 
 
@@ -96,16 +97,16 @@ def test_compiled_networks_train_as_they_are(npz, monkeypatch, kind, decorrelati
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_local_training_is_torchs_sgd_over_the_modules_own_tensors(monkeypatch):
+def test_local_training_is_torchs_sgd_over_the_modules_own_tensors():
     """Momentum and weight decay on everything, here by the flat gradient; a decay large enough to be seen in four steps."""
-    monkeypatch.setattr(training, "WEIGHT_DECAY", 0.1)
     torch.manual_seed(0)
     net, images = objective(), torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8)
     module = copy.deepcopy(net.online.module)
     for p in module.parameters():
         p.grad = None
-    batches, optimizer = torch.arange(32).split(8), torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, weight_decay=0.1)
-    step = Step(net, images, views=lambda x, *_: (x / 255, x.flip(3) / 255))
+    batches, optimizer = torch.arange(32).split(8), torch.optim.SGD(module.parameters(), 0.01, momentum=0.5, weight_decay=0.1)
+    step = training.make_step(net, images, Options(momentum=0.5, weight_decay=0.1))
+    step.views = lambda x, *_: (x / 255, x.flip(3) / 255)
     local_training(step, batches, 0.01, ema_decay=1.0)
     target = objective().target.module
     target.load_state_dict(module.encoder.state_dict())
