@@ -384,21 +384,24 @@ def balanced_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def random_views(
-    images: Tensor, generator: torch.Generator | None = None, count: int = 2, jitter: float = 1.0
+    images: Tensor, generator: torch.Generator | None = None, count: int = 2,
+    jitter: float = 1.0, crop_scale: float = 0.08, greyscale: float = 0.2,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`count` independent random views of each image, by the recipe of the authors' code (SimCLR's, without blur).
 
     images: uint8 `[B, 3, H, W]`. Returns float32 `[B, 3, H, W]` in [0, 1] on the same device, `count` times. `generator` lives there too.
-    jitter: the strength of the colour jitter, `ColorJitter(0.8 jitter, 0.8 jitter, 0.8 jitter, 0.2 jitter)`.
+    jitter: the strength of the colour jitter, `ColorJitter(0.8 jitter, 0.8 jitter, 0.8 jitter, 0.2 jitter)`. crop_scale: the smallest share
+    of the image that a view shows, in (0, 1]. greyscale: the probability of a grey view.
     """
-    draws = draw_views(count * len(images), *images.shape[2:], images.device, generator, jitter)
+    draws = draw_views(count * len(images), *images.shape[2:], images.device, generator, jitter, crop_scale, greyscale)
     return ops.augment(images, draws).chunk(count)
 
 
 def draw_views(
-    n: int, height: int, width: int, device: torch.device, generator: torch.Generator | None = None, jitter: float = 1.0
+    n: int, height: int, width: int, device: torch.device, generator: torch.Generator | None = None,
+    jitter: float = 1.0, crop_scale: float = 0.08, greyscale: float = 0.2,
 ) -> Tensor:  # fmt: skip
-    """The random numbers of n views for `ops.augment`, `[n, len(ops.VIEW)]`: crop, flip (p 0.5), colour jitter (p 0.8), greyscale (p 0.2).
+    """The random numbers of n views for `ops.augment`, `[n, len(ops.VIEW)]`: crop, flip (p 0.5), colour jitter (p 0.8), greyscale.
 
     With jitter = 1, brightness, contrast and saturation are factors in 0.2-1.8 and hue is a shift of -0.2 to 0.2 turns, in random order.
     All have fixed shapes, so that a GPU never waits for the host.
@@ -407,16 +410,16 @@ def draw_views(
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator, device=device) * (high - low) + low
 
-    box = random_box(height, width, uniform)
+    box = random_box(height, width, crop_scale, uniform)
     flip, jittered, grey = uniform(0, 1, 3).split(1, dim=1)
     amounts = torch.where(jittered < 0.8, uniform(-1, 1, 4), 0.0)
     factors, shift = 1 + 0.8 * jitter * amounts[:, :3], 0.2 * jitter * amounts[:, 3:]
-    return torch.cat([box, flip < 0.5, factors, shift, uniform(0, 1, 4).argsort(1), grey < 0.2], 1)
+    return torch.cat([box, flip < 0.5, factors, shift, uniform(0, 1, 4).argsort(1), grey < greyscale], 1)
 
 
-def random_box(height: int, width: int, uniform: Callable[..., Tensor]) -> Tensor:
-    """RandomResizedCrop's box (top, left, height, width): scale 0.08-1, ratio 3/4-4/3; the whole image after 10 misses. `[n, 4]`."""
-    area = uniform(0.08, 1, 10) * (height * width)
+def random_box(height: int, width: int, scale: float, uniform: Callable[..., Tensor]) -> Tensor:
+    """RandomResizedCrop's box (top, left, height, width): from `scale` to 1, ratio 3/4-4/3; the whole image after 10 misses. `[n, 4]`."""
+    area = uniform(scale, 1, 10) * (height * width)
     ratio = torch.exp(uniform(-1, 1, 10) * np.log(4 / 3))
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)

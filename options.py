@@ -46,7 +46,7 @@ class Method(NamedTuple):
     uses_labels: bool = False
     ablations: bool = True  # whether the objective can do without its predictor, and without its stop-gradient
     head: tuple[int | str, ...] = ()  # the projector's layers, see models.build_head, 0 for the features' width; by default the encoder's
-    settings: Mapping[str, Setting] = {}  # of the objective, in addition to those that all have: `jitter` and `decorrelation`
+    settings: Mapping[str, Setting] = {}  # of the objective, in addition to those that all have: of the views, and `decorrelation`
     jitter: float = 1.0  # default of the setting of this name
     rule: Any = ""  # what the server makes of a round's uploads: a function, or FILE:FUNCTION of methods/; by default FedAvg's mean
     public: float = 0.0  # fraction of the training images that are public: no client has them, and the objective may prepare itself on them
@@ -54,7 +54,6 @@ class Method(NamedTuple):
 
 
 COUNT, PROBABILITY, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 0, open_low=True)
-JITTER = "strength of the colour jitter: 1 is ColorJitter(0.8, 0.8, 0.8, 0.2)"
 
 
 def temperature(default: float) -> Setting:
@@ -63,6 +62,11 @@ def temperature(default: float) -> Setting:
 
 QUEUE = Setting(4096, "keys that a client keeps as negatives", COUNT)
 DICTIONARY = Setting(4096, "projections that the clients of a round share as negatives of the next", COUNT)
+VIEWS = {  # settings of the built-in views; beyond 1.25, the jitter's factors would be negative
+    "jitter": Setting(1.0, "strength of the colour jitter: 1 is ColorJitter(0.8, 0.8, 0.8, 0.2)", number(float, 0, 1.25)),
+    "crop_scale": Setting(0.08, "smallest share of an image that a view shows", number(float, 0, 1, open_low=True)),
+    "greyscale": Setting(0.2, "probability that a view is grey", PROBABILITY),
+}
 DECORRELATION = Setting(0.0, "weight of FedDecorr's term, which decorrelates the features of the backbone", number(float, 0))
 UNIFORMITY = Setting(0.01, "weight of the regulariser FUR", number(float, 0))
 SERVER_LR = Setting(0.1, "a round moves the server's parameters by at most twice this length", POSITIVE)
@@ -327,8 +331,9 @@ class Options(Host, Training, Clients, Exchange, Data):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self.refuse_ineffective(name for name, value in default.items() if getattr(self, name) != value)
-        if self.views and self.settings["jitter"] != row_of(self.method).jitter:
-            raise Ineffective("jitter", f"--set jitter={self.settings['jitter']:g} changes nothing: --views {self.views} draws the views")
+        for name, usual in default["settings"].items() if self.views else ():
+            if name in VIEWS and self.settings[name] != usual:
+                raise Ineffective(name, f"--set {name}={self.settings[name]:g} changes nothing: --views {self.views} draws the views")
         if (self.clients_per_round or 1) > self.clients:
             raise InputError(f"--clients-per-round got {self.clients_per_round}, there are {self.clients} clients")
         if self.server_rule == "trimmed" and (uploads := self.clients_per_round or self.clients) < 3:
@@ -457,8 +462,8 @@ def views_of(value: str | Callable) -> str:
 def settings_of(method: str) -> dict[str, Setting]:
     """The settings that a method has."""
     row = row_of(method)
-    jitter = Setting(row.jitter, JITTER, number(float, 0, 1.25))  # beyond 1.25, factors would be negative
-    return {"jitter": jitter, "decorrelation": DECORRELATION, **row.settings}
+    jitter = VIEWS["jitter"]._replace(default=row.jitter)
+    return {**VIEWS, "jitter": jitter, "decorrelation": DECORRELATION, **row.settings}
 
 
 def resolved_settings(method: str, given: Mapping[str, object]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from data import random_views, seed_of
 from methods import place
 from models import Objective
-from options import Options
+from options import VIEWS, Options
 from runtime.cli import InputError
 from runtime.device import GRAPHS_ON, StepGraph, release_memory
 
@@ -154,7 +154,7 @@ def local_step(federation: Federation, options: Options) -> Step:
 
 
 def make_step(networks: Objective, images: Tensor, options: Options) -> Step:
-    views = partial(random_views, jitter=options.settings["jitter"])
+    views = partial(random_views, **{name: options.settings[name] for name in VIEWS})
     if options.views:
         views = partial(own_views, options.views.content)
     return Step(networks, images, options.precision, views, options.momentum, options.weight_decay)

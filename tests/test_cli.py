@@ -149,7 +149,9 @@ def test_three_mistakes_on_the_command_line(command, tmp_path):
 def test_in_python_an_error_names_the_argument():
     with pytest.raises(InputError, match="^local_epochs got '0', needs a whole number of at least 1$"):
         Options(local_epochs=0)
-    with pytest.raises(InputError, match="^settings got 'queue'; method fedu has the settings jitter, decorrelation$"):
+    with pytest.raises(
+        InputError, match="^settings got 'queue'; method fedu has the settings jitter, crop_scale, greyscale, decorrelation$"
+    ):
         Options(settings={"queue": 3})
 
 

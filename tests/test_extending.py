@@ -93,7 +93,8 @@ def test_views_of_ones_own(own, tiny, refuses, monkeypatch):
     assert refuses(partial(run, own / "bad", *tiny, "--views", "bad.py"), *words)
     (own / "none.py").write_text("def views(): pass")
     assert refuses(lambda: parse(["--views", "none.py"]), "none.py has no function view(images, generator)")
-    assert refuses(lambda: parse(["--views", "bad.py", "--set", "jitter=0.5"]), "--set jitter=0.5 changes nothing: --views bad.py draws")
+    for text in ("jitter=0.5", "crop_scale=0.5", "greyscale=0"):
+        assert refuses(lambda text=text: parse(["--views", "bad.py", "--set", text]), f"--set {text} changes nothing: --views bad.py draws")
     assert refuses(
         lambda: fedu.main(parse(["--resume", "run", "--views", "bad.py"])), "--views bad.py is not the file with which run began"
     )

@@ -28,11 +28,12 @@ PAPER = {
     "no_stop_gradient": False, "compile": False, "tau": 0.7, "alpha": 0.5, "seed": 0, "knn_every": 10,
     "on_nonfinite": "skip", "max_drift": 10.0, "on_outlier": "drop",
     "device": "auto", "processes": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
-    "settings": {"jitter": 1, "decorrelation": 0}, "labels": None, "holdout": 0, "pixel_range": None, "skip_broken": False,
+    "settings": {"jitter": 1, "crop_scale": 0.08, "greyscale": 0.2, "decorrelation": 0},
+    "labels": None, "holdout": 0, "pixel_range": None, "skip_broken": False,
     "no_cache": False, "save_partition": None, "dry_run": False, "init": None, "views": None,
 }  # fmt: skip
 FASHION = {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}
-ALL = {"jitter": 1, "decorrelation": 0}  # settings of every method
+ALL = {"jitter": 1, "crop_scale": 0.08, "greyscale": 0.2, "decorrelation": 0}  # settings of every method
 # aggregate, update, predictor; the servers; what a client minimises, and its numbers
 ROWS = {
     "fedu": ("online", "online", "dapu", "one", "BYOL", ALL),
@@ -189,7 +190,7 @@ def test_options_from_a_notebook_are_checked_like_those_of_a_command(given, word
 def test_settings_belong_to_a_method():
     line = "--method fedmoco-v2 --set queue=64 --set temperature=0.1 --set queue=128"
     assert options_of(line).settings == {**ALL, "temperature": 0.1, "queue": 128}
-    assert options_of("--set jitter=0.25 --set decorrelation=2").settings == {"jitter": 0.25, "decorrelation": 2}
+    assert options_of("--set jitter=0.25 --set decorrelation=2").settings == {**ALL, "jitter": 0.25, "decorrelation": 2}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,8 @@ def test_settings_belong_to_a_method():
         ("--method orchestra --set memory=0", ["--set memory got '0'", "at least 1"]),
         ("--set jitter=1.3", ["--set jitter got '1.3'", "at least 0 and at most 1.25"]),
         ("--set decorrelation=-1", ["--set decorrelation got '-1'", "at least 0"]),
+        ("--set crop_scale=0", ["--set crop_scale got '0'", "above 0 and at most 1"]),
+        ("--set greyscale=1.1", ["--set greyscale got '1.1'", "at most 1"]),
         ("--set jitter=-0.1", ["--set jitter got '-0.1'"]),
         ("--set jitter", ["--set got 'jitter'", "NAME=VALUE"]),
         ("--set jitter=", ["--set got 'jitter='", "NAME=VALUE"]),

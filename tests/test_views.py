@@ -80,13 +80,14 @@ def test_the_four_operations_come_in_any_order(draws):
     assert (counts / N - 1 / 24).abs().max() < 5 * (1 / 24 / N) ** 0.5
 
 
-def test_boxes_are_torchvisions():
-    """RandomResizedCrop(scale=(0.08, 1), ratio=(3/4, 4/3)): as many boxes of each height and width, and as many at each place."""
+@pytest.mark.parametrize("scale", [0.08, 0.5])
+def test_boxes_are_torchvisions(scale):
+    """RandomResizedCrop(scale=(scale, 1), ratio=(3/4, 4/3)): as many boxes of each height and width, and as many at each place."""
     n = 10_000
     torch.manual_seed(0)
-    crop, image = v2.RandomResizedCrop(S, scale=(0.08, 1), ratio=(3 / 4, 4 / 3)), torch.empty(3, S, S)
+    crop, image = v2.RandomResizedCrop(S, scale=(scale, 1), ratio=(3 / 4, 4 / 3)), torch.empty(3, S, S)
     theirs = torch.tensor([list(crop.make_params([image]).values())[:4] for _ in range(n)])
-    ours = draw_views(n, S, S, CPU, torch.Generator().manual_seed(0))[:, :4]
+    ours = draw_views(n, S, S, CPU, torch.Generator().manual_seed(0), crop_scale=scale)[:, :4]
     assert (ours == ours.round()).all()
     for moment in (
         lambda top, left, height, width: height,
@@ -96,11 +97,22 @@ def test_boxes_are_torchvisions():
         lambda top, left, height, width: (height / width).log().abs(),
         lambda top, left, height, width: top / (S - height).clamp(min=1),
         lambda top, left, height, width: left / (S - width).clamp(min=1),
-        lambda top, left, height, width: (height * width < 0.16 * S * S).double(),
+        lambda top, left, height, width: (height * width < (scale + 0.08) * S * S).double(),
         lambda top, left, height, width: ((height == S) & (width == S)).double(),
     ):
         a, b = moment(*ours.double().unbind(1)), moment(*theirs.double().unbind(1))
         assert abs(a.mean() - b.mean()) < 5 * ((a.var() + b.var()) / n).sqrt()
+
+
+def test_of_scale_1_every_view_shows_the_whole_image():
+    assert (draw_views(100, 33, 33, CPU, crop_scale=1)[:, :4] == torch.tensor([0, 0, 33, 33])).all()
+
+
+def test_the_probability_of_greyscale():
+    """The other numbers stay as they are."""
+    never, some, always = (draw_views(N, S, S, CPU, torch.Generator().manual_seed(0), greyscale=p) for p in (0, 0.6, 1))
+    assert torch.equal(never[:, :-1], some[:, :-1]) and torch.equal(never[:, :-1], always[:, :-1])
+    assert not never[:, -1].any() and share(some[:, -1] == 1, 0.6) and always[:, -1].all()
 
 
 def test_areas_and_ratios_of_boxes():
