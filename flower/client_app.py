@@ -127,7 +127,11 @@ def recall(federation: Federation, bank: Bank, folder: Path, last_round: int) ->
     """Restore what the client kept after `last_round`; without it, or with -1, this is its first round."""
     client = federation.clients[0]
     for _ in range(2):  # the last checkpoint and the one before
-        saved = load_checkpoint(folder, bank, federation.images.device)
+        try:
+            saved = load_checkpoint(folder, bank, federation.images.device)
+        except InputError as error:  # both are damaged: what they held is lost, and the party goes on
+            print(f"client {client.id}: {error}", file=sys.stderr, flush=True)
+            break
         if saved and saved.values["clients"]["last_round"][0] == last_round:
             federation.restore(saved)
             return
@@ -136,6 +140,7 @@ def recall(federation: Federation, bank: Bank, folder: Path, last_round: int) ->
         print(
             f"client {client.id}: {folder} does not hold what it kept after round {last_round}; it starts as in its first round",
             file=sys.stderr,
+            flush=True,
         )
 
 

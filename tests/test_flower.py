@@ -557,17 +557,26 @@ def test_a_client_of_another_architecture_is_left_out(npz, grid, tmp_path, capfd
     assert [row["clients"] for row in read_metrics(tmp_path / "run")] == [[1, 2], [0, 1], [0, 1, 2]]
 
 
-def test_a_client_whose_state_is_lost_says_so_and_begins_anew(npz, grid, tmp_path, capfd):
-    def forget(message: Message, answer) -> Message:
+@pytest.mark.parametrize("how", ["deleted", "cut", "random"])
+def test_a_client_whose_state_is_lost_or_damaged_says_so_and_begins_anew(npz, grid, tmp_path, capfd, how):
+    def harm(message: Message, answer) -> Message:
         if (message.content["config"]["round"], message.metadata.dst_node_id) == (2, 100):
-            for folder in (tmp_path / "state").glob("*/client-0"):
+            (folder,) = (tmp_path / "state").glob("*/client-0")
+            for path in folder.iterdir():
+                data = path.read_bytes()
+                path.write_bytes(data[: len(data) // 2] if how == "cut" else os.urandom(len(data)))
+            if how == "deleted":
                 shutil.rmtree(folder)
         return answer()
 
-    grid.fault = forget
-    grid.serve(f"{FEDU} --dataset {npz} --out run")
-    assert "does not hold what it kept after round 1; it starts as in its first round" in capfd.readouterr().err
-    assert [d is None for d in read_metrics(tmp_path / "run")[2]["decided_on"]] == [True, False, False]
+    grid.fault = harm
+    grid.serve(f"{FEDU} --rounds 4 --dataset {npz} --out run")
+    said = capfd.readouterr().err
+    assert "does not hold what it kept after round 1; it starts as in its first round" in said and "Traceback" not in said
+    assert ("client 0: " in said and "is not a readable checkpoint of this version" in said) == (how != "deleted")
+    rows = read_metrics(tmp_path / "run")
+    assert [row["clients"] for row in rows] == [[0, 1, 2]] * 4
+    assert [[d is None for d in row["decided_on"]] for row in rows[2:]] == [[True, False, False], [False] * 3]
 
 
 @pytest.mark.parametrize(
