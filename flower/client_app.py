@@ -7,6 +7,7 @@ what `fedu.py` counts as upload_bytes, who it is, how many images it has, and it
 
 import math
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ def alive(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round: take what the server sends, train, and upload the online encoder, and the predictor unless it is local."""
+    begun = time.perf_counter()
     with reported("the server's message is refused"):
         request, round_, last_round, received = read_order(message)
     client, images = open_client(context, request)
@@ -80,7 +82,16 @@ def train(message: Message, context: Context) -> Message:
     if turn.start.divergence is not None:
         report["decided-on"] = turn.start.divergence
     model = ArrayRecord({"model": Array(upload.cpu().numpy())})
+    print(round_line(client, turn, round_, request.options.rounds, upload.nbytes, time.perf_counter() - begun), flush=True)
     return Message(RecordDict({"model": model, "turn": ConfigRecord(report)}), reply_to=message)
+
+
+def round_line(client: Client, turn: Turn, round_: int, rounds: int, size: int, seconds: float) -> str:
+    """What a party's log says about a round. size: bytes of the network that leaves."""
+    predictor = {0.0: "the server's predictor", 1.0: "its own predictor"}.get(turn.start.predictor, "a mixed predictor")
+    divergence = "" if client.divergence is None else f", divergence {client.divergence:.4f}"
+    trained = f"client {client.id}, round {round_} of 0 to {rounds - 1}: loss {turn.loss:.4f}{divergence}, began with {predictor}"
+    return f"{trained}, sends {size / 1e6:.2f} MB after {seconds:.1f} s"
 
 
 @contextmanager

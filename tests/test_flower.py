@@ -571,12 +571,18 @@ def test_a_client_whose_state_is_lost_or_damaged_says_so_and_begins_anew(npz, gr
 
     grid.fault = harm
     grid.serve(f"{FEDU} --rounds 4 --dataset {npz} --out run")
-    said = capfd.readouterr().err
+    told, said = capfd.readouterr()
     assert "does not hold what it kept after round 1; it starts as in its first round" in said and "Traceback" not in said
     assert ("client 0: " in said and "is not a readable checkpoint of this version" in said) == (how != "deleted")
     rows = read_metrics(tmp_path / "run")
     assert [row["clients"] for row in rows] == [[0, 1, 2]] * 4
     assert [[d is None for d in row["decided_on"]] for row in rows[2:]] == [[True, False, False], [False] * 3]
+    lines = re.findall(r"client 0, round (.*) of 0 to 3: loss (.*), divergence (.*), began with (.*), sends (.*) MB after ", told)
+    origin = {"global": "the server's predictor", "local": "its own predictor"}
+    assert lines == [
+        (str(k), f"{row['loss'][0]:.4f}", f"{row['divergence'][0]:.4f}", origin[row["predictor"][0]], f"{row['upload_bytes'] / 3e6:.2f}")
+        for k, row in enumerate(rows)
+    ]
 
 
 @pytest.mark.parametrize(
