@@ -158,8 +158,10 @@ def recall(federation: Federation, bank: Bank, folder: Path, last_round: int) ->
 def state_folder(context: Context) -> Path:
     """The folder for all that this client writes, which nobody else may read; made if need be."""
     folder = user_path(str(context.node_config.get("state", "fedu-state")), "--node-config state")
-    with os_errors(f"the state folder {folder} cannot be made"):
+    with os_errors(f"the state folder {folder} cannot be made, or closed to other users"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_mode & 0o077:  # made by somebody else
+            folder.chmod(0o700)
     return folder
 
 

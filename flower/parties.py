@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     if done.returncode and "already in use" not in said:
         raise InputError(f"the SuperLink did not take the key: {said[-300:]}")
     content = json.dumps([party._asdict() for party in parties], indent=1).encode() + b"\n"
-    write_atomic(FILE, lambda file: file.write(content))
+    write_atomic(FILE, lambda file: file.write(content), mode=0o600)
     print(f"{'The SuperLink has this key already.' if done.returncode else said}\n{FILE} binds it to client {given.client}.")
 
 

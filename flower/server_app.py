@@ -75,7 +75,7 @@ def main(grid: Grid, context: Context) -> None:
     unknown = torch.empty(0, device="meta")  # a client says how many images it has when it connects
     everyone = [Client(k, unknown) for k in range(options.clients)]
     federation = assemble(options, [everyone], images.x_train, images.y_train)
-    with run_folder(out):
+    with run_folder(out, mode=0o700):  # it says how many images each party has
         if command.resume:
             config = reopen_run(out, parties=True)
             refuse_other_data(out, config.get("data", {}), {"images": images.digest}, options.dataset, moved=False)

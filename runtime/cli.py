@@ -240,10 +240,10 @@ def say(error: str) -> None:
     print(f"rank {RANK}: {error}" if RANK else error, file=sys.stderr, flush=True)
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object], keep_as: Path | None = None) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], object], keep_as: Path | None = None, mode: int = 0o644) -> None:
     """Let `write(file)` fill a temporary file beside `path`, then move it to `path`: a reader sees the old file or the new one, whole.
 
-    keep_as: a path to which the old file is moved first.
+    keep_as: a path to which the old file is moved first. mode: who may read and write the file, whatever the umask.
     """
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -251,7 +251,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object], keep_as: Path 
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
+                os.chmod(file.name, mode)
                 if keep_as and path.exists():
                     os.replace(path, keep_as)
                 os.replace(file.name, path)

@@ -56,10 +56,10 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 @contextmanager
-def run_folder(out: Path) -> Iterator[None]:
-    """Make the run folder, and lock it for this process."""
+def run_folder(out: Path, mode: int = 0o777) -> Iterator[None]:
+    """Make the run folder, and lock it for this process. mode: of a new folder, before the umask."""
     with os_errors(f"--out {out} cannot be made"):
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(mode, parents=True, exist_ok=True)
     with locked(out, f"{out} is in use by another run: wait for it, or choose another --out"):
         for fragment in (path for name in RUN_FILES for path in out.glob(f".{name}.*")):
             fragment.unlink()  # left by a run that was killed while it wrote

@@ -347,13 +347,16 @@ def test_a_claim_of_many_images_weighs_half_and_one_that_changes_is_named(npz, g
 # ------------------------------------------------------------------------------------- certificates.sh and parties.json
 
 
-def certificates(folder: Path, *line: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess:
+def certificates(folder: Path, *line: str, path: str = os.environ["PATH"], umask: int = -1) -> subprocess.CompletedProcess:
     script = str(ROOT / "flower" / "certificates.sh")
-    return subprocess.run(["/bin/sh", script, *line], cwd=folder, env={"PATH": path}, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["/bin/sh", script, *line], cwd=folder, env={"PATH": path}, capture_output=True, text=True, timeout=60, umask=umask
+    )
 
 
-def test_certificates_of_names_and_addresses(tmp_path):
-    done = certificates(tmp_path, "the keys/", "fedu.example.org,localhost,10.0.0.255,::1", "2")
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_certificates_of_names_and_addresses(tmp_path, umask):
+    done = certificates(tmp_path, "the keys/", "fedu.example.org,localhost,10.0.0.255,::1", "2", umask=umask)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     (folder,) = tmp_path.iterdir()
     made = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
@@ -503,6 +506,21 @@ def test_files_of_parties_that_are_refused(keys, tmp_path, change, sentence):
     (tmp_path / "parties.json").write_text(json.dumps([row, row | change]))
     with pytest.raises(InputError, match=re.escape(sentence)):
         parties.read_parties()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_no_other_user_can_read_what_is_private(npz, grid, keys, tmp_path, umask):
+    """Whatever the umask, and though the state folder was made by hand."""
+    (tmp_path / "state").mkdir()
+    before = os.umask(umask)
+    try:
+        for k in range(3):
+            parties.main([f"client-{k}.pub", str(k)])
+        grid.serve(f"{FEDU} --rounds 1 --dataset {npz} --out new/run")
+    finally:
+        os.umask(before)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("state", "new/run", "parties.json")}
+    assert modes == {"state": 0o700, "new/run": 0o700, "parties.json": 0o600}
 
 
 def test_what_a_client_has_to_mend_is_said_there_and_at_the_server_and_the_others_go_on(npz, parts, tmp_path, capfd, monkeypatch):
