@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -30,9 +31,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime import run_clientapp
 from messages import SENT_OPTIONS
 
 import fedu
@@ -687,6 +690,30 @@ def test_images_without_labels(tmp_path):
         load_unlabelled(tmp_path / "a", 16)
 
 
+PINNED = ROOT / "flower" / "pinned"
+
+
+def test_a_party_can_pin_the_app_of_its_own_clone(monkeypatch):
+    """Flower then neither unpacks nor loads the app that the server sent. With a Flower of other functions, the command ends."""
+    for name in ("install_from_fab", "get_load_client_app_fn"):
+        monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))  # put back after the test
+    pin = runpy.run_path(str(PINNED / "flwr-clientapp"))["pin"]
+    pin()
+    run_clientapp.install_from_fab(b"no app", skip_prompt=True)
+    load = run_clientapp.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
+    assert load("somebody/else", "1.0.0", "0" * 64) is client_app.app
+    monkeypatch.delattr(run_clientapp, "install_from_fab")
+    with pytest.raises(SystemExit, match="this version of Flower has no install_from_fab"):
+        pin()
+
+
+def test_a_party_that_pins_its_app_runs_no_app_of_another_kind():
+    assert set(TASK_TYPE_TO_COMMAND.values()) == {path.name for path in PINNED.iterdir() if path.name != "__pycache__"}
+    done = subprocess.run([PINNED / "flwr-agentapp"], env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode and done.stderr == "flwr-agentapp: error: this party runs nothing but the app of its own clone\n"
+
+
 # -------------------------------------------------------------------- real processes on this machine, with TLS and their own keys
 
 
@@ -736,6 +763,7 @@ class Deployment:
         data = self.parts[min(k, 2)]
         node = f"flower-supernode --superlink {self.address} --root-certificates keys/ca.crt --auth-supernode-private-key keys/client-{k}"
         node += f""" --port {free_port()} --node-config 'client={k} data="{data}" device="cpu"'"""
+        node = f"env PATH={PINNED}:$PATH {node}" if k == 2 else node  # one of them pins its app
         return self.start(f"node{k}", f"sh -c {shlex.quote(f'until {node}; do sleep 1; done')}" if k < 3 else node)
 
     def log(self, name: str) -> str:
