@@ -1,7 +1,8 @@
-"""Evaluate the encoders of finished runs by kNN, linear, semi-supervised and transfer evaluation; draw, tabulate and export them.
+"""Evaluate the encoders of finished runs, with labels or by the spectrum of their features; draw, tabulate and export them.
 
     python eval.py [RUN]                    linear evaluation of the newest run under runs/, or of RUN
     python eval.py --semi 0.1               fine-tune backbone and a new head on a tenth of the labels, class-balanced
+    python eval.py --spectrum [RUN ...]     singular values, effective rank, alignment and uniformity of the features, without labels
     python eval.py --plot [RUN ...]         divergence, loss and kNN curves
     python eval.py --against mu RUN ...     accuracies against an option, kNN accuracy against `round`, bars of the `ablation`
     python eval.py --table [RUN ...]        a Markdown row for each setting, seeds as mean and deviation
@@ -27,6 +28,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -36,14 +38,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 from tqdm import trange
 
-from data import Images, balanced_subset, keyed_generator, load_dataset, refuse_other_data, require
+from data import Images, balanced_subset, keyed_generator, load_dataset, random_views, refuse_other_data, require
+from methods import explained, own_of
 from models import build_head, extract_features, feature_dim, load_encoders
 from report.export import export_encoders
-from report.figures import plot, plot_against
+from report.figures import plot, plot_against, plot_spectra
 from report.page import write_page
-from report.tables import read_options, table, table_kind
+from report.tables import SPECTRUM, evaluation_name, read_options, read_rows, table, table_kind
 from runtime.device import choose_device
 from runtime.run import read_config
+from training import own_views
 
 
 @command_line()
@@ -74,9 +78,17 @@ def main(options: argparse.Namespace) -> None:
     if options.task == "weights":
         return print(export_encoders(runs[0], options.export))
 
-    device = choose_device(options.device)
+    device, spectra = choose_device(options.device), {}
     for run in runs:
         trained_on = read_options(run)
+        result = {"dataset": options.transfer or trained_on["dataset"], "seed": options.seed}
+        if options.task == "spectrum":
+            result |= {"evaluation": "spectrum", "features": options.features}
+            recorded = read_rows(run).get(evaluation_name(result, trained_on["dataset"]))
+            if recorded and not (run / "encoder.pt").exists():  # results may be kept without weights
+                spectra[run] = recorded
+                print(describe_spectrum(run, recorded))
+                continue
         dataset, root = options.transfer or options.dataset or trained_on["dataset"], options.data_root or trained_on["data_root"]
         same = ("image_size", "skip_broken", "no_cache") if options.transfer else (f.name for f in fields(Data))
         source = {name: trained_on[name] for name in same} | {"dataset": dataset, "data_root": root}
@@ -88,11 +100,15 @@ def main(options: argparse.Namespace) -> None:
             refuse_other_data(run, read_config(run).get("data", {}), {"images": images.digest}, dataset, moved=bool(options.dataset))
         images = images.to(device)
         modules = [{"backbone": e.backbone, "projector": e, "pixels": nn.Flatten()}[options.features] for e in encoders]
-        if options.task != "export":
+        if options.task not in ("export", "spectrum"):
             require(images, f"--{options.task}")
         if options.task == "export":
             return print(export_features(modules, images, options.export))
-        result = {"dataset": options.transfer or trained_on["dataset"], "seed": options.seed}
+        if options.task == "spectrum":
+            spectra[run] = result | spectrum(run, modules, images, options.seed)
+            append(run, spectra[run])
+            print(describe_spectrum(run, spectra[run]))
+            continue
         if options.task == "knn":
             result |= {"evaluation": "knn", "features": options.features, "labels": len(images.y_train)}
             accuracies = [knn(module, images) for module in modules]
@@ -104,6 +120,10 @@ def main(options: argparse.Namespace) -> None:
             result |= {"evaluation": f"semi {options.semi:g}", "head": options.head, "epochs": options.epochs, "labels": len(labelled)}
             accuracies = [fine_tune(e.backbone, images, labelled, options.head, options.epochs, options.seed) for e in encoders]
         print(record(run, result, accuracies))
+    if spectra:
+        out = options.out or (runs[0] if len(runs) == 1 else Path()) / "spectrum.png"
+        plot_spectra(spectra, out, options.size, not options.no_title)
+        print(f"{out} shows {', '.join(map(str, runs))}")
 
 
 def find_runs(root: Path = Path("runs")) -> list[Path]:
@@ -132,6 +152,14 @@ def runs_among(paths: list[Path]) -> list[Path]:
 def record(run: Path, result: dict, accuracies: list[float]) -> str:
     """Append an evaluation to RUN/eval.jsonl; returns a line about it. accuracies: of each encoder, in [0, 1]."""
     result = result | {"accuracy": mean(accuracies), "accuracies": accuracies}
+    append(run, result)
+    how = ", ".join(f"{result[key]} {key}" for key in ("features", "head", "epochs", "labels") if key in result)
+    several = f"  (mean of {', '.join(f'{100 * a:.2f}' for a in accuracies)})" if len(accuracies) > 1 else ""
+    return f"{run}: {result['evaluation']} on {result['dataset']}, {how}: {100 * result['accuracy']:.2f}%{several}"
+
+
+def append(run: Path, result: dict) -> None:
+    """Append an evaluation to RUN/eval.jsonl, or say on stderr why that cannot be done."""
     log = run / "eval.jsonl"
     try:
         with locked(run):  # against other evaluations of this run
@@ -139,9 +167,6 @@ def record(run: Path, result: dict, accuracies: list[float]) -> str:
             write_atomic(log, lambda file: file.write(former + json.dumps(result).encode() + b"\n"))
     except InputError as error:
         print(f"{error}: the next line is recorded nowhere", file=sys.stderr)
-    how = ", ".join(f"{result[key]} {key}" for key in ("features", "head", "epochs", "labels") if key in result)
-    several = f"  (mean of {', '.join(f'{100 * a:.2f}' for a in accuracies)})" if len(accuracies) > 1 else ""
-    return f"{run}: {result['evaluation']} on {result['dataset']}, {how}: {100 * result['accuracy']:.2f}%{several}"
 
 
 # -------------------------------------------------------------------------------------------------------- evaluations
@@ -218,6 +243,107 @@ def train_classifier(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: fl
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+
+
+# ----------------------------------------------------------------------------------------------------------- spectrum
+
+SPECTRUM_IMAGES = 10_000  # at most, drawn from a larger set
+
+
+@torch.inference_mode()
+def spectrum(run: Path, modules: list[nn.Module], images: Images, seed: int = 0) -> dict:
+    """Effective rank, alignment, uniformity and singular values of frozen features `[N, d]`, as an evaluation's row; it needs no labels.
+
+    They are of the test images, or of the training images where there are no test images. Of several modules, as of `single`, each number
+    is the mean, and `encoders` has those of each. seed: of the views, and of the images that are drawn from a larger set. Raises InputError
+    if there are fewer than two images, or the features are not finite or all 0.
+    """
+    split, x = ("test", images.x_test) if len(images.x_test) else ("train", images.x_train)
+    if len(x) < 2:
+        raise InputError(f"--spectrum needs at least two images, and the data set of {run} has one {split} image")
+    if len(x) > SPECTRUM_IMAGES:
+        x = x[torch.randperm(len(x), generator=keyed_generator(x.device, seed, "spectrum's images"), device=x.device)[:SPECTRUM_IMAGES]]
+    views, found, values = training_views(run), [], []
+    for module in modules:
+        features = extract_features(module, x).double()
+        if not features.isfinite().all() or not features.any():
+            what = "are all 0" if features.isfinite().all() else "are not finite"
+            raise InputError(f"the features of {run} {what}, so they have no spectrum")
+        aligned = alignment(module, x, views, keyed_generator(x.device, seed, "spectrum"))
+        found.append(dict(zip(SPECTRUM, (effective_rank(features), aligned, uniformity(features)))))
+        values.append(covariance_spectrum(features))
+    result = {"split": split, "images": len(x), "width": len(values[0])} | {key: mean(f[key] for f in found) for key in SPECTRUM}
+    result |= {"encoders": found} if len(found) > 1 else {}
+    return result | {"singular_values": [float(f"{value:.4g}") for value in torch.stack(values).mean(0).tolist()]}
+
+
+def singular_values(z: Tensor) -> Tensor:
+    """The singular values of `[N, d]`, `[d]`, the largest first: roots of the eigenvalues of `z^T z`. With N < d the last are about 0."""
+    return torch.linalg.eigvalsh(z.T @ z).clamp(min=0).sqrt().flip(0)
+
+
+def covariance_spectrum(z: Tensor) -> Tensor:
+    """The singular values of the covariance of `[N, d]`, `[d]`, the largest first (Jing et al. 2022, arXiv 2110.09348): that with 1 / N.
+
+    z is scaled to `E |z|^2 = 1`, so that they sum to `1 - |E z|^2` whatever the size of an encoder's features: to 0 if all are the same.
+    """
+    return singular_values((z - z.mean(0)) / z.norm()).square()
+
+
+def effective_rank(z: Tensor) -> float:
+    """RankMe of features `[N, d]` (Garrido et al. 2023, arXiv 2210.02885, eq. 1): `exp(-sum_k p_k log p_k)`, from 1 to min(N, d).
+
+    `p_k = s_k / sum_j s_j + 1e-7`, where s are the min(N, d) singular values of z itself, as in the paper: no mean is subtracted.
+    """
+    s = singular_values(z)[: min(z.shape)]
+    p = s / s.sum() + 1e-7
+    return (-(p * p.log()).sum()).exp().item()
+
+
+def alignment(module: nn.Module, x: Tensor, views: Callable[..., tuple[Tensor, ...]], generator: torch.Generator) -> float:
+    """`E |f(v) - f(v')|^2` over two random views v, v' of each image (Wang and Isola 2020, arXiv 2005.10242), f at unit length; 0 to 4.
+
+    x: uint8 `[N, 3, S, S]`. views: see `random_views`.
+    """
+    total = 0.0
+    for batch in x.split(500):
+        one, two = (normalize(module(v.contiguous(memory_format=torch.channels_last))) for v in views(batch, generator))
+        total += (one - two).double().square().sum().item()
+    return total / len(x)
+
+
+def uniformity(z: Tensor, block: int = 1000) -> float:
+    """`log E exp(-2 |f(x) - f(y)|^2)` over all pairs of different images x, y (Wang and Isola 2020), f at unit length; -8 to 0.
+
+    z: features `[N, d]`. It computes a block of rows against all later ones at a time, by `|a - b|^2 = 2 - 2 <a, b>`.
+    """
+    z, n = normalize(z), len(z)
+    total = sum((4 * (z[k : k + block] @ z[k:].T) - 4).exp().triu(1).sum() for k in range(0, n, block))
+    return (total / (n * (n - 1) / 2)).log().item()
+
+
+def training_views(run: Path) -> Callable[..., tuple[Tensor, ...]]:
+    """The views that a run was trained with, see `random_views`. Raises InputError if they are a notebook's, which the run lacks."""
+    config = read_config(run)
+    if "views" not in config.get("data", {}):
+        return partial(random_views, jitter=read_options(run)["settings"]["jitter"])
+    if not (run / "views.py").exists():
+        raise InputError(f"--spectrum needs the views that {run} was trained with, which only the notebook that began it has")
+    own = own_of(run, "views", config["options"]["views"], config["data"]["views"], None)
+
+    def views(images: Tensor, generator: torch.Generator) -> list[Tensor]:
+        with explained(own.file):
+            return own_views(own.content, images, generator)
+
+    return views
+
+
+def describe_spectrum(run: Path, row: dict) -> str:
+    """A line about a spectrum."""
+    ranks = ", ".join(f"{encoder['rank']:.1f}" for encoder in row.get("encoders", ()))
+    several = f"  (means; the ranks are {ranks})" if ranks else ""
+    numbers = f"rank {row['rank']:.1f} of {row['width']}, alignment {row['alignment']:.3f}, uniformity {row['uniformity']:.3f}"
+    return f"{run}: spectrum on {row['dataset']}, {row['features']} features, {row['images']} {row['split']} images: {numbers}{several}"
 
 
 # ------------------------------------------------------------------------------------------------------------- export

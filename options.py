@@ -576,6 +576,7 @@ TASKS = {
     "semi": "--semi",
     "export": "--export FILE.npz",
     "weights": "--export FOLDER, FILE.safetensors or FILE.onnx",
+    "spectrum": "--spectrum",
     "table": "--table",
     "plot": "--plot",
     "against": "--against",
@@ -584,17 +585,15 @@ TASKS = {
 EVALUATIONS = ("linear", "knn", "semi")
 # each further option of eval.py: its default, and the tasks in which it changes something
 TASK_OPTIONS = {
-    "features": ("backbone", ("linear", "knn", "export")),
+    "features": ("backbone", ("linear", "knn", "spectrum", "export")),
     "head": ("linear", ("semi",)),
     "epochs": (None, ("linear", "semi")),
-    "transfer": (None, (*EVALUATIONS, "export")),
-    "dataset": (None, (*EVALUATIONS, "export")),
-    "seed": (0, ("linear", "semi")),
-    "data_root": (None, (*EVALUATIONS, "export")),
-    "device": ("auto", (*EVALUATIONS, "export")),
-    "out": (None, ("table", "plot", "against", "report")),
-    "size": (None, ("plot", "against")),
-    "no_title": (False, ("plot", "against")),
+    **dict.fromkeys(("transfer", "dataset", "data_root"), (None, (*EVALUATIONS, "spectrum", "export"))),
+    "seed": (0, ("linear", "semi", "spectrum")),
+    "device": ("auto", (*EVALUATIONS, "spectrum", "export")),
+    "out": (None, ("spectrum", "table", "plot", "against", "report")),
+    "size": (None, ("spectrum", "plot", "against")),
+    "no_title": (False, ("spectrum", "plot", "against")),
 }
 
 
@@ -622,6 +621,9 @@ def evaluation_parser(description: str | None = None) -> Parser:
     task.add_argument("--knn", action="store_true", help="vote of the 200 nearest training images, weighted by exp(cosine / 0.1)")
     task.add_argument("--semi", type=number(float, 0, 1, open_low=True), metavar="F",
         help="fine-tune backbone and a new head on a class-balanced fraction F of the labels: Adam 1e-3, batches of 128")  # fmt: skip
+    task.add_argument("--spectrum", action="store_true",
+        help="measure effective rank, alignment and uniformity of the features, which needs no labels, and draw the singular values of "
+        "their covariance")  # fmt: skip
     task.add_argument("--table", action="store_true", help="print the runs' evaluations as Markdown, a row for each setting")
     task.add_argument("--plot", action="store_true", help="draw divergence, predictors, loss and kNN accuracy of every round")
     task.add_argument("--against", metavar="OPTION",
@@ -639,12 +641,13 @@ def evaluation_parser(description: str | None = None) -> Parser:
     how.add_argument("--epochs", type=number(int, 1), help="of --linear and --semi  [200 and 100]")
     how.add_argument("--dataset", metavar="DATASET", help="where the data set lies now that the run was trained on  [the run's]")
     how.add_argument("--transfer", metavar="DATASET", help="evaluate on another data set than the run was trained on")
-    how.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="of the head, the batches and the labelled subset  [0]")
+    how.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="of the head, the batches, the labelled subset and the views  [0]")
     how.add_argument("--data-root", help="folder with CIFAR  [the run's]")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute  [auto]")
     how.add_argument("--out", type=user_path,
         help="file of a figure, as .png, .pdf or .svg, of a table, .md, .csv or .tex (with booktabs), or of --report  "
-        "[RUN/divergence.png; of several runs comparison.png; OPTION.png; a table is printed; report.html]")  # fmt: skip
+        "[RUN/divergence.png or RUN/spectrum.png; of several runs comparison.png or spectrum.png; OPTION.png; a table is printed; "
+        "report.html]")  # fmt: skip
     how.add_argument("--size", type=inches, metavar="W,H", help="of a figure, in inches; its letters get smaller with its width")
     how.add_argument("--no-title", action="store_true", help="leave out a figure's title, for a caption in a paper")
     return parser

@@ -30,6 +30,7 @@ from report.tables import (
     mean,
     name_setting,
     read_evaluations,
+    read_options,
 )
 from runtime.cli import InputError, first_line
 from runtime.run import read_metrics
@@ -189,6 +190,40 @@ def draw_thresholds(axis: Axes, settings: list[dict]) -> None:
     for mu, colours in of_value.items():
         label = f"$\\mu$ = {mu:g}" if len(of_value) == 1 else "$\\mu$ of the line in its colour"
         axis.axhline(mu, color=colours[0] if len(colours) == 1 else "0.3", linestyle=":", label=label)
+
+
+def plot_spectra(spectra: dict[Path, dict], out: Path, size: Size = None, title: bool = True) -> None:
+    """Draw the singular values of the features' covariance, a line for each run, and beside them its alignment against its uniformity.
+
+    spectra: a row of eval.jsonl for each run, all of the same kind of features and of the same images. A singular value of 0, which has no
+    place on the log scale, ends a line.
+    """
+    groups, row = distinct_seeds(list(spectra)), next(iter(spectra.values()))
+    settings = [setting for setting, members in groups for _ in members]
+    runs = [run for _, members in groups for run in members]
+    width, height = size or (9, 4.4)
+    with style(width):
+        figure = new_figure(width, height)
+        values, spread = figure.subplots(1, 2, width_ratios=(1.6, 1))
+        for run, setting, look in zip(runs, settings, looks(setting["method"] for setting in settings)):
+            found = spectra[run]
+            drawn = [value or math.nan for value in found["singular_values"]]
+            name = name_spectrum(setting, settings) + f", seed {read_options(run)['seed']}" * (settings.count(setting) > 1)
+            label = f"{name}: rank {found['rank']:.1f} of {found['width']}"
+            values.plot(range(1, len(drawn) + 1), drawn, markevery=-(-len(drawn) // 8), markerfacecolor="none", label=label, **look)
+            spread.plot(found["uniformity"], found["alignment"], markersize=9, markeredgewidth=2, **look | {"linestyle": ""})
+        values.set(yscale="log", xlabel="index of the singular value", ylabel="singular value of the covariance")
+        spread.set(xlabel="uniformity (less is better)", ylabel="alignment (less is better)", ylim=(0, None))
+        what = f"{row['features']} features of {row['images']:,} {row['split']} images"
+        what += f" of {Path(row['dataset']).stem}" * (row["dataset"] != settings[0]["dataset"])
+        finish(figure, f"{capitalized(describe_scale(settings))}; {what}" if title else "", fixed=bool(size))
+        save_figure(figure, out)
+
+
+def name_spectrum(setting: dict, settings: list[dict]) -> str:
+    """The name of a setting's line. For an untrained encoder, only options of the encoder mean something."""
+    differ = differing(settings)
+    return name_setting(setting, differ if is_trained(setting) else [k for k in differ if k in ("dataset", "encoder", "norm", "init")])
 
 
 def plot_partition(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:

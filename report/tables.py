@@ -44,26 +44,42 @@ def deviation(values: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------- evaluations of runs
 
 PIXELS = "linear, pixels"  # an evaluation without any encoder
+SPECTRUM = ("rank", "alignment", "uniformity")  # what `eval.py --spectrum` measures
 
 
 def read_evaluations(run: Path) -> dict[str, float]:
-    """The latest accuracy, in [0, 1], of each evaluation in RUN/eval.jsonl, under a name that has its settings other than the defaults.
+    """The latest accuracy, in [0, 1], of each evaluation in RUN/eval.jsonl, by its name; see `read_rows`."""
+    return {name: row["accuracy"] for name, row in read_rows(run).items() if row["evaluation"] != "spectrum"}
 
-    Raises InputError if a line is damaged.
-    """
+
+def read_rows(run: Path) -> dict[str, dict]:
+    """The latest row of each evaluation in RUN/eval.jsonl, under its `evaluation_name`. Raises InputError if a line is damaged."""
     path = run / "eval.jsonl"
     trained_on = read_config(run)["options"]["dataset"]
     results = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-            epochs = EVALUATION_EPOCHS.get(row["evaluation"].split()[0])
-            default = {"features": "backbone", "head": "linear", "dataset": trained_on, "seed": 0, "epochs": epochs}
-            others = [row[k] if isinstance(row[k], str) else f"{k} {row[k]}" for k in default if row.get(k, default[k]) != default[k]]
-            results[", ".join([row["evaluation"], *others])] = row["accuracy"]
+            for needed in (*SPECTRUM, "width", "singular_values") if row["evaluation"] == "spectrum" else ("accuracy",):
+                row[needed]
+            results[evaluation_name(row, trained_on)] = row
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not readable ({first_line(error)})") from None
     return results
+
+
+def spectrum_columns(run: Path) -> dict[str, float]:
+    """The numbers of each spectrum in RUN/eval.jsonl, under their columns' names. Ranks of features of different widths are apart."""
+    spectra = {name.removeprefix("spectrum"): row for name, row in read_rows(run).items() if row["evaluation"] == "spectrum"}
+    return {k + f" of {row['width']}" * (k == "rank") + settings: row[k] for settings, row in spectra.items() for k in SPECTRUM}
+
+
+def evaluation_name(row: dict, trained_on: str) -> str:
+    """The name of an evaluation, which has its settings other than the defaults. trained_on: the run's data set."""
+    epochs = EVALUATION_EPOCHS.get(row["evaluation"].split()[0])
+    default = {"features": "backbone", "head": "linear", "dataset": trained_on, "seed": 0, "epochs": epochs}
+    others = [row[k] if isinstance(row[k], str) else f"{k} {row[k]}" for k in default if row.get(k, default[k]) != default[k]]
+    return ", ".join([row["evaluation"], *others])
 
 
 def evaluation_names(found: Iterable[dict[str, float]]) -> list[str]:
@@ -182,9 +198,10 @@ def describe_option(setting: dict, name: str) -> str:
 
 
 def name_setting(setting: dict, differ: list[str]) -> str:
-    """A setting's method, and its values of the options in `differ`."""
-    options = (describe_option(setting, k) if k == "partition" else f"{k.replace('_', ' ')} {describe_option(setting, k)}" for k in differ)
-    return ", ".join([setting["method"], *options])
+    """A setting's method, and its values of the options in `differ`; of flags, those that are set."""
+    words = {k: k.replace("_", " ") + f" {describe_option(setting, k)}" * (setting.get(k) is not True) for k in differ}
+    words |= {k: describe_option(setting, k) for k in differ if k == "partition"}
+    return ", ".join([setting["method"], *(words[k] for k in differ if setting.get(k) is not False)])
 
 
 def line_names(settings: list[dict], option: str) -> Callable[[dict], str]:
@@ -253,8 +270,10 @@ def table_lines(runs: list[Path], apart: bool = False) -> tuple[str, list[list[s
     groups = distinct_seeds(runs)
     settings = [setting for setting, _ in groups]
     differ = differing(settings)
-    found = {run: read_evaluations(run) for _, members in groups for run in members}
+    runs = [run for _, members in groups for run in members]
+    found, spectra = ({run: read(run) for run in runs} for read in (read_evaluations, spectrum_columns))
     columns, ways = evaluation_names(found.values()), ("upload_bytes", "download_bytes")
+    columns += dict.fromkeys(name for numbers in spectra.values() for name in numbers)
     traffic = ["up, MB a round", "down, MB a round"] if apart else ["up and down, MB a round"]
     lines = [["method", *differ, "seeds", *traffic]]
     lines[0] += [name for column in columns for name in ((column, f"{column} deviation", f"{column} seeds") if apart else (column,))]
@@ -265,6 +284,7 @@ def table_lines(runs: list[Path], apart: bool = False) -> tuple[str, list[list[s
         cells += megabytes if apart else [" + ".join(megabytes) if rounds else "-"]
         for column in columns:
             values = [100 * found[run][column] for run in members if column in found[run]]
+            values += [spectra[run][column] for run in members if column in spectra[run]]
             parts = [f"{of(values):.2f}" if len(values) > least else "-" for of, least in ((mean, 0), (deviation, 1))]
             cells += [*parts, str(len(values))] if apart else [mean_cell(values, len(members))]
         lines.append(cells)
@@ -273,8 +293,9 @@ def table_lines(runs: list[Path], apart: bool = False) -> tuple[str, list[list[s
     for accuracy in {evaluations[PIXELS] for evaluations in found.values() if PIXELS in evaluations}:
         row = {"method": "raw pixels", "linear": f"{100 * accuracy:.2f}"}
         lines.append([row.get(column, "-") for column in lines[0]])
-    caption = f"{capitalized(describe_scale(settings))}; accuracies in % of the test images."
-    return caption, lines
+    caption = f"{capitalized(describe_scale(settings))}; accuracies in % of the test images"
+    caption += "; a higher rank is better, and a lower alignment and uniformity" * any(spectra.values())
+    return f"{caption}.", lines
 
 
 def table_kind(out: Path) -> str:
@@ -292,7 +313,7 @@ def as_markdown(caption: str, lines: list[list[str]]) -> str:
 def as_latex(caption: str, lines: list[list[str]]) -> str:
     """A tabular for a document with `\\usepackage{booktabs}`, the caption as a comment above it."""
     head, *body = [" & ".join("--" if cell == "-" else escaped(cell) for cell in cells) + r" \\" for cells in lines]
-    alignment = "".join("r" if name == "seeds" or name.startswith(("up", *EVALUATIONS)) else "l" for name in lines[0])
+    alignment = "".join("r" if name == "seeds" or name.startswith(("up", *EVALUATIONS, *SPECTRUM)) else "l" for name in lines[0])
     begin, end = rf"\begin{{tabular}}{{{alignment}}}", r"\end{tabular}"
     return "\n".join([f"% {caption}", begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
 

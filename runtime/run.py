@@ -27,7 +27,7 @@ from runtime.cli import InputError, first_line, locked, os_errors, write_atomic
 from runtime.device import describe_device
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin", "encoder.pt")
-RUN_FILES += ("partition.png", "divergence.png", "eval.jsonl", "method.py", "views.py")
+RUN_FILES += ("partition.png", "divergence.png", "spectrum.png", "eval.jsonl", "method.py", "views.py")
 TRAINING_SOURCES = ("*.py", "methods/*.py", "runtime/*.py", "ops/*")
 AFTER_TRAINING = ("eval.py", "sweep.py")  # which train nothing themselves
 

@@ -1,8 +1,10 @@
 """Evaluations against scikit-learn and plain loops of torch, on classes that overlap, so that another constant gives another number."""
 
 import copy
+import hashlib
 import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -25,7 +27,8 @@ import eval as evaluation
 from data import Images, balanced_subset, load_images
 from models import Encoder, build_backbone, extract_features, load_encoders
 from options import Data, parse_evaluation
-from runtime.cli import InputError
+from report import tables
+from runtime.cli import InputError, user_errors
 
 
 @pytest.fixture
@@ -270,6 +273,55 @@ def test_semi_is_adam_at_1e_3_for_100_epochs_of_batches_of_128_over_backbone_and
     assert 0.2 < accuracy < 0.8
 
 
+# ---------------------------------------------------------------------------------------------------------- spectrum
+
+
+def test_effective_rank_by_hand():
+    """d of equal singular values, 1 of a single one, e^H of 3 and 1; the mean is not subtracted, and fewer images than d bound it."""
+    identity, draw = torch.eye(16, dtype=torch.float64), torch.Generator().manual_seed(0)
+    assert evaluation.effective_rank(torch.cat([identity, -identity])) == pytest.approx(16, abs=1e-3)
+    assert evaluation.effective_rank(torch.outer(torch.rand(20, generator=draw).double(), identity.sum(0))) == pytest.approx(1, abs=1e-3)
+    assert evaluation.effective_rank(torch.diag(torch.tensor([3.0, 1, 0, 0]).double())) == pytest.approx(4 / 3**0.75, abs=1e-4)
+    assert evaluation.effective_rank(identity[:5]) == pytest.approx(5, abs=1e-3)
+    z = torch.randn(60, 8, generator=draw).double() + 3
+    p = torch.linalg.svdvals(z) / torch.linalg.svdvals(z).sum() + 1e-7
+    assert evaluation.effective_rank(z) == pytest.approx(math.exp(-sum(q * math.log(q) for q in p.tolist())), rel=1e-9)
+    assert evaluation.effective_rank(z - z.mean(0)) > evaluation.effective_rank(z) + 1
+
+
+def test_singular_values_are_those_of_the_covariance_at_unit_scale():
+    z = torch.randn(60, 8, generator=torch.Generator().manual_seed(0)).double() + 1
+    scaled = z.numpy() / np.sqrt((z.numpy() ** 2).sum(1).mean())
+    expected = np.linalg.svd(np.cov(scaled.T, bias=True))[1]
+    np.testing.assert_allclose(evaluation.covariance_spectrum(1000 * z), expected, rtol=1e-9)
+    assert evaluation.covariance_spectrum(z[:1].expand(60, 8)).max() < 1e-12
+
+
+def test_alignment_and_uniformity_by_a_double_loop():
+    """Over two drawn views of each image, and over all pairs of different images, whatever the blocks."""
+    hard, module = hard_images(30, 23), nn.Flatten()
+    views = lambda x, generator: [x / 255 * torch.rand(x.shape, generator=generator) for _ in range(2)]  # noqa: E731
+    drawn = views(hard.x_test, torch.Generator().manual_seed(3))
+    a, b, z = ([row / row.norm() for row in x.flatten(1).double()] for x in (*drawn, hard.x_test))
+    aligned = sum((u - v).square().sum() for u, v in zip(a, b)) / 23
+    result = evaluation.alignment(module, hard.x_test, views, torch.Generator().manual_seed(3))
+    assert result == pytest.approx(aligned.item(), rel=1e-5) and result > 0.1
+    pairs = [math.exp(-2 * (z[i] - z[j]).square().sum()) for i in range(23) for j in range(i)]
+    for block in (1000, 23, 7, 1):
+        assert evaluation.uniformity(hard.x_test.flatten(1).double(), block) == pytest.approx(math.log(np.mean(pairs)), rel=1e-9)
+
+
+def test_uniformity_has_its_known_values():
+    """0 where all images have one feature, log of half e^-8 and half 1 at two poles; uniform on a circle it is log(e^-4 I_0(4))."""
+    z = torch.tensor([[1.0, 0.0]]).double()
+    assert evaluation.uniformity(z.expand(50, 2)) == pytest.approx(0, abs=1e-12)
+    assert evaluation.uniformity(torch.cat([z, -z])) == pytest.approx(-8)
+    angles = torch.arange(400).double() * 2 * math.pi / 400
+    circle = torch.stack([angles.cos(), angles.sin()], 1)
+    pairs_and_diagonal = math.exp(-4) * torch.special.i0(torch.tensor(4.0).double()).item()
+    assert evaluation.uniformity(circle) == pytest.approx(math.log((400 * pairs_and_diagonal - 1) / 399), rel=1e-9)
+
+
 # -------------------------------------------------------------------------------------------------- the commands
 
 
@@ -411,6 +463,91 @@ def test_evaluations_of_several_runs_are_added_to_what_each_has(runs, asked):
     assert [row["evaluation"] for row in evaluations("runs/single")] == ["knn"]
 
 
+@pytest.fixture
+def spectra(monkeypatch) -> list[tuple[dict[Path, dict], Path]]:
+    """The spectra and the file of each figure, in place of its drawing."""
+    drawn = []
+    monkeypatch.setattr(evaluation, "plot_spectra", lambda spectra, out, size, title: drawn.append((spectra, out)))
+    return drawn
+
+
+def test_a_spectrum_is_recorded_of_each_run_and_drawn_of_all(runs, images, spectra, capsys):
+    evaluate("--spectrum runs/s0 runs/single")
+    rows = {Path(run): evaluations(run)[-1] for run in ("runs/s0", "runs/single")}
+    assert spectra == [(rows, Path("spectrum.png"))]
+    one, two = rows.values()
+    assert {k: one[k] for k in ("evaluation", "features", "split", "images", "width", "seed")} == {
+        "evaluation": "spectrum", "features": "backbone", "split": "test", "images": 16, "width": 256, "seed": 0}  # fmt: skip
+    z = torch.from_numpy(encoder_features(Path("runs/s0"), "small", images)[0][1]).double()
+    assert one["rank"] == pytest.approx(evaluation.effective_rank(z), rel=1e-4) and "encoders" not in one
+    assert one["uniformity"] == pytest.approx(evaluation.uniformity(z), rel=1e-4) and 0 < one["alignment"] < 4
+    np.testing.assert_allclose(one["singular_values"][:10], evaluation.covariance_spectrum(z)[:10], rtol=1e-3)
+    assert len(one["singular_values"]) == 256 and f"rank {one['rank']:.1f} of 256, alignment" in capsys.readouterr().out
+    assert [two[k] for k in tables.SPECTRUM] == pytest.approx([sum(e[k] for e in two["encoders"]) / 2 for k in tables.SPECTRUM])
+    assert two["encoders"][0] == {k: one[k] for k in tables.SPECTRUM} != two["encoders"][1]
+    assert tables.read_evaluations(Path("runs/s0")) == {}  # it is no accuracy
+
+    Path("runs/s0/encoder.pt").unlink()
+    evaluate("--spectrum runs/s0")  # of a run without weights, what is recorded
+    assert spectra[-1] == ({Path("runs/s0"): one}, Path("runs/s0/spectrum.png")) and len(evaluations("runs/s0")) == 1
+    with pytest.raises(SystemExit), user_errors("eval.py"):
+        evaluate("--spectrum --seed 1 runs/s0")  # which is not
+    assert "the run is not finished" in capsys.readouterr().err
+
+
+def test_a_spectrum_needs_neither_labels_nor_test_images(runs, spectra):
+    x = hard_images(7, 3, side=16).x_train.permute(0, 2, 3, 1).numpy()
+    np.savez("unlabelled.npz", x_train=x)
+    np.savez("tested.npz", x_train=x, x_test=x[:3])
+    for name, split, count in (("unlabelled.npz", "train", 7), ("tested.npz", "test", 3)):
+        evaluate(f"--spectrum --features projector --transfer {name} runs/s0")
+        row = evaluations("runs/s0")[-1]
+        assert (row["split"], row["images"], row["dataset"], row["features"]) == (split, count, name, "projector")
+        assert 1 <= row["rank"] <= count
+
+
+def test_alignment_is_over_the_views_that_the_run_was_trained_with(runs, images, spectra, refuses):
+    def aligned(jitter: float = 1.0, seed: int = 0) -> float:
+        config = json.loads(Path("runs/s0/config.json").read_text())
+        config["options"]["settings"]["jitter"] = jitter
+        Path("runs/s0/config.json").write_text(json.dumps(config))
+        return evaluation.spectrum(Path("runs/s0"), [nn.Flatten()], images, seed)["alignment"]
+
+    assert aligned() == aligned() != aligned(seed=1) and aligned(jitter=0.0) < aligned()
+    source = "def view(images, generator):\n    return images.float() / 255\n"
+    config = json.loads(Path("runs/s0/config.json").read_text())
+    config["options"]["views"], config["data"]["views"] = "v.py", hashlib.sha256(source.encode()).hexdigest()[:32]
+    Path("runs/s0/config.json").write_text(json.dumps(config))
+    assert refuses(lambda: evaluate("--spectrum runs/s0"), "--spectrum needs the views that runs/s0 was trained with")
+    Path("runs/s0/views.py").write_text(source)
+    assert aligned() == 0
+    Path("runs/s0/views.py").write_text(source + "#")
+    assert refuses(lambda: evaluate("--spectrum runs/s0"), "runs/s0/views.py is not what runs/s0 began with")
+
+
+def test_a_spectrum_of_many_images_is_of_some_drawn_by_the_seed(runs, images, monkeypatch):
+    monkeypatch.setattr(evaluation, "SPECTRUM_IMAGES", 10)
+    rows = [evaluation.spectrum(Path("runs/s0"), [nn.Flatten()], images, seed) for seed in (0, 0, 1)]
+    assert rows[0]["images"] == 10 and rows[0] == rows[1] and rows[0]["uniformity"] != rows[2]["uniformity"]
+
+
+def test_features_without_a_spectrum_are_one_sentence(runs, images, refuses):
+    def measure(module: nn.Module, images: Images = images) -> None:
+        evaluation.spectrum(Path("runs/s0"), [module], images)
+
+    class Scaled(nn.Flatten):
+        def forward(self, images):
+            return super().forward(images) * self.factor
+
+    for factor, words in ((math.nan, "are not finite"), (math.inf, "are not finite"), (0, "are all 0")):
+        module = Scaled()
+        module.factor = factor
+        assert refuses(lambda module=module: measure(module), "the features of runs/s0", words, "no spectrum")
+    for split, few in (("test", images._replace(x_test=images.x_test[:1])), ("train", images._replace(
+        x_test=images.x_test[:0], x_train=images.x_train[:1]))):  # fmt: skip
+        assert refuses(lambda few=few: measure(nn.Flatten(), few), "needs at least two images", f"runs/s0 has one {split} image")
+
+
 def test_evaluations_of_the_embedded_images_end_in_an_accuracy(runs, capsys):
     """The whole command, with nothing replaced."""
     for line in ("--knn --transfer fashion", "--epochs 2", "--semi 0.25 --epochs 2 --head mlp"):
@@ -517,8 +654,9 @@ def test_no_run_and_damaged_runs_are_one_sentence(finished, refuses, tmp_path, m
     assert refuses(lambda: evaluate("run"), "run/encoder.pt is not a readable encoder")
     (run / "encoder.pt").unlink()
     assert refuses(lambda: evaluate("run"), "no encoder.pt", "not finished", "--resume run", "weights were not kept")
-    (run / "eval.jsonl").write_text('{"evaluation": "lin')
-    assert refuses(lambda: evaluate("--table run"), "eval.jsonl is not readable")
+    for damaged in ('{"evaluation": "lin', '{"evaluation": "linear"}', '{"evaluation": "spectrum", "rank": 3}'):
+        (run / "eval.jsonl").write_text(damaged)
+        assert refuses(lambda: evaluate("--table run"), "eval.jsonl is not readable")
     (run / "metrics.jsonl").write_text('{"round": 0, "lo')
     assert refuses(lambda: evaluate("--plot run"), "metrics.jsonl is not readable")
     (run / "config.json").write_text("{}")

@@ -6,6 +6,7 @@ import math
 import pytest
 from conftest import refused, run
 from test_report import drawn, linear, metrics, write_run  # noqa: F401
+from test_tables import spectrum
 
 from report import figures
 from runtime.cli import InputError
@@ -212,5 +213,36 @@ def test_files_for_a_paper(tmp_path, evaluates):
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # fonts are TrueType and not drawn letter by letter
     assert b"mean of the clients</text>" in svg and b"classes each" not in svg
     assert (int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")) == (495, 600)
-    assert refused(evaluates("--table", "run", "--size", "3,3", cwd=tmp_path), "--size goes with --plot or --against, not with --table")
+    assert refused(
+        evaluates("--table", "run", "--size", "3,3", cwd=tmp_path), "--size goes with --spectrum or --plot or --against, not with --table"
+    )
     assert refused(evaluates("--plot", "run", "--size", "3", cwd=tmp_path), "--size: got '3', needs W,H in inches from 1 to 100")
+
+
+def test_a_spectrum_has_a_line_for_each_run_and_shows_a_collapse(tmp_path, drawn):  # noqa: F811
+    spectra = {
+        write_run(tmp_path / "untrained", method="untrained"): spectrum(2.5, 0.25, -0.5, [0.5, 0.25, 0.125]),
+        write_run(tmp_path / "s0", no_stop_gradient=True, method="fedbyol"): spectrum(1.04, 0.125, -0.25, [0.5, 1e-9, 0]),
+        write_run(tmp_path / "fedu"): spectrum(3.0),
+        write_run(tmp_path / "s1", seed=1): spectrum(2.0),
+    }
+    figures.plot_spectra(spectra, tmp_path / "x.png")
+    values, spread = drawn[0].axes
+    lines = {line.get_label(): line for line in values.lines}
+    assert list(lines) == [
+        "untrained: rank 2.5 of 3",
+        "fedbyol, no stop gradient: rank 1.0 of 3",
+        "fedu, seed 0: rank 3.0 of 3",
+        "fedu, seed 1: rank 2.0 of 3",
+    ]
+    assert values.get_yscale() == "log" and [*lines["fedbyol, no stop gradient: rank 1.0 of 3"].get_ydata()[:2]] == [0.5, 1e-9]
+    assert math.isnan(lines["fedbyol, no stop gradient: rank 1.0 of 3"].get_ydata()[2])  # 0 has no place on a log scale
+    assert len({(str(line.get_color()), line.get_marker()) for line in values.lines}) == 4
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in spread.lines] == [(-0.5, 0.25), (-0.25, 0.125), (-2, 0.5), (-2, 0.5)]
+    assert [line.get_color() for line in spread.lines] == [line.get_color() for line in values.lines]
+    assert (
+        drawn[0].get_suptitle().replace("\n", " ").endswith("; backbone features of 1,000 test images")
+        and len(drawn[0].legends[0].texts) == 4
+    )
+    figures.plot_spectra({run: spectrum(2.0, dataset="x.npz") for run in spectra}, tmp_path / "x.png", (3.3, 2.5), title=False)
+    assert not drawn[1].get_suptitle() and drawn[1].get_figheight() == 2.5

@@ -54,6 +54,31 @@ def test_a_cell_with_fewer_seeds_than_its_row_says_so(tmp_path):
     assert rows_of(tables.table(runs[1:]))[0][3:5] == ["50.00 ± 0.00", "25.00 (1 seed)"]
 
 
+def spectrum(
+    rank: float, alignment: float = 0.5, uniformity: float = -2.0, singular_values: list[float] = (0.5, 0.25, 0), **settings
+) -> dict:
+    numbers = {"rank": rank, "alignment": alignment, "uniformity": uniformity, "singular_values": [*singular_values], "width": 3}
+    return {"evaluation": "spectrum", "features": "backbone", "dataset": "cifar10", "split": "test", "images": 1000, **numbers, **settings}
+
+
+def test_a_spectrum_adds_columns_where_a_run_has_one(tmp_path):
+    """Neither in % nor among the accuracies; of features of other kinds and widths apart."""
+    runs = [
+        write_run(tmp_path / "s0", [linear(0.5), spectrum(2.0), spectrum(2.5), spectrum(1.25, features="projector")]),
+        write_run(tmp_path / "s1", [linear(0.5), spectrum(1.5)], seed=1),
+        write_run(tmp_path / "wide", [linear(0.5), spectrum(9, width=128)], encoder="tiny"),
+    ]
+    assert "rank" not in tables.table([write_run(tmp_path / "none", [linear(0.5)])])
+    lines = tables.table(runs).splitlines()
+    assert lines[0].endswith("accuracies in % of the test images; a higher rank is better, and a lower alignment and uniformity.")
+    names = ["rank of 3", "alignment", "uniformity"]
+    columns = [*names, *(f"{name}, projector" for name in names), "rank of 128"]
+    assert [cell.strip() for cell in lines[2].split("|")[6:-2]] == columns
+    (first, second) = rows_of("\n".join(lines))
+    assert first[5:12] == ["2.00 ± 0.71", "0.50 ± 0.00", "-2.00 ± 0.00", "1.25 (1 seed)", "0.50 (1 seed)", "-2.00 (1 seed)", "-"]
+    assert second[5:12] == ["-", "0.50", "-2.00", "-", "-", "-", "9.00"]
+
+
 def test_tables_for_a_paper_and_for_a_program(tmp_path, evaluates):
     knn = {"evaluation": "knn", "features": "backbone", "dataset": "cifar10", "accuracy": 0.25}
     for seed, rows in enumerate([[linear(0.5), knn], [linear(0.75)]]):
