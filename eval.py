@@ -248,6 +248,7 @@ def train_classifier(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: fl
 # ----------------------------------------------------------------------------------------------------------- spectrum
 
 SPECTRUM_IMAGES = 10_000  # at most, drawn from a larger set
+ROUNDING = 1e-15  # of a covariance's singular values: below it they are what float32 has rounded
 
 
 @torch.inference_mode()
@@ -274,7 +275,8 @@ def spectrum(run: Path, modules: list[nn.Module], images: Images, seed: int = 0)
         values.append(covariance_spectrum(features))
     result = {"split": split, "images": len(x), "width": len(values[0])} | {key: mean(f[key] for f in found) for key in SPECTRUM}
     result |= {"encoders": found} if len(found) > 1 else {}
-    return result | {"singular_values": [float(f"{value:.4g}") for value in torch.stack(values).mean(0).tolist()]}
+    means = torch.stack(values).mean(0).tolist()
+    return result | {"singular_values": [float(f"{value:.4g}") if value > ROUNDING else 0.0 for value in means]}
 
 
 def singular_values(z: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from options import ABLATED, METHODS, OPTIONS
-from report.canvas import COLOURS, METHOD_COLOURS, OTHER, finish, looks, new_figure, number_axis, save_figure, style
+from report.canvas import COLOURS, MARKERS, METHOD_COLOURS, OTHER, finish, looks, new_figure, number_axis, save_figure, style
 from report.tables import (
     Group,
     capitalized,
@@ -205,15 +206,16 @@ def plot_spectra(spectra: dict[Path, dict], out: Path, size: Size = None, title:
     with style(width):
         figure = new_figure(width, height)
         values, spread = figure.subplots(1, 2, width_ratios=(1.6, 1))
-        for run, setting, look in zip(runs, settings, looks(setting["method"] for setting in settings)):
-            found = spectra[run]
+        for run, setting, look, marker in zip(runs, settings, looks(s["method"] for s in settings), cycle(MARKERS)):
+            found, look["marker"] = spectra[run], marker  # points that lie on each other stay apart by their form
             drawn = [value or math.nan for value in found["singular_values"]]
             name = name_spectrum(setting, settings) + f", seed {read_options(run)['seed']}" * (settings.count(setting) > 1)
             label = f"{name}: rank {found['rank']:.1f} of {found['width']}"
             values.plot(range(1, len(drawn) + 1), drawn, markevery=-(-len(drawn) // 8), markerfacecolor="none", label=label, **look)
-            spread.plot(found["uniformity"], found["alignment"], markersize=9, markeredgewidth=2, **look | {"linestyle": ""})
+            hollow = {"markersize": 10, "markeredgewidth": 2, "markerfacecolor": "none", "linestyle": ""}
+            spread.plot(found["uniformity"], found["alignment"], **look | hollow)
         values.set(yscale="log", xlabel="index of the singular value", ylabel="singular value of the covariance")
-        spread.set(xlabel="uniformity (less is better)", ylabel="alignment (less is better)", ylim=(0, None))
+        spread.set(xlabel="uniformity (less is better)", ylabel="alignment (less is better)")
         what = f"{row['features']} features of {row['images']:,} {row['split']} images"
         what += f" of {Path(row['dataset']).stem}" * (row["dataset"] != settings[0]["dataset"])
         finish(figure, f"{capitalized(describe_scale(settings))}; {what}" if title else "", fixed=bool(size))

@@ -285,8 +285,9 @@ def table_lines(runs: list[Path], apart: bool = False) -> tuple[str, list[list[s
         for column in columns:
             values = [100 * found[run][column] for run in members if column in found[run]]
             values += [spectra[run][column] for run in members if column in spectra[run]]
-            parts = [f"{of(values):.2f}" if len(values) > least else "-" for of, least in ((mean, 0), (deviation, 1))]
-            cells += [*parts, str(len(values))] if apart else [mean_cell(values, len(members))]
+            digits = 3 if column.startswith(SPECTRUM[1:]) else 2
+            parts = [f"{of(values):.{digits}f}" if len(values) > least else "-" for of, least in ((mean, 0), (deviation, 1))]
+            cells += [*parts, str(len(values))] if apart else [mean_cell(values, len(members), digits)]
         lines.append(cells)
     for line, cell in zip(lines, published_column(settings, differ)):
         line.append(cell)
@@ -332,12 +333,12 @@ def as_csv(caption: str, lines: list[list[str]]) -> str:
     return file.getvalue().rstrip("\n")
 
 
-def mean_cell(values: list[float], seeds: int) -> str:
-    """A mean with its deviation. seeds: of the row, of which some may have no value."""
+def mean_cell(values: list[float], seeds: int, digits: int = 2) -> str:
+    """A mean with its deviation. seeds: of the row, of which some may have no value. digits: behind the point."""
     if not values:
         return "-"
-    spread = f" ± {deviation(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread}" + (f" ({count_seeds(values)})" if len(values) < seeds else "")
+    spread = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}" + (f" ({count_seeds(values)})" if len(values) < seeds else "")
 
 
 def count_seeds(members: Sequence) -> str:

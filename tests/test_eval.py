@@ -482,7 +482,9 @@ def test_a_spectrum_is_recorded_of_each_run_and_drawn_of_all(runs, images, spect
     assert one["rank"] == pytest.approx(evaluation.effective_rank(z), rel=1e-4) and "encoders" not in one
     assert one["uniformity"] == pytest.approx(evaluation.uniformity(z), rel=1e-4) and 0 < one["alignment"] < 4
     np.testing.assert_allclose(one["singular_values"][:10], evaluation.covariance_spectrum(z)[:10], rtol=1e-3)
-    assert len(one["singular_values"]) == 256 and f"rank {one['rank']:.1f} of 256, alignment" in capsys.readouterr().out
+    printed, ranks = capsys.readouterr().out, ", ".join(f"{encoder['rank']:.1f}" for encoder in two["encoders"])
+    assert f"rank {one['rank']:.1f} of 256, alignment" in printed and printed.count(f"  (means; the ranks are {ranks})\n") == 1
+    assert len(one["singular_values"]) == 256 and one["singular_values"][16:] == [0.0] * 240  # 16 images span no more
     assert [two[k] for k in tables.SPECTRUM] == pytest.approx([sum(e[k] for e in two["encoders"]) / 2 for k in tables.SPECTRUM])
     assert two["encoders"][0] == {k: one[k] for k in tables.SPECTRUM} != two["encoders"][1]
     assert tables.read_evaluations(Path("runs/s0")) == {}  # it is no accuracy

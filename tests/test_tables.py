@@ -75,8 +75,8 @@ def test_a_spectrum_adds_columns_where_a_run_has_one(tmp_path):
     columns = [*names, *(f"{name}, projector" for name in names), "rank of 128"]
     assert [cell.strip() for cell in lines[2].split("|")[6:-2]] == columns
     (first, second) = rows_of("\n".join(lines))
-    assert first[5:12] == ["2.00 ± 0.71", "0.50 ± 0.00", "-2.00 ± 0.00", "1.25 (1 seed)", "0.50 (1 seed)", "-2.00 (1 seed)", "-"]
-    assert second[5:12] == ["-", "0.50", "-2.00", "-", "-", "-", "9.00"]
+    assert first[5:12] == ["2.00 ± 0.71", "0.500 ± 0.000", "-2.000 ± 0.000", "1.25 (1 seed)", "0.500 (1 seed)", "-2.000 (1 seed)", "-"]
+    assert second[5:12] == ["-", "0.500", "-2.000", "-", "-", "-", "9.00"]
 
 
 def test_tables_for_a_paper_and_for_a_program(tmp_path, evaluates):
