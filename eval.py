@@ -26,9 +26,8 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 from tqdm import trange
 
-from data import Images, balanced_subset, keyed_generator, load_dataset, random_views, refuse_other_data, require
+from data import Images, balanced_subset, keyed_generator, load_dataset, refuse_other_data, require
 from methods import explained, own_of
 from models import build_head, extract_features, feature_dim, load_encoders
 from report.export import export_encoders
@@ -47,7 +46,7 @@ from report.page import write_page
 from report.tables import SPECTRUM, evaluation_name, read_options, read_rows, table, table_kind
 from runtime.device import choose_device
 from runtime.run import read_config
-from training import own_views
+from training import views_of
 
 
 @command_line()
@@ -302,7 +301,7 @@ def effective_rank(z: Tensor) -> float:
     return (-(p * p.log()).sum()).exp().item()
 
 
-def alignment(module: nn.Module, x: Tensor, views: Callable[..., tuple[Tensor, ...]], generator: torch.Generator) -> float:
+def alignment(module: nn.Module, x: Tensor, views: Callable[..., Sequence[Tensor]], generator: torch.Generator) -> float:
     """`E |f(v) - f(v')|^2` over two random views v, v' of each image (Wang and Isola 2020, arXiv 2005.10242), f at unit length; 0 to 4.
 
     x: uint8 `[N, 3, S, S]`. views: see `random_views`.
@@ -324,20 +323,15 @@ def uniformity(z: Tensor, block: int = 1000) -> float:
     return (total / (n * (n - 1) / 2)).log().item()
 
 
-def training_views(run: Path) -> Callable[..., tuple[Tensor, ...]]:
+def training_views(run: Path) -> Callable[..., Sequence[Tensor]]:
     """The views that a run was trained with, see `random_views`. Raises InputError if they are a notebook's, which the run lacks."""
     config = read_config(run)
     if "views" not in config.get("data", {}):
-        return partial(random_views, jitter=read_options(run)["settings"]["jitter"])
+        return views_of(read_options(run)["settings"])
     if not (run / "views.py").exists():
         raise InputError(f"--spectrum needs the views that {run} was trained with, which only the notebook that began it has")
     own = own_of(run, "views", config["options"]["views"], config["data"]["views"], None)
-
-    def views(images: Tensor, generator: torch.Generator) -> list[Tensor]:
-        with explained(own.file):
-            return own_views(own.content, images, generator)
-
-    return views
+    return explained(own.file)(views_of({}, own.content))
 
 
 def describe_spectrum(run: Path, row: dict) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -154,10 +154,13 @@ def local_step(federation: Federation, options: Options) -> Step:
 
 
 def make_step(networks: Objective, images: Tensor, options: Options) -> Step:
-    views = partial(random_views, **{name: options.settings[name] for name in VIEWS})
-    if options.views:
-        views = partial(own_views, options.views.content)
+    views = views_of(options.settings, options.views and options.views.content)
     return Step(networks, images, options.precision, views, options.momentum, options.weight_decay)
+
+
+def views_of(settings: Mapping[str, float], own: Callable | None = None) -> Callable[..., Sequence[Tensor]]:
+    """What draws a run's views, see `random_views`: by settings, whose default counts where there is none, or the user's function."""
+    return partial(own_views, own) if own else partial(random_views, **{k: settings.get(k, s.default) for k, s in VIEWS.items()})
 
 
 def own_views(view: Callable, images: Tensor, generator: torch.Generator | None, count: int = 2) -> list[Tensor]:

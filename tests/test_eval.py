@@ -516,15 +516,24 @@ def test_alignment_is_over_the_views_that_the_run_was_trained_with(runs, images,
         return evaluation.spectrum(Path("runs/s0"), [nn.Flatten()], images, seed)["alignment"]
 
     assert aligned() == aligned() != aligned(seed=1) and aligned(jitter=0.0) < aligned()
-    source = "def view(images, generator):\n    return images.float() / 255\n"
+    config = json.loads(Path("runs/s0/config.json").read_text())
+    for name in ("crop_scale", "greyscale"):  # which a run of an older version does not have
+        del config["options"]["settings"][name]
+    before = aligned()
+    Path("runs/s0/config.json").write_text(json.dumps(config))
+    assert aligned() == before
+    source = "def view(images, generator):\n    return images.float() / 255 + LOW\n"
     config = json.loads(Path("runs/s0/config.json").read_text())
     config["options"]["views"], config["data"]["views"] = "v.py", hashlib.sha256(source.encode()).hexdigest()[:32]
     Path("runs/s0/config.json").write_text(json.dumps(config))
     assert refuses(lambda: evaluate("--spectrum runs/s0"), "--spectrum needs the views that runs/s0 was trained with")
     Path("runs/s0/views.py").write_text(source)
-    assert aligned() == 0
-    Path("runs/s0/views.py").write_text(source + "#")
+    assert refuses(lambda: evaluate("--spectrum runs/s0"), "runs/s0/views.py, line 2: NameError")
+    Path("runs/s0/views.py").write_text(source + "LOW = 0\n")
     assert refuses(lambda: evaluate("--spectrum runs/s0"), "runs/s0/views.py is not what runs/s0 began with")
+    config["data"]["views"] = hashlib.sha256((source + "LOW = 0\n").encode()).hexdigest()[:32]
+    Path("runs/s0/config.json").write_text(json.dumps(config))
+    assert aligned() == 0
 
 
 def test_a_spectrum_of_many_images_is_of_some_drawn_by_the_seed(runs, images, monkeypatch):
