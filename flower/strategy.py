@@ -16,6 +16,7 @@ from parties import FILE, Party, party_of, read_parties
 import fedu
 from federation import Federation, Turn, draw_turns, most_uploads, sample_clients
 from options import Options
+from report.progress import duration
 from runtime.cli import InputError
 from runtime.uploads import Uploads
 
@@ -24,6 +25,7 @@ SILENCE = 30  # seconds without any answer, after which nodes that are still awa
 ALIVE = f"{MessageType.QUERY}.alive"  # the type of this question
 PATIENCE = 5  # rounds in a row without an upload that can be taken, after which the run ends
 POLL = 3  # seconds between two looks for answers, as in Flower's own `send_and_receive`
+NEWS = 60  # seconds between two lines about a round that goes on
 
 
 class FedU(FedAvg):
@@ -68,7 +70,7 @@ class FedU(FedAvg):
         awaited = {key: message.metadata.dst_node_id for key, message in zip(grid.push_messages(messages), messages)}
         questions: dict[str, str] = {}  # the message that each question asks about
         replies: list[Message] = []
-        heard = began = time.monotonic()
+        heard = began = told = time.monotonic()
         while True:
             came = {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages([*awaited, *questions])}
             replies += [came[key] for key in awaited if key in came]
@@ -79,6 +81,10 @@ class FedU(FedAvg):
             heard = now if came else heard
             if not awaited or now - began >= self.timeout:
                 return replies
+            if now - told >= NEWS:
+                names = ", ".join(str(turn.client.id) for turn in self.turns if self.nodes[turn.client.id] in awaited.values())
+                print(f"  {len(replies)} of {len(messages)} answers after {duration(now - began)}; awaited: {names}", flush=True)
+                told = now
             if now - heard >= SILENCE:
                 silent = [key for key in awaited if key not in questions.values()]
                 asked = [Message(RecordDict(), dst_node_id=awaited[key], message_type=ALIVE) for key in silent]
@@ -92,6 +98,7 @@ class FedU(FedAvg):
     def roll_call(self, grid: Grid, drawn: set[int]) -> None:
         """Ask nodes who they are, until as many clients as a round needs are connected, and one of those drawn among them."""
         asked: set[int] = set()
+        told = time.monotonic()
         while True:
             self.keys = {node.node_id: node.public_key for node in grid.get_nodes()}
             present, bound = set(self.keys), self.reread_parties()
@@ -106,6 +113,10 @@ class FedU(FedAvg):
                 self.introduce(reply)
             if len(self.nodes) >= self.min_available_nodes and drawn & self.nodes.keys():
                 return
+            if time.monotonic() - told >= NEWS:
+                absent = ", ".join(str(client) for client in sorted(set(range(len(self.clients))) - self.nodes.keys()))
+                print(f"  {len(self.nodes)} clients are here, a round waits for {self.min_available_nodes}; absent: {absent}", flush=True)
+                told = time.monotonic()
             time.sleep(1)
 
     def reread_parties(self) -> bool:

@@ -257,8 +257,9 @@ def test_a_node_that_has_lost_its_message_is_not_waited_for(npz, grid, tmp_path,
     assert_same(tmp_path / "run", simulate(npz, tmp_path / "simulated", absent=(1, 1)), lost=True)
 
 
-def test_a_node_that_takes_long_is_waited_for(npz, grid, tmp_path):
-    """It is asked whether it has lost its message, and answers this after the message."""
+def test_a_node_that_takes_long_is_waited_for(npz, grid, tmp_path, capfd, monkeypatch):
+    """It is asked whether it has lost its message, and answers this after the message. The server says whom it awaits."""
+    monkeypatch.setattr(strategy, "NEWS", 0)
     looks = []
 
     def work(message: Message, answer) -> Message:
@@ -268,6 +269,8 @@ def test_a_node_that_takes_long_is_waited_for(npz, grid, tmp_path):
     grid.fault = work
     grid.serve(f"{FEDU} --dataset {npz} --out run")
     assert [m.metadata.dst_node_id for m in grid.messages if m.metadata.message_type == strategy.ALIVE] == [101, 1]
+    said = capfd.readouterr().out
+    assert len(re.findall(r"  2 of 3 answers after [0-9.]+ s; awaited: 1\n", said)) == said.count("awaited: ") == 3
     assert_same(tmp_path / "run", simulate(npz, tmp_path / "simulated"))
 
 
@@ -469,6 +472,21 @@ def test_a_key_that_changes_during_a_run(npz, grid, keys, tmp_path, capfd):
     assert capfd.readouterr().err.count("parties.json cannot be read (JSONDecodeError") == 1
     with pytest.raises(InputError, match="parties.json cannot be read"):
         grid.serve(f"{FEDU} --dataset {npz} --out other")
+
+
+def test_a_round_that_waits_for_clients_says_for_whom(npz, grid, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(strategy, "NEWS", 0)
+    late, nodes = grid.contexts.pop(101), grid.get_nodes
+    looks = []
+
+    def come_late() -> list[NodeInfo]:
+        looks.append(1)
+        grid.contexts |= {101: late} if len(looks) == 2 else {}
+        return nodes()
+
+    grid.queues[101], grid.get_nodes = [], come_late
+    grid.serve(f"{FEDU} --rounds 1 --dataset {npz} --out run")
+    assert capfd.readouterr().out.count("  2 clients are here, a round waits for 3; absent: 1\n") == 1
 
 
 @pytest.mark.parametrize(
