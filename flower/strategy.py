@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -20,12 +21,19 @@ from report.progress import duration
 from runtime.cli import InputError
 from runtime.uploads import Uploads
 
-ANSWER = 300  # seconds that a node has to say who it is
+ANSWER = 300  # seconds that a round waits for a node to say who it is
 SILENCE = 30  # seconds without any answer, after which nodes that are still awaited are asked whether they have lost their message
 ALIVE = f"{MessageType.QUERY}.alive"  # the type of this question
 PATIENCE = 5  # rounds in a row without an upload that can be taken, after which the run ends
 POLL = 3  # seconds between two looks for answers, as in Flower's own `send_and_receive`
 NEWS = 60  # seconds between two lines about a round that goes on
+
+
+class Question(NamedTuple):
+    """A node that was asked who it is, and when, by `time.monotonic`."""
+
+    node: int
+    asked: float
 
 
 class FedU(FedAvg):
@@ -45,6 +53,7 @@ class FedU(FedAvg):
         judged = {"max_drift": options.max_drift, "shorten": options.on_outlier == "clip"}
         self.uploads = Uploads(self.server.model, most, nothing, **judged)  # clients measure their divergence themselves
         self.nodes: dict[int, int] = {}  # the node of each connected client
+        self.questions: dict[str, Question] = {}  # those that are not answered, by their messages
         self.parties = read_parties()
         if self.parties is None:
             print(f"{FILE} is not here, so any registered node may say that it is any client", file=sys.stderr, flush=True)
@@ -96,27 +105,41 @@ class FedU(FedAvg):
         return ArrayRecord({"model": Array(self.server.model[: self.num_floats].cpu().numpy())})
 
     def roll_call(self, grid: Grid, drawn: set[int]) -> None:
-        """Ask nodes who they are, until as many clients as a round needs are connected, and one of those drawn among them."""
-        asked: set[int] = set()
+        """Ask nodes who they are, until as many clients as a round needs are connected, and one of those drawn among them.
+
+        A round waits `ANSWER` seconds for each node that it has asked. Then it asks again, because the node may have been killed with the
+        question, and goes on without it if it can. An answer to an older question counts too: a node may be busy with hours of training.
+        """
+        before: set[int] = set()
+        refused: set[int] = set()
         told = time.monotonic()
         while True:
             self.keys = {node.node_id: node.public_key for node in grid.get_nodes()}
-            present, bound = set(self.keys), self.reread_parties()
-            if asked - present or bound:
-                asked = set()  # a refused node may take the place of a lost one, so all are asked again
+            present, bound, now = set(self.keys), self.reread_parties(), time.monotonic()
+            if before - present or bound:
+                refused = set()  # a refused node may take the place of a lost one, so all are asked again
+            before = present
             self.nodes = {client: node for client, node in self.nodes.items() if node in present and self.may_be(node, client)}
-            unknown = present - asked - set(self.nodes.values())
-            asked |= present
-            question = RecordDict({"config": ConfigRecord(self.message_config)})
-            questions = [Message(question, dst_node_id=node, message_type=MessageType.QUERY) for node in unknown]
-            for reply in grid.send_and_receive(questions, timeout=ANSWER) if questions else ():
-                self.introduce(reply)
-            if len(self.nodes) >= self.min_available_nodes and drawn & self.nodes.keys():
+            unknown = present - set(self.nodes.values())
+            self.questions = {key: question for key, question in self.questions.items() if question.node in unknown}
+            lately = {question.node for question in self.questions.values() if now - question.asked < ANSWER}
+            nodes = sorted(unknown - refused - lately)
+            content = RecordDict({"config": ConfigRecord(self.message_config)})
+            keys = grid.push_messages([Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes])
+            self.questions |= {key: Question(node, now) for key, node in zip(keys, nodes) if key}
+            for reply in grid.pull_messages(list(self.questions)) if self.questions else ():
+                node = self.questions.pop(reply.metadata.reply_to_message_id).node
+                lost = reply.metadata.src_node_id != node  # then the SuperLink says so
+                if not lost and node not in self.nodes.values() and not self.introduce(reply):
+                    refused.add(node)
+            first = {question.node: question.asked for question in reversed(self.questions.values())}
+            waits = any(now - asked < ANSWER for node, asked in first.items() if node not in self.nodes.values())
+            if len(self.nodes) >= self.min_available_nodes and drawn & self.nodes.keys() and not waits:
                 return
-            if time.monotonic() - told >= NEWS:
+            if now - told >= NEWS:
                 absent = ", ".join(str(client) for client in sorted(set(range(len(self.clients))) - self.nodes.keys()))
                 print(f"  {len(self.nodes)} clients are here, a round waits for {self.min_available_nodes}; absent: {absent}", flush=True)
-                told = time.monotonic()
+                told = now
             time.sleep(1)
 
     def reread_parties(self) -> bool:
@@ -143,8 +166,8 @@ class FedU(FedAvg):
         party = self.party(node)
         return self.parties is None or (party is not None and party.client == client)
 
-    def introduce(self, reply: Message) -> None:
-        """Take a node in as the client that it says it is, unless another node is that client."""
+    def introduce(self, reply: Message) -> bool:
+        """Take a node in as the client that it says it is, unless another node is that client. Returns whether it was taken in."""
         node = reply.metadata.src_node_id
         try:
             client, count = read_introduction(reply, self.options)
@@ -156,7 +179,7 @@ class FedU(FedAvg):
                 raise InputError(f"client {client} is node {self.nodes[client]}")
         except InputError as error:
             print(f"node {node} was refused: {error}", file=sys.stderr, flush=True)
-            return
+            return False
         party = self.party(node)
         if party and party.images and count > party.images:
             claim = f"client {client} ({party.name}) says that it has {count} images"
@@ -169,6 +192,7 @@ class FedU(FedAvg):
         here = f"{len(self.nodes)} here, a round waits for {self.min_available_nodes}"
         name = f" ({party.name})" if party else ""
         print(f"client {client}{name} is node {node} and has {count} images ({here})", flush=True)
+        return True
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """A message for each client that is drawn and connected. Flower counts rounds from 1, `fedu.py` from 0."""

@@ -29,7 +29,7 @@ import server_app
 import strategy
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -120,11 +120,6 @@ class LocalGrid:
                     self.replies[reply.metadata.reply_to_message_id] = reply
                     self.messages.append(reply)
         return [self.replies.pop(key) for key in list(keys) if key in self.replies]
-
-    def send_and_receive(self, messages, timeout=None) -> list[Message]:
-        replies = self.pull_messages(self.push_messages(messages))
-        assert len(replies) == len(messages), "Flower would wait here until the timeout"
-        return replies
 
     def deliver(self, message: Message) -> Message | None:
         answer = partial(client_app.app, message, self.contexts[message.metadata.dst_node_id])
@@ -472,6 +467,43 @@ def test_a_key_that_changes_during_a_run(npz, grid, keys, tmp_path, capfd):
     assert capfd.readouterr().err.count("parties.json cannot be read (JSONDecodeError") == 1
     with pytest.raises(InputError, match="parties.json cannot be read"):
         grid.serve(f"{FEDU} --dataset {npz} --out other")
+
+
+@pytest.mark.parametrize("fate", ["lost", "busy", "reported"])
+def test_a_node_that_does_not_say_at_once_who_it_is(npz, grid, tmp_path, capfd, monkeypatch, fate):
+    """The question is lost with its node; or is answered late, after a second one; or the SuperLink says that the node is lost."""
+    monkeypatch.setattr(strategy, "ANSWER", 0)
+    asked, deliver = [], grid.deliver
+
+    def answer(message: Message) -> Message | None:
+        if message.metadata.dst_node_id != 101 or message.metadata.message_type != MessageType.QUERY:
+            return deliver(message)
+        asked.append(message)
+        if fate == "busy":
+            return BUSY if len(asked) < 3 else deliver(message)
+        if len(asked) > 1:
+            return deliver(message)
+        if fate == "lost":
+            return None
+        error = Message(Error(code=3, reason="Node Unavailable"), reply_to=message)
+        error.metadata.__dict__["_src_node_id"] = 1
+        return error
+
+    grid.deliver = answer
+    grid.serve(f"{FEDU} --rounds 1 --dataset {npz} --out run")
+    assert read_metrics(tmp_path / "run")[0]["clients"] == [0, 1, 2] and "refused" not in capfd.readouterr().err
+
+
+def test_a_node_that_never_says_who_it_is_holds_up_only_the_beginning(npz, grid, tmp_path, monkeypatch):
+    """The run looks for nodes again until it has waited for this one, and then once a round."""
+    monkeypatch.setattr(strategy, "ANSWER", 1)
+    deliver, nodes, looks = grid.deliver, grid.get_nodes, []
+    grid.deliver = lambda message: BUSY if message.metadata.dst_node_id == 101 else deliver(message)
+    grid.get_nodes = lambda: looks.append(len(grid.messages)) or nodes()
+    grid.serve(f"{FEDU} --dataset {npz} --out run", min_clients=2)
+    assert [row["clients"] for row in read_metrics(tmp_path / "run")] == [[0, 2]] * 3
+    trained = next(k for k, message in enumerate(grid.messages) if message.metadata.message_type == MessageType.TRAIN)
+    assert sum(look <= trained for look in looks) > 2 and sum(look > trained for look in looks) == 2
 
 
 def test_a_round_that_waits_for_clients_says_for_whom(npz, grid, tmp_path, capfd, monkeypatch):
