@@ -143,13 +143,14 @@ class FedU(FedAvg):
             time.sleep(1)
 
     def reread_parties(self) -> bool:
-        """Read parties.json anew, which may change during a run; returns whether it did. A mistake in it leaves what was read before."""
+        """Read parties.json anew, which may change during a run; returns whether it did. If it is lost or damaged, the parties stay."""
         if self.parties is None:
             return False
         before, wrong = self.parties, ""
         try:
-            read = read_parties()
-            self.parties = before if read is None else read
+            if (read := read_parties()) is None:
+                raise InputError(f"{FILE} is no longer here")
+            self.parties = read
         except InputError as error:
             wrong = str(error)
         if wrong and wrong != self.wrong:

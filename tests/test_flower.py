@@ -448,7 +448,7 @@ def test_a_key_is_a_party(npz, grid, keys, tmp_path, capfd):
 
 
 def test_a_key_that_changes_during_a_run(npz, grid, keys, tmp_path, capfd):
-    """After round 0 client 2 has another key, which its node lacks in round 1 and has in round 2; then the file is damaged."""
+    """After round 0 client 2 has another key, which its node lacks in round 1 and has in round 2. The file is damaged, and deleted."""
     for k in range(3):
         parties.main([f"client-{k}.pub", str(k)])
 
@@ -459,12 +459,16 @@ def test_a_key_that_changes_during_a_run(npz, grid, keys, tmp_path, capfd):
         if place == (1, 100):
             (tmp_path / "parties.json").write_text("[")
             grid.keys[102] = keys[3]
+        if place == (2, 100):
+            (tmp_path / "parties.json").unlink()
         return answer()
 
     grid.fault = rotate
-    grid.serve(f"{FEDU} --dataset {npz} --out run", min_clients=2)
-    assert [row["clients"] for row in read_metrics(tmp_path / "run")] == [[0, 1, 2], [0, 1], [0, 1, 2]]
-    assert capfd.readouterr().err.count("parties.json cannot be read (JSONDecodeError") == 1
+    grid.serve(f"{FEDU} --rounds 4 --dataset {npz} --out run", min_clients=2)
+    assert [row["clients"] for row in read_metrics(tmp_path / "run")] == [[0, 1, 2], [0, 1], [0, 1, 2], [0, 1, 2]]
+    said = capfd.readouterr().err
+    assert said.count("parties.json cannot be read (JSONDecodeError") == said.count("parties.json is no longer here: the parties stay") == 1
+    (tmp_path / "parties.json").write_text("[")
     with pytest.raises(InputError, match="parties.json cannot be read"):
         grid.serve(f"{FEDU} --dataset {npz} --out other")
 
