@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import Images, client_indices, keyed_generator, require
 from methods import find
-from models import Encoder, Objective, Segment, batchnorm_places, conv_segments, initialise
+from models import Encoder, Objective, Segment, batchnorm_places, initialise, layer_segments
 from options import Options, row_of
 from runtime.bank import Bank, Row
 from runtime.cli import user_path
@@ -181,21 +181,21 @@ def build(options: Options, images: Images) -> Federation:
 
 def assemble(options: Options, groups: list[list[Client]], images: Tensor, labels: Tensor, public: Tensor | None = None) -> Federation:
     """A federation of a server for each group of clients. images: uint8 `[N, 3, S, S]` on the device to train on. labels: `[N]`."""
-    networks = build_networks(options, labels, images.device)
+    networks = build_networks(options, labels, images.device, images.shape[-1])
     servers = [Server(networks.online.vector.clone(), group) for group in groups]
     segments = divergence_segments(networks, options.divergence)
     return Federation(servers, networks, images, segments, torch.empty(0) if public is None else public)
 
 
-def build_networks(options: Options, labels: Tensor, device: torch.device) -> Objective:
-    """The method's objective with its networks, initialised by the seed."""
+def build_networks(options: Options, labels: Tensor, device: torch.device, image_size: int = 32) -> Objective:
+    """The method's objective with its networks, initialised by the seed. image_size: of the images, in pixels."""
     row = row_of(options.method)
     torch.manual_seed(options.seed)
     how: dict[str, Any] = {name: options.settings[name] for name in row.settings}
     how |= {name: False for name in ("predictor", "stop_gradient") if getattr(options, f"no_{name}")}
     how |= {"labels": labels} if row.uses_labels else {}
     head = (int(labels.max()) + 1,) if row.uses_labels else row.head
-    networks = find(row.objective)(Encoder(options.encoder, head, options.norm), device, **how)
+    networks = find(row.objective)(Encoder(options.encoder, head, options.norm, image_size), device, **how)
     if options.statistics == "local":
         networks.private = batchnorm_places(networks.online)
     networks.decorrelation = options.settings["decorrelation"]
@@ -207,9 +207,9 @@ def build_networks(options: Options, labels: Tensor, device: torch.device) -> Ob
 
 
 def divergence_segments(networks: Objective, kind: str) -> Tensor:
-    """What d_k is measured on, `[L, 2]`: each convolution for `layer-mean` (authors' code), the whole encoder for `squared` (paper)."""
+    """What d_k is measured on, `[L, 2]`: the backbone's layers for `layer-mean` (authors' code), the encoder for `squared` (paper)."""
     parameters = networks.param_slices["encoder"]
-    segments = conv_segments(networks.online) if kind == "layer-mean" else [Segment("encoder", parameters.start, parameters.stop)]
+    segments = layer_segments(networks.online) if kind == "layer-mean" else [Segment("encoder", parameters.start, parameters.stop)]
     return torch.tensor([[begin, end] for _, begin, end in segments])
 
 

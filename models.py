@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import ops
-from runtime.cli import InputError, first_line, write_atomic
+from runtime.cli import InputError, first_line, nearest, write_atomic
 
 # hidden and output width of projector and predictor
 HEADS = {"resnet18": (4096, 2048), "resnet50": (4096, 2048), "resnet18-narrow": (512, 256), "small": (512, 256), "tiny": (512, 256)}
@@ -33,11 +33,14 @@ WIDTHS = {"small": (32, 64, 128, 256), "tiny": (16, 32, 64, 128)}
 # ----------------------------------------------------------------------------------------------------- networks
 
 
-def build_backbone(name: str, norm: str = "batch") -> nn.Module:
+def build_backbone(name: str, norm: str = "batch", image_size: int = 32) -> nn.Module:
     """An untrained backbone, images `[B, 3, S, S]` -> features `[B, d]`, d = 128 to 2048 in PyTorch's default initialisation.
 
-    norm: `batch`, or `group` for GroupNorm (Wu and He 2018): 32 groups in ResNets of full width, 16 channels a group in narrower encoders.
+    name: a key of HEADS, or `timm:NAME`, see `timm_backbone`, to which image_size matters. norm: `batch`, or `group` for GroupNorm (Wu and
+    He 2018): 32 groups in ResNets of full width, 16 channels a group in narrower encoders.
     """
+    if name.startswith("timm:"):
+        return timm_backbone(name, image_size)
     backbone = plain_backbone(WIDTHS[name]) if name in WIDTHS else cifar_resnet(name)
     for parent in list(backbone.modules()) if norm == "group" else ():
         for child, m in list(parent.named_children()):
@@ -64,6 +67,43 @@ def cifar_resnet(name: str) -> nn.Module:
     return backbone
 
 
+def timm_backbone(name: str, image_size: int) -> nn.Module:
+    """An untrained model of the package timm, initialised by it, without classifier and without dropout, for images of `image_size` pixels.
+
+    Its `feature_width` is d. Raises InputError if timm is missing, has no such model, or if the model cannot take such images.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise InputError(f"the encoder {name} needs the package timm: `pip install -r requirements-optional.txt`") from None
+    model = name.removeprefix("timm:")
+    if not timm.is_model(model):
+        raise InputError(f"timm {timm.__version__} has no model {model!r} for the encoder {name}{nearest(model, timm.list_models())}")
+    try:
+        try:
+            backbone = timm.create_model(model, num_classes=0, img_size=image_size)
+        except TypeError:  # a network for images of any size
+            backbone = timm.create_model(model, num_classes=0)
+        sides = getattr(getattr(backbone, "patch_embed", None), "patch_size", (1,))
+        if any(image_size % side for side in ([sides] if isinstance(sides, int) else sides)):  # some of timm's would leave out a border
+            raise InputError(f"the encoder {name} needs images whose side is a multiple of its patches', {sides}; these have {image_size}")
+        with torch.no_grad():
+            shape = backbone.eval()(torch.zeros(1, 3, image_size, image_size)).shape
+    except InputError:
+        raise
+    except Exception as error:  # of many types
+        raise InputError(f"the encoder {name} cannot take images of {image_size} pixels ({first_line(error)})") from None
+    if len(shape) != 2:
+        raise InputError(f"the encoder {name} gives features of shape {list(shape)} for an image, needs [1, d]")
+    for module in backbone.modules():  # dropout draws from torch's generator, which is not keyed by round and client
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    backbone.feature_width = shape[1]
+    return backbone.train()
+
+
 def quarter_width(backbone: nn.Module) -> None:
     """Cut the channels of each convolution and BatchNorm to a quarter; the first convolution keeps its three input channels."""
     for parent in list(backbone.modules()):
@@ -84,8 +124,8 @@ def plain_backbone(widths: tuple[int, ...]) -> nn.Sequential:
 
 
 def feature_dim(backbone: nn.Module) -> int:
-    """d, the width of the backbone's features: the channels of its last convolution."""
-    return [m.out_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)][-1]
+    """d, the width of the backbone's features: of this project's encoders, the channels of the last convolution."""
+    return getattr(backbone, "feature_width", None) or [m.out_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)][-1]
 
 
 def build_head(inputs: int, *layers: int | str) -> nn.Module:
@@ -110,20 +150,20 @@ def build_head(inputs: int, *layers: int | str) -> nn.Module:
 class Encoder(nn.Module):
     """Backbone and projector, images `[B, 3, S, S]` -> projections `[B, width]`.
 
-    head: the projector's layers, see `build_head`, by default `HEADS[name]`; 0 is the width of the backbone's features. norm: of the
-    backbone, see `build_backbone`; the heads keep BatchNorm, without which BYOL collapses. `image_size` is S of the images that it was
-    trained on.
+    head: the projector's layers, see `build_head`, by default `HEADS[name]`; of timm's, as ResNet-18's if there are as many features, else
+    as the narrow encoders'. 0 is the width of the features. norm: of the backbone, see `build_backbone`; the heads keep BatchNorm, without
+    which BYOL collapses. image_size: S of the images that it is trained on.
     """
 
-    image_size = 32
     passed: list[Tensor] | None = None  # while it is a list, it gets the features of every forward pass, `[B, d]`
 
-    def __init__(self, name: str, head: Sequence[int | str] = (), norm: str = "batch"):
+    def __init__(self, name: str, head: Sequence[int | str] = (), norm: str = "batch", image_size: int = 32):
         super().__init__()
-        self.name, self.norm = name, norm
-        self.backbone = build_backbone(name, norm)
+        self.name, self.norm, self.image_size = name, norm, image_size
+        self.backbone = build_backbone(name, norm, image_size)
         features = feature_dim(self.backbone)
-        self.head = tuple(layer or features for layer in head or HEADS[name])
+        usual = HEADS.get(name) or HEADS["resnet18" if features >= 512 else "resnet18-narrow"]
+        self.head = tuple(layer or features for layer in head or usual)
         self.width = next(layer for layer in reversed(self.head) if isinstance(layer, int))
         self.projector = build_head(features, *self.head)
 
@@ -150,8 +190,9 @@ class Flat:
 
     `vector` is `[buffers | parameters | buffers of top]`, where `top` is the last piece of the module: with an encoder and a predictor
     on top of it, each of them is one slice. `param_slice` is the slice of the parameters, and `segments` names the place of each.
-    BatchNorm's batch counters are left out: its momentum is fixed, so nothing reads them. A convolution's weights lie channels-last, the
-    order in which a channels-last convolution reads them and gives their gradient.
+    BatchNorm's batch counters are left out: its momentum is fixed, so nothing reads them. So are buffers of whole numbers and those that
+    are not in the state_dict, such as a transformer's tables of positions: training does not change them. A convolution's weights lie
+    channels-last, the order in which a channels-last convolution reads them and gives their gradient.
 
     If the module is trained, `trainable` is `vector[param_slice]` as a single Parameter. The gradients of the module's parameters are
     views of its gradient, so an optimizer sees one tensor. Moving the module or assigning a parameter's `.data` would break the views;
@@ -165,9 +206,11 @@ class Flat:
         for m in module.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.num_batches_tracked = None
-        parameters, last = dict(module.named_parameters()), list(top.buffers()) if top else []
-        first = list(module.buffers())[: -len(last) or None]
+        parameters, last = dict(module.named_parameters()), changing_buffers(top) if top else []
+        first = changing_buffers(module)[: -len(last) or None]
         self.tensors = [*first, *parameters.values(), *last]
+        if wrong := {str(t.dtype) for t in self.tensors} - {"torch.float32"}:
+            raise InputError(f"{type(module).__name__} has parameters of {min(wrong)}, needs torch.float32")
         pieces = [in_memory_order(t.detach()).flatten() for t in self.tensors]
         self.lie_in(torch.cat(pieces + ([behind.vector] if behind else [])))
         self.behind = behind
@@ -199,6 +242,12 @@ class Flat:
                 assert p.grad.data_ptr() == gradient.data_ptr(), f"the gradient of {name} is no longer a view"
 
 
+def changing_buffers(module: nn.Module) -> list[Tensor]:
+    """The buffers that training may change, as BatchNorm's running statistics: those of real numbers in the state_dict."""
+    stored = module.state_dict()
+    return [buffer for name, buffer in module.named_buffers() if name in stored and buffer.is_floating_point()]
+
+
 def batchnorm_places(network: Flat) -> Tensor:
     """Where BatchNorm's running statistics, weights and biases lie in a network's vector: int64 `[M]`."""
     norms = {name for name, m in network.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
@@ -220,14 +269,14 @@ def shaped_like(tensor: Tensor, piece: Tensor) -> Tensor:
     return view.permute(0, 3, 1, 2) if tensor.ndim == 4 else view
 
 
-def conv_segments(network: Flat) -> list[Segment]:
-    """The segments that the authors' divergence averages over: the stem and each block's convolutions, no shortcut's.
+def layer_segments(network: Flat) -> list[Segment]:
+    """The segments that the authors' divergence averages over: of a ResNet the stem and each block's convolutions, no shortcut's.
 
-    17 for ResNet-18, 49 for ResNet-50 (the authors sum over names that contain "conv"; torchvision calls a shortcut "downsample").
+    17 for ResNet-18, 49 for ResNet-50 (the authors sum over names that contain "conv"; torchvision calls a shortcut "downsample"). Of a
+    network that has linear layers in its backbone, as a transformer has, their weights too.
     """
-    modules = network.module.named_modules()
-    convs = {f"{name}.weight" for name, m in modules if isinstance(m, nn.Conv2d) and "downsample" not in name}
-    return [segment for segment in network.segments if segment.name in convs]
+    weights = {name for name, p in network.parameters.items() if p.ndim > 1 and name.endswith("weight") and "downsample" not in name}
+    return [segment for segment in network.segments if segment.name in weights and "backbone." in segment.name]
 
 
 # --------------------------------------------------------------------------------------------------- objectives
@@ -276,7 +325,7 @@ class Objective:
         module = Online(encoder, predictor).to(device)
         self.online = Flat(module, module.predictor, behind=exchanged)
         self.others = [exchanged] if exchanged else []
-        end = sum(t.numel() for t in encoder.state_dict().values())
+        end = self.online.param_slice.start + sum(p.numel() for p in encoder.parameters())
         self.parts = {"encoder": self.online.vector[:end], "predictor": self.online.vector[end:]}
         parameters = self.online.param_slice
         # BatchNorm's statistics come before the encoder's parameters, and after the predictor's
@@ -425,13 +474,16 @@ def load_encoders(run: Path) -> list[Encoder]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         encoders = []
         for state in saved["encoders"]:
-            encoder = Encoder(saved["encoder"], saved["head"], saved.get("norm", "batch"))  # a run of an earlier version says no norm
+            # a run of an earlier version says neither norm nor size
+            encoder = Encoder(saved["encoder"], saved["head"], saved.get("norm", "batch"), saved.get("image_size", 32))
             # BatchNorm's batch counters may be missing, which torch allows in a plain dict but not in a state_dict with its metadata
             encoder.backbone.load_state_dict(dict(state["backbone"]))
             encoder.projector.load_state_dict(dict(state["projector"]))
-            encoder.image_size = encoder.backbone.image_size = saved.get("image_size", 32)  # a run of an earlier version does not say
+            encoder.backbone.image_size = encoder.image_size
             encoders.append(encoder.eval().requires_grad_(False))
         return encoders
+    except InputError:
+        raise
     except Exception as error:  # a damaged archive makes torch raise errors of many types
         raise InputError(f"{path} is not a readable encoder ({first_line(error)})") from None
 
@@ -476,15 +528,16 @@ def load_backbone(path: Path) -> nn.Module:
             about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # a missing or damaged file makes safetensors raise errors of its own
         raise InputError(f"{path} is not a readable .safetensors file ({first_line(error)})") from None
-    if about.get("encoder") not in HEADS:
+    name = about.get("encoder", "")
+    if name not in HEADS and not name.startswith("timm:"):
         raise InputError(f"{path} does not say which backbone it holds; it needs to be written by `eval.py --export`")
-    norm = about.get("norm", "batch")  # a file of an earlier version does not say
-    backbone = build_backbone(about["encoder"], norm)
+    norm, image_size = about.get("norm", "batch"), int(about["image_size"])  # a file of an earlier version says no norm
+    backbone = build_backbone(name, norm, image_size)
     try:
         backbone.load_state_dict(tensors)
     except RuntimeError as error:
-        raise InputError(f"{path} does not hold a {about['encoder']} backbone ({first_line(error)})") from None
-    backbone.name, backbone.norm, backbone.image_size = about["encoder"], norm, int(about["image_size"])
+        raise InputError(f"{path} does not hold a {name} backbone ({first_line(error)})") from None
+    backbone.name, backbone.norm, backbone.image_size = name, norm, image_size
     return backbone.eval().requires_grad_(False)
 
 

@@ -125,6 +125,7 @@ ABLATED = ("aggregate", "update", "predictor")  # the columns of a method's row 
 PAPER = {"encoder": "resnet18", "rounds": 100, "local_epochs": 5, "batch_size": 128, "lr": 0.032, "knn_every": 10}
 RECIPES = {"fashion": {"encoder": "tiny", "rounds": 8, "local_epochs": 2, "batch_size": 32, "lr": 0.1, "knn_every": 2}}
 FOLDER_OPTIONS = ("image_size", "pixel_range", "skip_broken", "labels", "no_cache")  # they say how a folder's images are read
+ENCODERS = ("tiny", "small", "resnet18-narrow", "resnet18", "resnet50")
 DIRICHLET = ("dirichlet", "dirichlet-balanced")
 PARTITIONS = ("classes", "iid", *DIRICHLET, "folders", "parties")
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -166,6 +167,13 @@ def partition_kind(text: str) -> str:
     if text not in PARTITIONS and not text.endswith((".json", ".csv")):
         files = f"a file FILE.json or FILE.csv{nearest(text, PARTITIONS)}"
         raise argparse.ArgumentTypeError(f"got {text!r}, needs one of {', '.join(PARTITIONS)}, or {files}")
+    return text
+
+
+def encoder_name(text: str) -> str:
+    """An argparse type: a backbone of this project, or one of timm's, which models.py looks up."""
+    if text not in ENCODERS and not (text.startswith("timm:") and text[5:]):
+        raise argparse.ArgumentTypeError(f"got {text!r}, needs one of {', '.join(ENCODERS)}, or timm:NAME{nearest(text, ENCODERS)}")
     return text
 
 
@@ -227,7 +235,7 @@ class Exchange:
     mu: float = option(None, "DAPU's threshold; inf: always the average, 0: in a first round only", type=number(float, 0), shown="0.4")
     tau: float = option(0.7, "FedEMA: weight of a client's own model at its first measured divergence", type=PROBABILITY)
     divergence: str = option(
-        "layer-mean", "layer-mean: mean over convolutions of the L2 norm of the change (authors' code); "
+        "layer-mean", "layer-mean: mean over the backbone's layers of the L2 norm of the change (authors' code); "
         "squared: squared L2 norm of the whole encoder's change (paper; needs its own --mu)", ("layer-mean", "squared"),
     )  # fmt: skip
     divergence_from: str = option(
@@ -267,7 +275,10 @@ class Clients:
 class Training:
     """Local training: networks, rounds and steps."""
 
-    encoder: str = option(None, "backbone", ("tiny", "small", "resnet18-narrow", "resnet18", "resnet50"), shown="resnet18; fashion: tiny")
+    encoder: str = option(
+        None, f"backbone: one of {', '.join(ENCODERS)}, or timm:NAME, a model of the package timm", type=encoder_name,
+        shown="resnet18; fashion: tiny",
+    )  # fmt: skip
     norm: str = option(
         "batch", "normalisation in the backbone: BatchNorm, or GroupNorm, which has no running statistics", ("batch", "group"),
     )  # fmt: skip
@@ -366,6 +377,7 @@ class Options(Host, Training, Clients, Exchange, Data):
             "first_target": (not row.has_target, with_target),
             "classes_per_client": (self.partition != "classes", "--partition classes"),
             "alpha": (self.partition not in DIRICHLET, "--partition dirichlet or dirichlet-balanced"),
+            "norm": (self.encoder.startswith("timm:"), "an encoder that is not timm's, whose names say their normalisation"),
             "max_drift": (row.servers != "one", "a method whose clients share a server"),
             "on_outlier": (row.servers != "one" or self.max_drift == math.inf, "a finite --max-drift, and clients that share a server"),
             "clients_per_round": (row.servers == "pooled", "a method with more than one client"),

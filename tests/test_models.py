@@ -1,5 +1,7 @@
 import copy
 import math
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -24,10 +26,13 @@ from models import (
     Objective,
     build_backbone,
     build_head,
-    conv_segments,
     correlation,
     feature_dim,
+    layer_segments,
+    load_encoders,
+    save_encoders,
 )
+from runtime.cli import InputError
 
 CPU = torch.device("cpu")
 
@@ -46,7 +51,7 @@ def test_resnets_are_the_papers(name, convs, features):
     with torch.device("meta"):
         backbone = build_backbone(name)
     objective = BYOL(Encoder(name), torch.device("meta"))
-    layers = [segment.name for segment in conv_segments(objective.target)]
+    layers = [segment.name for segment in layer_segments(objective.target)]
     assert len(layers) == convs and not any("downsample" in layer or "projector" in layer for layer in layers)
     assert feature_dim(backbone) == features
     assert backbone(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, features)
@@ -520,3 +525,78 @@ def test_every_objective_gives_all_its_network_a_gradient(kind):
     loss(objective, *torch.rand(2, 8, 3, 16, 16)).backward()
     update(objective)
     assert (objective.online.trainable.grad != 0).float().mean() > 0.5
+
+
+# -------------------------------------------------------------------------------------------------------- timm's encoders
+
+
+class Tabled(torch.nn.Module):
+    """A linear layer with a table of whole numbers, a constant that is not stored, and a statistic."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 3)
+        self.register_buffer("table", torch.arange(4))
+        self.register_buffer("mask", torch.full((5,), -torch.inf), persistent=False)
+        self.register_buffer("statistic", torch.ones(7))
+
+
+def test_a_vector_has_only_the_buffers_that_training_changes():
+    module = Tabled()
+    flat = Flat(module)
+    assert len(flat.vector) == 7 + 9 and flat.param_slice == slice(7, 16)
+    flat.vector.zero_()
+    assert not module.statistic.any() and module.table.tolist() == [0, 1, 2, 3] and module.mask.isinf().all()
+    with pytest.raises(InputError, match="Linear has parameters of torch.float64, needs torch.float32"):
+        Flat(torch.nn.Linear(2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "model, size, layers",
+    [("test_vit", 16, ["patch_embed.proj", "attn.qkv", "mlp.fc1"]), ("test_convnext", 32, ["stem.0", "conv_dw", "fc1"])],
+)
+def test_an_encoder_of_timms(model, size, layers, tmp_path):
+    """Its features' width is measured, its vector has all parameters, its dropout is off, and encoder.pt gives it back."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    encoder = Encoder(f"timm:{model}", image_size=size)
+    images = torch.rand(3, 3, size, size)
+    width = encoder.backbone(images).shape[1]
+    assert feature_dim(encoder.backbone) == width == encoder.projector[0].in_features and encoder.head == (512, 256)
+    objective = BYOL(encoder, CPU)
+    objective.check_views()
+    for part, module in (("encoder", encoder), ("predictor", objective.online.module.predictor)):
+        statistics = sum(b.numel() for name, b in module.named_buffers() if "running" in name)
+        assert len(objective.parts[part]) == count(module) + statistics
+    names = [segment.name for segment in layer_segments(objective.online)]
+    assert all(any(layer in name for name in names) for layer in layers) and not any(
+        "pos_embed" in name or "norm" in name for name in names
+    )
+    assert torch.equal(encoder(images), encoder(images))
+    save_encoders(tmp_path, size, [encoder])
+    (again,) = load_encoders(tmp_path)
+    assert again.image_size == size and torch.equal(again(images), encoder.eval()(images))
+
+
+def test_dropout_of_timms_is_off(monkeypatch):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    images, rates = torch.rand(2, 3, 16, 16), {"drop_rate": 0.5, "drop_path_rate": 0.5, "attn_drop_rate": 0.5, "proj_drop_rate": 0.5}
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **rates))
+    noisy = timm.create_model("test_vit", num_classes=0, img_size=16)
+    assert not torch.equal(noisy(images), noisy(images))
+    still = build_backbone("timm:test_vit", image_size=16)
+    assert still.training and torch.equal(still(images), still(images))
+
+
+def test_what_timm_cannot_build_is_one_sentence(monkeypatch):
+    pytest.importorskip("timm", reason="timm is not installed")
+    for name, words in (
+        ("timm:resnet19", "has no model 'resnet19' .*; did you mean resnet"),
+        ("timm:hf-hub:timm/resnet18", "has no model 'hf-hub:timm/resnet18'"),
+        ("timm:test_vit", r"needs images whose side is a multiple of its patches', \(16, 16\); these have 28"),
+        ("timm:test_convnext", "cannot take images of 28 pixels"),
+    ):
+        with pytest.raises(InputError, match=words):
+            build_backbone(name, image_size=28)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match="timm:test_vit needs the package timm: `pip install -r requirements-optional.txt`"):
+        build_backbone("timm:test_vit")

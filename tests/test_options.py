@@ -145,7 +145,7 @@ RANGES = {
     "--first-target": ("own", "copy shared", ""),
     "--server-rule": ("krum", "mean median trimmed", ""),
     "--on-nonfinite": ("warn", "skip error", ""),
-    "--encoder": ("vgg", "tiny small resnet18-narrow resnet18 resnet50", ""),
+    "--encoder": ("vgg timm:", "tiny small resnet18-narrow resnet18 resnet50 timm:vit_tiny_patch16_224", ""),
     "--statistics": ("own", "shared local", ""),
     "--norm": ("layer", "batch group", ""),
     "--precision": ("fp16", "fp32 bf16", ""),
