@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import ops
+from images import note
 from runtime.cli import InputError, first_line, nearest, write_atomic
 
 # hidden and output width of projector and predictor
@@ -489,20 +491,27 @@ def load_encoders(run: Path) -> list[Encoder]:
 
 
 def initialise(encoder: Encoder, path: Path) -> None:
-    """Give an encoder the weights of a trained one: of the run in a folder, with its projector if that has the same form, or of a file
-    FILE.safetensors.
+    """Give an encoder the weights of a trained one: of the run in a folder or of its encoder.pt, with its projector if that has the same
+    form; of a file that `eval.py --export` wrote; or of a file of torchvision's or timm's with a state_dict (see `copy_weights`).
 
     Raises InputError if there is none, or several, or one of another form.
     """
-    if path.suffix == ".safetensors":
-        backbone = load_backbone(path)
-        name, norm, parts = backbone.name, backbone.norm, {"backbone": backbone}
+    about: dict[str, str] = {}
+    if path.is_dir() or path.name == "encoder.pt" or not path.suffix:
+        weights = None
     else:
-        trained = load_encoders(path)
+        weights, about = read_weights(path)
+    if weights is None:
+        trained = load_encoders(path.parent if path.name == "encoder.pt" else path)
         if len(trained) > 1:
             raise InputError(f"--init {path} holds {len(trained)} encoders, needs one")
         name, norm, parts = trained[0].name, trained[0].norm, {"backbone": trained[0].backbone}
         parts |= {"projector": trained[0].projector} if trained[0].head == encoder.head else {}
+    elif about.get("encoder"):
+        backbone = load_backbone(path)
+        name, norm, parts = backbone.name, backbone.norm, {"backbone": backbone}
+    else:
+        return copy_weights(encoder, weights, path)
     if name != encoder.name:
         raise InputError(f"--init {path} holds the encoder {name}, and --encoder is {encoder.name}")
     if norm != encoder.norm:
@@ -514,20 +523,69 @@ def initialise(encoder: Encoder, path: Path) -> None:
                 own[key].copy_(tensor)
 
 
-def load_backbone(path: Path) -> nn.Module:
-    """The backbone in a file of `eval.py --export FILE.safetensors`, as `load_encoders` gives it.
+def copy_weights(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> None:
+    """Give a backbone the weights of a file without its classifier; says on stderr what is not taken.
 
-    Raises InputError if the file is missing, damaged, or does not say which backbone it holds.
+    CIFAR's stem cannot take the 7x7 convolution of ImageNet's and stays random. timm's own function converts what its models' files may
+    hold, such as a table of positions for images of another size. Raises InputError if anything else is missing or of another shape.
     """
+    backbone = encoder.backbone
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None) if encoder.name.startswith("timm:") else None
+    try:
+        weights = convert(weights, backbone) if convert else weights
+    except Exception as error:  # of many types
+        raise InputError(f"--init {path} does not hold a {encoder.name} backbone ({first_line(error)})") from None
+    own = backbone.state_dict()
+    taken = {name for name, tensor in own.items() if name in weights and weights[name].shape == tensor.shape}
+    unlike = [name for name in own if name not in taken and (name, encoder.name[:6]) != ("conv1.weight", "resnet")]
+    left = [name for name in weights if name not in taken and name not in own and not name.endswith("num_batches_tracked")]
+    unlike += [name for name in left if not name.startswith(("fc.", "head", "classifier"))]
+    if unlike:
+        what = "has no" if unlike[0] not in weights else "has another" if unlike[0] in own else "has the further"
+        raise InputError(f"--init {path} does not hold a {encoder.name} backbone: it {what} {unlike[0]} ({len(unlike)} such tensors)")
+    for name in taken:
+        own[name].copy_(weights[name])
+    for what, names in (("the encoder has no classifier", left), ("CIFAR's stem has another shape and stays random", own.keys() - taken)):
+        if names:
+            note(f"{path}: {', '.join(names)}: not taken, since {what}")
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in a .safetensors file with its metadata, or in a file of torch's, which may hold them as `state_dict` or `model`.
+
+    Raises InputError if the file is missing, damaged, or of another form.
+    """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch raise errors of many types
+        raise InputError(f"--init {path} is neither a run folder nor a readable file of weights ({first_line(error)})") from None
+    content = next((content[key] for key in ("state_dict", "model") if isinstance(content, dict) and key in content), content)
+    if not isinstance(content, dict) or not content or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise InputError(f"--init {path} holds no state_dict, which is a dict of tensors by their names")
+    return dict(content), {}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in a file, and its metadata. Raises InputError if it is missing or damaged."""
     try:
         from safetensors import safe_open
     except ImportError:
         raise InputError(f"{path} needs the package safetensors: `pip install -r requirements-optional.txt`") from None
     try:
         with safe_open(path, "pt") as file:
-            about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # a missing or damaged file makes safetensors raise errors of its own
         raise InputError(f"{path} is not a readable .safetensors file ({first_line(error)})") from None
+
+
+def load_backbone(path: Path) -> nn.Module:
+    """The backbone in a file of `eval.py --export FILE.safetensors`, as `load_encoders` gives it.
+
+    Raises InputError if the file is missing, damaged, or does not say which backbone it holds.
+    """
+    tensors, about = read_safetensors(path)
     name = about.get("encoder", "")
     if name not in HEADS and not name.startswith("timm:"):
         raise InputError(f"{path} does not say which backbone it holds; it needs to be written by `eval.py --export`")

@@ -282,7 +282,10 @@ class Training:
     norm: str = option(
         "batch", "normalisation in the backbone: BatchNorm, or GroupNorm, which has no running statistics", ("batch", "group"),
     )  # fmt: skip
-    init: str | None = option(None, "begin with the trained encoder of this run or FILE.safetensors", shown="random weights")
+    init: str | None = option(
+        None, "begin with the trained encoder of this run, or the backbone's weights in FILE.safetensors or FILE.pth, also ImageNet's of "
+        "torchvision or timm", shown="random weights",
+    )  # fmt: skip
     views: str | None = option(
         None, "draw views by the function view(images, generator) in this file PATH.py, see docs/extending.md",
         shown="random crop, flip, colours",

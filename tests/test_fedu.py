@@ -391,8 +391,9 @@ def test_a_run_begins_with_the_encoder_of_another(tiny, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     first = run(tmp_path / "first", *tiny, "--rounds", "1", "--seed", "3")["encoders"][0]
     export_encoders(tmp_path / "first", tmp_path / "b.safetensors")
-    begun = run(tmp_path / "begun", *tiny, "--method", "untrained", "--init", str(tmp_path / "first"))["encoders"][0]
-    assert torch.equal(begun, first)
+    for name in ("first", "first/encoder.pt"):
+        begun = run(tmp_path / "begun", *tiny, "--method", "untrained", "--init", str(tmp_path / name), "--overwrite")["encoders"][0]
+        assert torch.equal(begun, first)
     run(tmp_path / "exported", *tiny, "--method", "untrained", "--init", str(tmp_path / "b.safetensors"))
     one, other = (load_encoders(tmp_path / name)[0] for name in ("exported", "first"))
     assert torch.equal(one.backbone[0].weight, other.backbone[0].weight) and torch.equal(
@@ -407,7 +408,14 @@ def test_a_run_begins_with_the_encoder_of_another(tiny, tmp_path):
     assert other["metrics"][0]["loss"]  # whose projector has another form
 
 
-@pytest.mark.parametrize("init, words", [("absent", "absent has no encoder.pt"), ("x.safetensors", "x.safetensors is not a readable")])
+@pytest.mark.parametrize(
+    "init, words",
+    [
+        ("absent", "absent has no encoder.pt"),
+        ("x.safetensors", "x.safetensors is not a readable"),
+        ("x.pth", "x.pth is neither a run folder nor a readable file of weights"),
+    ],
+)
 def test_an_encoder_to_begin_with_that_is_none(tiny, tmp_path, init, words):
     with pytest.raises(InputError, match=words):
         run(tmp_path / "run", *tiny, "--init", str(tmp_path / init))

@@ -2,6 +2,7 @@ import copy
 import math
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from models import (
     build_head,
     correlation,
     feature_dim,
+    initialise,
     layer_segments,
     load_encoders,
     save_encoders,
@@ -600,3 +602,56 @@ def test_what_timm_cannot_build_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match="timm:test_vit needs the package timm: `pip install -r requirements-optional.txt`"):
         build_backbone("timm:test_vit")
+
+
+# ----------------------------------------------------------------------------------------------- weights of other programs
+
+
+def test_weights_of_torchvisions_resnet_but_stem_and_classifier(tmp_path, capsys):
+    """Also as a training script's checkpoint. The backbone, a view into its vector, gets them in place."""
+    theirs = torchvision.models.resnet18()
+    theirs.bn1.running_var.fill_(3)
+    torch.save({"epoch": 9, "state_dict": theirs.state_dict()}, tmp_path / "imagenet.pth")
+    encoder = Encoder("resnet18", (8,))
+    stem, network = encoder.backbone.conv1.weight.clone(), Flat(encoder)
+    initialise(encoder, tmp_path / "imagenet.pth")
+    network.check_views()
+    for name, tensor in encoder.backbone.state_dict().items():
+        assert torch.equal(tensor, stem if name == "conv1.weight" else theirs.state_dict()[name]), name
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}/imagenet.pth: fc.weight, fc.bias: not taken, since the encoder has no classifier",
+        f"{tmp_path}/imagenet.pth: conv1.weight: not taken, since CIFAR's stem has another shape and stays random",
+    ]
+
+
+def test_weights_of_timms_with_positions_for_another_size(tmp_path, capsys):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    theirs = timm.create_model("test_vit")
+    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    encoder = Encoder("timm:test_vit", image_size=32)
+    initialise(encoder, tmp_path / "vit.pth")
+    own = encoder.backbone.state_dict()
+    assert torch.equal(own["blocks.0.attn.qkv.weight"], theirs.blocks[0].attn.qkv.weight)
+    assert own["pos_embed"].shape[1] == 5 and own["pos_embed"].std() > 0  # of 2 x 2 patches and the class token
+    assert "head.weight, head.bias: not taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda state: state | {"99.weight": torch.zeros(3)}, "does not hold a tiny backbone: it has the further 99.weight"),
+        (lambda state: state | {"0.weight": torch.zeros(3)}, "it has another 0.weight"),
+        (lambda state: {name: t for name, t in state.items() if name[:2] != "1."}, r"it has no 1.weight \(4 such tensors\)"),
+        (lambda state: {"weights": 3}, "holds no state_dict, which is a dict of tensors by their names"),
+        (lambda state: {"model": {}}, "holds no state_dict"),
+        (lambda state: Path, "neither a run folder nor a readable file of weights"),
+    ],
+)
+def test_weights_of_another_network_are_refused(tmp_path, change, words):
+    encoder = Encoder("tiny")
+    before = {name: t.clone() for name, t in encoder.backbone.state_dict().items() if not name.endswith("tracked")}
+    torch.save(change(before), tmp_path / "x.pt")
+    Flat(encoder)
+    with pytest.raises(InputError, match=words):
+        initialise(encoder, tmp_path / "x.pt")
+    assert all(torch.equal(before[name], t) for name, t in encoder.backbone.state_dict().items())
