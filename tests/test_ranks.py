@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,8 +43,12 @@ def assert_same_runs(a: Path, b: Path) -> None:
         (2, ["--method", "orchestra", "--clients", "3"]),
         (2, ["--method", "single", "--clients", "3"]),
         (2, ["--method", "fedu2", "--clients", "3", "--dropout", "0.2", "--statistics", "local"]),
+        pytest.param(
+            2, ["--encoder", "timm:test_vit", "--clients", "3", "--rounds", "2"],
+            marks=pytest.mark.skipif(not find_spec("timm"), reason="timm is not installed"),
+        ),
     ],
-)
+)  # fmt: skip
 def test_several_processes_give_the_bits_of_one(tiny, tmp_path, count, more):
     """Also, one process continues a run that several began."""
     run(tmp_path / "alone", *tiny, *more)

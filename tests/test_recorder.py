@@ -58,6 +58,9 @@ def test_one_seed_one_answer(tiny, finished, tmp_path):
     assert torch.equal(first, again["encoders"][0]) and not torch.equal(first, other["encoders"][0])
 
 
+SHORT = ["--encoder", "tiny", "--clients", "3", "--rounds", "2"]
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -70,6 +73,10 @@ def test_one_seed_one_answer(tiny, finished, tmp_path):
         ["--method", "orchestra", "--clients", "4", "--clients-per-round", "2"],
         ["--method", "fedbarlow"],
         ["--clients", "4", "--clients-per-round", "2", "--mu", "0.05"],
+        [*SHORT, "--method", "ldawa", "--momentum", "0.5", "--weight-decay", "0.01"],
+        [*SHORT, "--method", "fedu2", "--partition", "dirichlet-balanced", "--set", "crop_scale=0.5"],
+        [*SHORT, "--server-rule", "median"],
+        [*SHORT, "--server-rule", "trimmed"],
     ],
 )
 def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, more):
