@@ -33,8 +33,8 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_page_is_short_and_has_two_examples():
-    assert len(PAGE.splitlines()) <= 120 and list(EXAMPLES) == ["barlow.py", "ldawa.py", "grey.py"]
+def test_the_page_is_short_and_has_its_examples():
+    assert len(PAGE.splitlines()) <= 120 and list(EXAMPLES) == ["barlow.py", "ldawa.py", "grey.py", "begin.py"]
     assert all(hasattr(BarlowTwins, hook) for hook in re.findall(r"^\| `(?!super)(\w+)\(", PAGE, re.MULTILINE))
     assert {name for name in Method._fields if f"`{name}`" in PAGE} == {*Method._fields} - {
         "ablations",
@@ -60,6 +60,15 @@ def test_an_objective_of_ones_own(own, tiny, monkeypatch):
     evaluation.main(parse_evaluation(["--knn", "mine"]))
     assert read_options(own / "mine")["method"] == f"barlow.py {config['data']['method'][:6]}"
     evaluation.main(parse_evaluation(["--table", "mine", "table"]))
+
+
+def test_a_transformer_with_weights_of_its_own_on_images_of_its_own(own, capsys):
+    """The page's lines, in a fresh folder; the projector, which the weights lack, is random."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    made: dict = {}
+    exec(EXAMPLES["begin.py"], made)
+    assert made["features"].shape == (40, 64) and "classifier" in capsys.readouterr().err
+    assert json.loads((own / "runs/mine/config.json").read_text())["options"]["init"] == "weights.pth"
 
 
 def test_a_rule_of_ones_own(own, tiny):
@@ -173,7 +182,7 @@ def changed(old: str, new: str) -> str:
         (changed("device, redundancy=0.005", "device"), [f"broken.py, line {LINE['class']}: BarlowTwins does not take redundancy"]),
         (changed('Setting(0.005, "weight of correlations between different features", number(float, 0))', "5"),
          ["broken.py: METHOD has the setting redundancy=5, needs Setting"]),
-        (changed('settings={"redundancy"', 'settings={"lr"'), ["broken.py: METHOD has a setting lr, which is the name of an option"]),
+        (changed('SETTINGS = {"redundancy"', 'SETTINGS = {"lr"'), ["broken.py: METHOD has a setting lr, which is the name of an option"]),
         (changed("has_target=False,", "has_target=False, update='all',"), ["METHOD has update='all', needs one of online, target"]),
         (changed("has_target=False,", "has_target=False, head=('tanh',),"), ["METHOD has 'tanh' in head, needs widths"]),
         (changed("has_target=False,", "has_target=False, rule='ldawa',"), ["METHOD has rule='ldawa', which is not FILE:NAME of methods/"]),
