@@ -36,7 +36,7 @@ class FedCA(SimCLR):
 
     def prepare(self, public: Tensor, train: Callable[[Objective, Tensor], None]) -> None:
         """Train the base model on the public images, `[N, 3, S, S]`."""
-        base = SimCLR(copy.deepcopy(self.online.module.encoder), public.device)
+        base = SimCLR(copy.deepcopy(self.online.module.encoder), public.device, self.temperature)
         train(base, public)
         self.align(public, extract_features(base.online.module, public).clone())
 

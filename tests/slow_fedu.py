@@ -388,8 +388,7 @@ def federate(x, y, groups, method, public=(), **options):
     initial = state(net)
     if len(public):
         base, net.public = copy.deepcopy(net), x[public]
-        plain = SimpleNamespace(**vars(o) | {"temperature": 0.07})  # the base model is SimCLR's, whatever the settings of FedCA
-        local_training(base, simclr, x, y, public, generator(o.seed, "public"), o.rounds * o.local_epochs, o.lr, 0, plain)
+        local_training(base, simclr, x, y, public, generator(o.seed, "public"), o.rounds * o.local_epochs, o.lr, 0, o)
         net.base = base.encoder.eval()(net.public / 255).detach()
     servers, clients, rounds = [only(initial, *o.exchanged) for _ in groups], {k: {} for group in groups for k in group}, []
     exchanged = [part for part in o.exchanged if part != "predictor" or o.predictor != "local"]
