@@ -159,7 +159,10 @@ def value_range(text: str) -> str:
 
 def process_count(text: str) -> int | str:
     """An argparse type: a number of processes, or auto."""
-    return text if text == "auto" else COUNT(text)
+    try:
+        return text if text == "auto" else COUNT(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or auto") from None
 
 
 def partition_kind(text: str) -> str:

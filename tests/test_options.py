@@ -204,6 +204,7 @@ def test_settings_belong_to_a_method():
         ("--method fedalignuniform --set uniformity=nan", ["--set uniformity got 'nan'", "at least 0"]),
         ("--method orchestra --set target_decay=1.1", ["--set target_decay got '1.1'", "at most 1"]),
         ("--method orchestra --set memory=0", ["--set memory got '0'", "at least 1"]),
+        ("--processes 0", ["--processes", "got '0', needs a whole number of at least 1, or auto"]),
         ("--set jitter=1.3", ["--set jitter got '1.3'", "at least 0 and at most 1.25"]),
         ("--set decorrelation=-1", ["--set decorrelation got '-1'", "at least 0"]),
         ("--set crop_scale=0", ["--set crop_scale got '0'", "above 0 and at most 1"]),
