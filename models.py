@@ -211,8 +211,9 @@ class Flat:
         parameters, last = dict(module.named_parameters()), changing_buffers(top) if top else []
         first = changing_buffers(module)[: -len(last) or None]
         self.tensors = [*first, *parameters.values(), *last]
-        if wrong := {str(t.dtype) for t in self.tensors} - {"torch.float32"}:
-            raise InputError(f"{type(module).__name__} has parameters of {min(wrong)}, needs torch.float32")
+        needed = torch.get_default_dtype()
+        if wrong := {str(t.dtype) for t in self.tensors} - {str(needed)}:
+            raise InputError(f"{type(module).__name__} has parameters of {min(wrong)}, needs {needed}")
         pieces = [in_memory_order(t.detach()).flatten() for t in self.tensors]
         self.lie_in(torch.cat(pieces + ([behind.vector] if behind else [])))
         self.behind = behind
