@@ -509,8 +509,7 @@ def initialise(encoder: Encoder, path: Path) -> None:
         name, norm, parts = trained[0].name, trained[0].norm, {"backbone": trained[0].backbone}
         parts |= {"projector": trained[0].projector} if trained[0].head == encoder.head else {}
     elif about.get("encoder"):
-        backbone = load_backbone(path)
-        name, norm, parts = backbone.name, backbone.norm, {"backbone": backbone}
+        name, norm, parts = about["encoder"], about.get("norm", "batch"), {"backbone": load_backbone(path)}
     else:
         return copy_weights(encoder, weights, path)
     if name != encoder.name:
@@ -565,7 +564,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     content = next((content[key] for key in ("state_dict", "model") if isinstance(content, dict) and key in content), content)
     if not isinstance(content, dict) or not content or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise InputError(f"--init {path} holds no state_dict, which is a dict of tensors by their names")
-    return dict(content), {}
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}  # DistributedDataParallel begins names with it
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -596,7 +595,7 @@ def load_backbone(path: Path) -> nn.Module:
         backbone.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{path} does not hold a {name} backbone ({first_line(error)})") from None
-    backbone.name, backbone.norm, backbone.image_size = name, norm, image_size
+    backbone.image_size = image_size  # a name or a norm would hide layers that timm calls so
     return backbone.eval().requires_grad_(False)
 
 

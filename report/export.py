@@ -103,6 +103,7 @@ def model_card(run: Path, encoder: Encoder) -> str:
     options, about, evaluations = read_options(run), describe(run, encoder), read_evaluations(run)
     rows = "\n".join(f"| {name} | {100 * accuracy:.2f} |" for name, accuracy in evaluations.items())
     measured = f"| evaluation | % of the test images |\n|---|---|\n{rows}" if rows else "It was not evaluated (`python eval.py RUN`)."
+    statistics = " and BatchNorm's statistics" * any("running_mean" in name for name in encoder.backbone.state_dict())
     return f"""---
 library_name: fedu
 tags: [federated-learning, self-supervised-learning, feature-extraction]
@@ -131,6 +132,6 @@ features = run.features("a folder of images")  # [N, {about["features"]}]
 ## Limits
 
 It saw only the images of `{about["dataset"]}`, at {about["image_size"]} pixels, and is measured on that data set's own test images.
-Parameters{" and BatchNorm's statistics" * (encoder.norm == "batch")} were averaged over clients; no differential privacy was used.
+Parameters{statistics} were averaged over clients; no differential privacy was used.
 Seed {options["seed"]}, one run.
 """

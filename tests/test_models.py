@@ -31,9 +31,11 @@ from models import (
     feature_dim,
     initialise,
     layer_segments,
+    load_backbone,
     load_encoders,
     save_encoders,
 )
+from report.export import export_encoders
 from runtime.cli import InputError
 
 CPU = torch.device("cpu")
@@ -577,6 +579,13 @@ def test_an_encoder_of_timms(model, size, layers, tmp_path):
     save_encoders(tmp_path, size, [encoder])
     (again,) = load_encoders(tmp_path)
     assert again.image_size == size and torch.equal(again(images), encoder.eval()(images))
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    (tmp_path / "config.json").write_text('{"options": {"method": "fedu", "dataset": "x"}}')
+    export_encoders(tmp_path, tmp_path / "x.safetensors")
+    backbone = load_backbone(tmp_path / "x.safetensors")
+    assert torch.equal(backbone(images), encoder.backbone(images)) and backbone.image_size == size
+    initialise(fresh := Encoder(f"timm:{model}", image_size=size), tmp_path / "x.safetensors")
+    assert torch.equal(fresh.eval().backbone(images), encoder.backbone(images))
 
 
 def test_dropout_of_timms_is_off(monkeypatch):
@@ -611,7 +620,8 @@ def test_weights_of_torchvisions_resnet_but_stem_and_classifier(tmp_path, capsys
     """Also as a training script's checkpoint. The backbone, a view into its vector, gets them in place."""
     theirs = torchvision.models.resnet18()
     theirs.bn1.running_var.fill_(3)
-    torch.save({"epoch": 9, "state_dict": theirs.state_dict()}, tmp_path / "imagenet.pth")
+    state = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}  # as DistributedDataParallel has it
+    torch.save({"epoch": 9, "state_dict": state}, tmp_path / "imagenet.pth")
     encoder = Encoder("resnet18", (8,))
     stem, network = encoder.backbone.conv1.weight.clone(), Flat(encoder)
     initialise(encoder, tmp_path / "imagenet.pth")
