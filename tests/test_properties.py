@@ -10,7 +10,7 @@ from hypothesis import strategies as some
 
 import ops
 from data import balanced_subset, partition
-from options import HOST_OPTIONS, METHODS, OPTIONS, PARTITIONS, Options, parse, run_name
+from options import ENCODERS, HOST_OPTIONS, METHODS, OPTIONS, PARTITIONS, Options, parse, run_name
 from runtime.bank import Bank, Row
 from runtime.cli import InputError
 
@@ -112,12 +112,18 @@ SOME = {  # values of each option, also neighbours and values that look alike
     "labels": [None, "a/b.csv", "a-b.csv"],
     "save_partition": [None, "b.json"],
     "views": [None],
+    "encoder": [None, *ENCODERS, "timm:resnet18", "timm:resnet50"],
     "processes": ["auto", 1, 2],
     "init": [None, "runs/a", "b.safetensors"],
     "pixel_range": [None, "0,4095", "0,4096", "-1000,400"],
     "holdout": [0.0, 0.1, 0.10000001, 0.5],
     "method": [*METHODS],
-    "settings": [{}, {"jitter": 0.5}, {"temperature": 0.5}, {"decorrelation": 0.5}, {"jitter": 0.5, "temperature": 0.5}, {"queue": 5}],
+    "settings": [
+        {},
+        *({name: 0.5} for name in ("jitter", "crop_scale", "greyscale", "temperature", "decorrelation")),
+        {"jitter": 0.5, "temperature": 0.5},
+        {"queue": 5},
+    ],
     "seed": [0, 1, 11, 2**63 - 1],
     **{k: [*f.metadata["choices"]] for k, f in OPTIONS.items() if f.metadata["choices"] and k != "method"},
     **{k: [False, True] for k, f in OPTIONS.items() if isinstance(f.default, bool)},
