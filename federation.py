@@ -65,11 +65,11 @@ class Server:
 class Start(NamedTuple):
     """What a client starts a round with: the share of its own, 0 to 1, in each network; the rest is the server's.
 
-    divergence: the one that decided; None if the client took everything from the server.
+    divergence: the one that decided; None if the client took everything from the server. predictor: None if a client does not tell it.
     """
 
     encoder: float = 0.0
-    predictor: float = 0.0
+    predictor: float | None = 0.0
     target: float = 0.0
     divergence: float | None = None
 

@@ -37,16 +37,16 @@ import torch
 from torch import Tensor
 
 import ops
-from data import Images, count_classes, digest_of, lacks, load_dataset, refuse_other_data, save_partition
+from data import Images, count_classes, digest_of, keyed_generator, lacks, load_dataset, refuse_other_data, save_partition
 from eval import knn
 from federation import Client, Federation, Server, Start, Turn, build, draw_turns, most_uploads
 from methods import WANTED, Own, explained, find, of_run
-from models import Objective, save_encoders
+from models import Objective, save_encoders, variance_places
 from report.figures import draw_run, optional, plot_partition
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
 from report.runs import Run, load  # noqa: F401  # load is for notebooks
 from report.tables import mean
-from runtime import ranks
+from runtime import privacy, ranks
 from runtime.bank import Bank
 from runtime.cli import RANK, InputError, command_line, unbreakable_output, user_errors, user_path, write_atomic
 from runtime.device import choose_device, describe_device, keep_memory, limited_threads
@@ -83,7 +83,10 @@ def run_round(
                 if not (math.isfinite(loss) and upload.isfinite().all()):
                     continue  # the client keeps what it had, and the next upload takes this row
                 upload[networks.private] = server.model[networks.private]  # which the client has not sent
-                whole = options.aggregate == "online" and not len(networks.private)
+                if options.dp_clip:
+                    normal = repeatable_normal(options.seed, round_, turn.client.id)
+                    privatise_(upload, server.model, networks, options, options.dp_clip, options.dp_noise or 0.0, normal)
+                whole = options.aggregate == "online" and not len(networks.private) and not options.dp_clip
                 uploads.add(turn.fraction, turn.received, None if whole else networks.online.vector)
                 turn.loss, turn.shared, turn.received = loss, shared, None  # which frees what it received
                 if kept := kept_parts(networks, options):
@@ -110,6 +113,33 @@ def model_upload(networks: Objective, aggregate: str, out: Tensor | None = None)
     """Stage 2: what a client uploads, `[P]`: the encoder that the server averages, online or target, and the predictor."""
     encoder = networks.parts["encoder" if aggregate == "online" else "target"]
     return torch.cat([encoder, networks.parts["predictor"]], out=out)
+
+
+def privatise_(
+    upload: Tensor, model: Tensor, networks: Objective, exchange: Exchange, clip: float, noise: float, normal: Callable[[int], Tensor]
+) -> None:  # fmt: skip
+    """Clip and noise what a client uploads, `[P]`, in place (see `runtime.privacy.release`). model: what the server sent it, `[P]`.
+
+    The change is that against the server's model, even where the client began with networks of its own, which nobody else knows. Noised
+    variances below 0 become 0, because BatchNorm takes their square root. What the client does not send becomes the server's.
+    """
+    sent = torch.ones_like(upload, dtype=torch.bool)
+    sent[networks.private] = False
+    if exchange.predictor == "local":
+        sent[len(networks.parts["encoder"]) :] = False
+    made = privacy.release(upload[sent], model[sent], clip, noise, normal)
+    upload.copy_(model)
+    upload[sent] = made
+    if noise:
+        places = variance_places(networks.online)
+        places = places[sent[places]]
+        upload[places] = upload[places].clamp(min=0)
+
+
+def repeatable_normal(seed: int, round_: int, client: int) -> Callable[[int], Tensor]:
+    """What draws the noise of a simulated client: standard normal numbers by (seed, round, client), float64, the same on any device."""
+    generator = keyed_generator(torch.device("cpu"), seed, "noise", round_, client)
+    return lambda count: torch.randn(count, dtype=torch.float64, generator=generator)
 
 
 def aggregate(server: Server, accepted: list[Turn], uploads: Uploads, networks: Objective, options: Options) -> None:
@@ -285,6 +315,7 @@ def describe_round(
     reported: the turns whose uploads were taken, in the order of their clients' ids.
     """
     names = {0.0: "global", 1.0: "local"} if row_of(options.method).has_predictor and not options.no_predictor else {0.0: "-"}
+    names |= {None: None}  # of a client that does not tell it
     return {
         "round": round_,
         "lr": cosine(options.lr, round_, options.rounds),
@@ -365,6 +396,7 @@ def make_rounds(options: Options, out: Path, resumed: bool, overwrite: bool) -> 
             print("\n".join(f"client {k}: {len(part)} images" for k, part in enumerate(parts)))
             plot_partition(count_classes(images, parts), images.classes, Path("partition.png"))
             return Run(out, [])
+        private = describe_privacy(options, federation.networks)
         prepare(federation, options)
         serve = partial(ranks.serve, partial(train_client, options, federation, None), federation.networks)
         if RANK:
@@ -382,7 +414,7 @@ def make_rounds(options: Options, out: Path, resumed: bool, overwrite: bool) -> 
             bank = Bank(kept_parts(federation.networks, options), out / "bank.bin")
             uploads = uploads_of(federation, options)
             record = Recorder(out, config, num_rounds(options), federation, bank, device, partial(show_round, log))
-            introduce(options, images, federation, record, resumed)
+            introduce(options, images, federation, record, resumed, private)
             for round_ in record.rounds_left():
                 announce = partial(announce_time, record.rounds - round_) if round_ == record.first and device.type == "cpu" else None
                 row = run_round(options, federation, bank, uploads, round_, announce)
@@ -425,12 +457,28 @@ def uploads_of(federation: Federation, options: Options) -> Uploads:
     return Uploads(federation.networks.online.vector, most, federation.segments, keeps_own_encoder(options), **judged)
 
 
-def introduce(options: Options, images: Images, federation: Federation, record: Recorder, resumed: bool) -> None:
-    """Print what is trained, and the header of the rounds' lines."""
+def describe_privacy(options: Options, networks: Objective) -> str:
+    """A sentence about the privacy of a client's uploads, empty without `--dp-clip`. Raises InputError if something leaves unclipped."""
+    if not options.dp_clip:
+        return ""
+    if type(networks).take_shared is not Objective.take_shared:
+        rows = "whose clients share rows besides their networks, which are not clipped"
+        raise InputError(f"--dp-clip got {options.dp_clip:g}, which cannot go with --method {options.method}, {rows}")
+    if not options.dp_noise:
+        return f"each client's change is clipped to {options.dp_clip:g} and has no noise (--dp-noise), so epsilon is infinite"
+    most = privacy.epsilon({options.dp_noise: options.rounds}, options.dp_delta)
+    noised = f"each client's change is clipped to {options.dp_clip:g} and noised with {options.dp_noise:g}"
+    return f"{noised}: epsilon is {most:.4g} after {options.rounds} uploads, at delta {options.dp_delta:g}"
+
+
+def introduce(options: Options, images: Images, federation: Federation, record: Recorder, resumed: bool, private: str = "") -> None:
+    """Print what is trained, and the header of the rounds' lines. private: a sentence about the uploads' privacy."""
     if resumed:
         print(f"{record.out}: continuing after {record.first} of {record.rounds} rounds")
     device = describe_device(images.x_train.device)
     print(f"{options.method} on {options.dataset}: {len(images.x_train)} images, {federation.describe()}, {device}")
+    if private:
+        print(private)
     if options.knn_every and lacks(images):
         print(f"The kNN column stays empty: {lacks(images)}.")
     print(TABLE_HEADER, flush=True)

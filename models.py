@@ -15,7 +15,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -259,6 +259,16 @@ def batchnorm_places(network: Flat) -> Tensor:
     spans = [(0, network.param_slice.start), *affine, (network.param_slice.stop, end)]
     places = torch.cat([torch.arange(begin, end) for begin, end in spans]).to(network.vector.device)
     return torch.cat([places, end + batchnorm_places(network.behind)]) if network.behind else places
+
+
+def variance_places(network: Flat) -> Tensor:
+    """Where BatchNorm's running variances lie in a network's vector: int64 `[M]`."""
+    variances = {id(m.running_var) for m in network.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    ends = accumulate(tensor.numel() for tensor in network.tensors)
+    places = [torch.arange(end - t.numel(), end) for t, end in zip(network.tensors, ends) if id(t) in variances]
+    if network.behind:
+        places.append(len(network.vector) - len(network.behind.vector) + variance_places(network.behind).cpu())
+    return torch.cat([torch.arange(0), *places]).to(network.vector.device)
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:

@@ -272,6 +272,15 @@ class Clients:
         "more; inf: none is", type=number(float, 1),
     )  # fmt: skip
     on_outlier: str = option("drop", "what to do with an outlier: leave it out, or shorten its change to --max-drift", ("drop", "clip"))
+    dp_clip: float | None = option(
+        None, "differential privacy at each client: the change that it uploads, of everything together, is shortened to this L2 norm",
+        type=number(float, 1e-6, 1e6), shown="no bound",
+    )  # fmt: skip
+    dp_noise: float | None = option(
+        None, "and each number of it gets Gaussian noise of this many times --dp-clip as its deviation", type=number(float, 1e-3, 1e3),
+        shown="none",
+    )  # fmt: skip
+    dp_delta: float = option(1e-5, "delta of the epsilon that is printed for --dp-noise", type=number(float, 1e-15, 0.1), host=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +395,9 @@ class Options(Host, Training, Clients, Exchange, Data):
             "norm": (self.encoder.startswith("timm:"), "an encoder that is not timm's, whose names say their normalisation"),
             "max_drift": (row.servers != "one", "a method whose clients share a server"),
             "on_outlier": (row.servers != "one" or self.max_drift == math.inf, "a finite --max-drift, and clients that share a server"),
+            "dp_clip": (row.servers != "one", "a method whose clients share a server"),
+            "dp_noise": (self.dp_clip is None, "--dp-clip"),
+            "dp_delta": (self.dp_noise is None, "--dp-noise"),
             "clients_per_round": (row.servers == "pooled", "a method with more than one client"),
             **dict.fromkeys(FOLDER_OPTIONS, (not is_folder, "a folder of images")),
         }

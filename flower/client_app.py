@@ -3,15 +3,18 @@
 A SuperNode starts it for each message. Its `--node-config` says which client it is (`client`, from 0), where its images lie (`data`, a file
 PATH.npz or a folder; labels are not needed), and, if need be, the folder for what it keeps (`state`) and the `device`. What it sends is
 what `fedu.py` counts as upload_bytes, who it is, how many images it has, and its loss, its divergence and the share of its own predictor.
+With `dp-clip` these last three stay, and what it uploads is clipped, and with `dp-noise` noised, whatever the server's options say.
 """
 
 import math
 import sys
 import time
 import traceback
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
@@ -23,12 +26,23 @@ import fedu
 import ops
 from data import load_unlabelled
 from federation import Client, Federation, Turn, assemble
-from options import Options
+from options import OPTIONS, Options
 from runtime.bank import Bank
 from runtime.cli import InputError, command_line, locked, os_errors, user_path
 from runtime.device import choose_device, keep_memory
+from runtime.privacy import count_upload, epsilon, system_normal
 from runtime.run import load_checkpoint, save_checkpoint
 from training import train_client
+
+NODE_CONFIG = {"client", "data", "pixel-range", "skip-broken", "no-cache", "state", "device", "dp-clip", "dp-noise", "dp-delta"}
+
+
+class Privacy(NamedTuple):
+    """The differential privacy of what this party uploads, as the options of `fedu.py` have it. noise: 0 for none."""
+
+    clip: float
+    noise: float
+    delta: float
 
 
 class ReportedError(InputError):
@@ -59,6 +73,7 @@ def introduce(message: Message, context: Context) -> Message:
     with reported("the server's question is refused"):
         request = read_question(message)
     client = open_client(context, request)[0]
+    read_privacy(context)
     return Message(RecordDict({"client": ConfigRecord({"id": client.id, "num-examples": client.num_examples})}), reply_to=message)
 
 
@@ -75,12 +90,18 @@ def train(message: Message, context: Context) -> Message:
     with reported("the server's message is refused"):
         request, round_, last_round, received = read_order(message)
     client, images = open_client(context, request)
-    folder = state_folder(context) / request.run / f"client-{client.id}"
-    turn, upload = take_turn(client, images, received.to(images.device), request.options, round_, last_round, folder)
-    divergence = math.nan if client.divergence is None else client.divergence  # of an upload that is not finite
-    report = {"loss": turn.loss, "divergence": divergence, "own-share": turn.start.predictor}
-    if turn.start.divergence is not None:
-        report["decided-on"] = turn.start.divergence
+    privacy, state = read_privacy(context), state_folder(context)
+    folder = state / request.run / f"client-{client.id}"
+    turn, upload = take_turn(client, images, received.to(images.device), request.options, round_, last_round, folder, privacy)
+    if privacy:
+        told = count_upload(state / f"privacy-{client.id}.json", request.run, privacy.noise, privacy.delta)
+        print(f"client {client.id}, round {round_}: {told}", flush=True)
+        report = {}
+    else:
+        divergence = math.nan if client.divergence is None else client.divergence  # of an upload that is not finite
+        report = {"loss": turn.loss, "divergence": divergence, "own-share": turn.start.predictor}
+        if turn.start.divergence is not None:
+            report["decided-on"] = turn.start.divergence
     model = ArrayRecord({"model": Array(upload.cpu().numpy())})
     print(round_line(client, turn, round_, request.options.rounds, upload.nbytes, time.perf_counter() - begun), flush=True)
     return Message(RecordDict({"model": model, "turn": ConfigRecord(report)}), reply_to=message)
@@ -104,12 +125,14 @@ def reported(what: str) -> Iterator[None]:
 
 
 def take_turn(
-    client: Client, images: Tensor, received: Tensor, options: Options, round_: int, last_round: int, folder: Path
-) -> tuple[Turn, Tensor]:
+    client: Client, images: Tensor, received: Tensor, options: Options, round_: int, last_round: int, folder: Path,
+    privacy: Privacy | None = None,
+) -> tuple[Turn, Tensor]:  # fmt: skip
     """A client's part in a round, as that of a federation with this one client, whose checkpoint lies in `folder`.
 
     received: the server's model, without the predictor where that is local. last_round: the last one of which the server has this
-    client's upload, -1 for none; what the client kept after a later one is not used. Returns its turn and its upload.
+    client's upload, -1 for none; what the client kept after a later one is not used. Returns its turn and its upload, which has the
+    privacy that is asked for, while what the client keeps has neither bound nor noise.
     """
     federation = assemble(options, [[client]], images, torch.empty(0))  # labels are looked at by no method that runs here
     (server,), networks = federation.servers, federation.networks
@@ -126,12 +149,16 @@ def take_turn(
         job = fedu.start_turn(options, federation, bank, round_, 1, turn)
         turn.loss, turn.shared = train_client(options, federation, None, *job)
         upload = fedu.model_upload(networks, options.aggregate)
+        leaves = upload
+        if privacy:
+            leaves = upload.clone()
+            fedu.privatise_(leaves, server.model, networks, options, privacy.clip, privacy.noise, system_normal)
         if math.isfinite(turn.loss) and upload.isfinite().all():  # else it keeps what it had, and the server refuses the upload
             fedu.record_divergence(client, ops.layer_norms(networks.online.vector, turn.received, federation.segments), options)
             server.model.copy_(upload)  # with the predictor, which the server does not send if it is local
             client.row, client.last_round = bank.write(fedu.kept_parts(networks, options)), round_
             save_checkpoint(folder, federation.checkpoint(round_ + 1, 0.0), bank)
-        return turn, upload[:sent]
+        return turn, leaves[:sent]
 
 
 def recall(federation: Federation, bank: Bank, folder: Path, last_round: int) -> None:
@@ -165,12 +192,34 @@ def state_folder(context: Context) -> Path:
     return folder
 
 
+def read_privacy(context: Context) -> Privacy | None:
+    """What `--node-config` says about privacy, None without `dp-clip`. Raises ReportedError for what is wrong, so that nothing leaves."""
+    given = {}
+    for name in ("dp-clip", "dp-noise", "dp-delta"):
+        if name in context.node_config:
+            try:
+                given[name] = OPTIONS[name.replace("-", "_")].metadata["type"](str(context.node_config[name]))
+            except ArgumentTypeError as error:
+                raise ReportedError(f"--node-config {name} {error}") from None
+    for name, other in (("dp-noise", "dp-clip"), ("dp-delta", "dp-noise")):
+        if name in given and other not in given:
+            raise ReportedError(f"--node-config {name} changes nothing without {other}")
+    if not given:
+        return None
+    privacy = Privacy(given["dp-clip"], given.get("dp-noise", 0.0), given.get("dp-delta", OPTIONS["dp_delta"].default))
+    with reported("--node-config dp-noise cannot be used"):
+        epsilon({privacy.noise: 1}, privacy.delta)  # so that what computes it is here before anything leaves
+    return privacy
+
+
 def open_client(context: Context, request: Request) -> tuple[Client, Tensor]:
     """This client and its images `[N, 3, S, S]`. Raises InputError for what the party has to mend."""
     keep_memory()
     node, options = context.node_config, request.options
     if missing := {"client", "data"} - node.keys():
         raise ReportedError(f"--node-config has no {min(missing)}; it needs at least 'client=0 data=\"PATH\"'")
+    if unknown := node.keys() - NODE_CONFIG:
+        raise ReportedError(f"--node-config has the unknown key {min(unknown)}; it knows {', '.join(sorted(NODE_CONFIG))}")
     if type(node["client"]) is not int or not 0 <= node["client"] < options.clients:
         raise ReportedError(f"--node-config got client={node['client']}; the federation has the clients 0 to {options.clients - 1}")
     data, state = user_path(str(node["data"]), "--node-config data"), state_folder(context)

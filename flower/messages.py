@@ -24,8 +24,10 @@ from options import Clients, Exchange, Options, Training
 from runtime.cli import InputError, first_line
 
 FLOWER_METHODS = ("fedu", "fedbyol", "fedema")
-# the options that a party needs. No other is sent, and none of these names a file: a party reads its own images, and nothing else
-SENT_OPTIONS = sorted({f.name for group in (Exchange, Clients, Training) for f in fields(group)} - {"init", "views"} | {"seed"})
+# the options that a party needs. No other is sent, and none of these names a file: a party reads its own images, and nothing else; its
+# privacy it decides itself
+NOT_SENT = {"init", "views", "dp_clip", "dp_noise", "dp_delta"}
+SENT_OPTIONS = sorted({f.name for group in (Exchange, Clients, Training) for f in fields(group)} - NOT_SENT | {"seed"})
 MOST_IMAGES = 10**9  # that a party can have; the largest public sets have a tenth of them
 SIDES = (8, 1024)  # pixels of an image's side
 REQUEST = {"options", "run", "image-size"}  # the fields of a question who a party is
@@ -36,10 +38,13 @@ class NotFinite(InputError):
 
 
 class Answer(NamedTuple):
-    """A party's round. divergence: d_k as the party measured it. upload: float32, `[num_floats]`, finite."""
+    """A party's round. divergence: d_k as the party measured it. upload: float32, `[num_floats]`, finite.
 
-    loss: float
-    divergence: float
+    A party whose upload is clipped tells nothing else: loss, divergence and what its start says are then None.
+    """
+
+    loss: float | None
+    divergence: float | None
     start: Start
     upload: Tensor
 
@@ -75,12 +80,15 @@ def read_introduction(reply: Message, options: Options) -> tuple[int, int]:
 def read_answer(reply: Message, options: Options, num_floats: int) -> Answer:
     """A party's answer to an `Order`. Raises NotFinite if its training went wrong, else InputError for a field that is wrong."""
     model, report = records(reply, model=ArrayRecord, turn=ConfigRecord)
-    expect_fields(report, {"loss", "divergence", "own-share"}, {"decided-on"})
-    upload, loss = read_network(model), report["loss"]
+    if report:
+        expect_fields(report, {"loss", "divergence", "own-share"}, {"decided-on"})
+    upload, loss = read_network(model), report.get("loss")
     if len(upload) != num_floats:
         raise InputError(f"it uploaded a network of {len(upload)} numbers, that of --encoder {options.encoder} has {num_floats}")
     if not upload.isfinite().all() or (type(loss) is float and not np.isfinite(loss)):
         raise NotFinite("its upload is not finite")
+    if not report:
+        return Answer(None, None, Start(predictor=None), upload)
     # BYOL's loss lies in [0, 8], and FedDecorr's term of its two passes is below 2 B; bf16 rounds both
     loss = number_in(report, "loss", float, -0.1, 8.1 + 2.1 * options.settings["decorrelation"] * options.batch_size)
     most = sys.float_info.max

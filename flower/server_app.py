@@ -108,6 +108,8 @@ def read_command(text: str) -> Command:
         raise InputError(said.getvalue().partition("error: ")[2].strip() or "--help starts no run") from None
     if ineffective := [name for name in INEFFECTIVE if name in command.given]:
         raise InputError(f"{flag(ineffective[0])} changes nothing between parties, which have images, and failures, of their own")
+    if private := sorted(name for name in command.given if name.startswith("dp_")):
+        raise InputError(f"{flag(private[0])} got {command.given[private[0]]:g}, but between parties each sets its own in --node-config")
     if "views" in command.given:
         raise InputError(f"--views got {command.given['views']}, but parties run no file that a server names")
     if command.given.get("aggregate") == "target":

@@ -154,6 +154,8 @@ def draw_clients(axis: Axes, rows: list[dict], key: str, colour: str, own: str =
 def number_lines(axis: Axes, rows: list[dict], key: str) -> None:
     """Write each client's number beside that end of the lines where they lie further apart; a number that finds no room is left out."""
     lines = client_lines(rows, key)
+    if not lines:
+        return
     end = max((0, -1), key=lambda end: np.ptp([line[end][1] for line in lines.values()]))
     font = 0.65 * axis.yaxis.label.get_fontsize()
     free: dict[float, float] = {}  # the lowest free height, in points, at each round
@@ -168,17 +170,18 @@ def number_lines(axis: Axes, rows: list[dict], key: str) -> None:
 
 
 def client_lines(rows: list[dict], key: str) -> dict[int, list[tuple[int, float]]]:
-    """Each client's rounds with its values."""
+    """Each client's rounds with its values, of those that a client told."""
     lines: dict[int, list[tuple[int, float]]] = {}
     for row in rows:
         for client, value in zip(row["clients"], row[key]):
-            lines.setdefault(client, []).append((row["round"], value))
+            if value is not None:
+                lines.setdefault(client, []).append((row["round"], value))
     return lines
 
 
 def draw_band(axis: Axes, rows: list[dict], key: str, colour: str, alpha: float) -> None:
     """A band from the smallest client to the largest."""
-    low, high = ([extreme(row[key]) for row in rows] for extreme in (min, max))
+    low, high = ([extreme((v for v in row[key] if v is not None), default=math.nan) for row in rows] for extreme in (min, max))
     axis.fill_between([row["round"] for row in rows], low, high, color=colour, alpha=alpha, linewidth=0.8)
 
 

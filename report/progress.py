@@ -19,9 +19,9 @@ TABLE_HEADER = (
 
 def round_line(row: dict, seconds_left: float | None) -> str:
     """A round's line under TABLE_HEADER. row: as in metrics.jsonl. seconds_left: until the run's end; None leaves the column empty."""
-    taken = "".join(predictor[0] for predictor in row["predictor"]) or "nobody reported: the global model stays as it was"
+    taken = "".join((predictor or "?")[0] for predictor in row["predictor"]) or "nobody reported: the global model stays as it was"
     if len(row["clients"]) > 20:
-        taken = ", ".join(f"{taken.count(letter)} {letter}" for letter in "glm-" if letter in taken)
+        taken = ", ".join(f"{taken.count(letter)} {letter}" for letter in "glm-?" if letter in taken)
     knn = "" if row["knn"] is None else f"{100 * row['knn']:.2f}"
     left = "" if seconds_left is None else duration(seconds_left)
     return (
@@ -79,6 +79,7 @@ def tensorboard_log(folder: Path) -> Callable[[dict], None]:
             values = {"loss/mean": mean(row["loss"])} if row["clients"] else {}
             for key in ("loss", "divergence", "own_share"):
                 values |= {f"{key}/client {client}": value for client, value in zip(row["clients"], row[key])}
+            values = {name: value for name, value in values.items() if value is not None}
             if row["knn"] is not None:
                 values["knn/accuracy (%)"] = 100 * row["knn"]
             for name, value in values.items():

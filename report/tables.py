@@ -31,8 +31,9 @@ from runtime.run import read_config, read_metrics
 Group = tuple[dict, list[Path]]  # a setting, which is the options but for those that `by_setting` leaves out, and the runs with it
 
 
-def mean(values: Sequence[float]) -> float:
-    """The mean, or nan if there are no values."""
+def mean(values: Sequence[float | None]) -> float:
+    """The mean of the values that are known, or nan if none is."""
+    values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else math.nan
 
 

@@ -42,7 +42,9 @@ import fedu
 from data import load_images, load_unlabelled, partition
 from federation import build_networks
 from options import Options, parse
+from report.figures import plot
 from runtime.cli import InputError, command_line
+from runtime.privacy import epsilon
 from runtime.run import read_config, read_metrics, write_config
 
 RECIPE = "--encoder small --clients 3 --rounds 3 --local-epochs 1 --batch-size 8 --lr 0.05 --knn-every 3 --device cpu"
@@ -343,6 +345,109 @@ def test_a_claim_of_many_images_weighs_half_and_one_that_changes_is_named(npz, g
         assert "round 0: client 1 says that it has 100.0% of the images, and weighs 50.0% (max-share)" in capfd.readouterr().err
         grid.serve("--resume run")
     assert "client 1 now says that it has 100000000 images, and said 1000000000 before" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ privacy at a party
+
+
+def sent_and_uploaded(grid: LocalGrid) -> list[tuple[Message, Message]]:
+    """Each training message, and the reply to it."""
+    replies = {message.metadata.reply_to_message_id: message for message in grid.messages}
+    orders = [m for m in grid.messages if m.metadata.message_type == MessageType.TRAIN and m.metadata.dst_node_id != 1]
+    return [(order, replies[order.metadata.message_id]) for order in orders]
+
+
+@pytest.mark.parametrize("text", [FEDU, f"{RECIPE} --method fedema", f"{RECIPE} --predictor local"])
+def test_private_parties_give_the_bits_of_the_simulation_with_the_same_noise(npz, grid, tmp_path, monkeypatch, capfd, text):
+    """And they tell nothing besides."""
+
+    def draw(message: Message, answer) -> Message | None:
+        round_, node = message.content["config"]["round"], message.metadata.dst_node_id
+        monkeypatch.setattr(client_app, "system_normal", fedu.repeatable_normal(0, round_, node - 100))
+        return answer()
+
+    for context in grid.contexts.values():
+        context.node_config.update({"dp-clip": 1, "dp-noise": 0.01, "dp-delta": "1e-6"})
+    grid.fault = draw
+    grid.serve(f"{text} --dataset {npz} --out run")
+    simulated = simulate(npz, tmp_path / "simulated", f"{text} --dp-clip 1 --dp-noise 0.01")
+    mine, theirs = (torch.load(path / "encoder.pt", weights_only=True)["encoders"][0] for path in (tmp_path / "run", simulated))
+    for part, state in theirs.items():
+        assert all(torch.equal(tensor, mine[part][name]) for name, tensor in state.items()), part
+    for row, other in zip(read_metrics(tmp_path / "run"), read_metrics(simulated), strict=True):
+        silent = dict.fromkeys(("loss", "divergence", "decided_on", "predictor", "own_share"), [None] * 3)
+        assert row | {"seconds": 0} == other | {"seconds": 0} | silent
+    assert all(list(reply.content) == ["model", "turn"] and not reply.content["turn"] for _, reply in sent_and_uploaded(grid))
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("client 2, round 2: ")]
+    spent = f"{epsilon({0.01: 3}, 1e-6):.4g} after 3 upload(s) of"
+    assert said == [f"client 2, round 2: epsilon is {spent} this run, and {spent} all runs, at delta 1e-06"]
+    if text == FEDU:
+        plot([tmp_path / "run"], tmp_path / "run.png")  # without a loss to draw
+
+
+@pytest.mark.parametrize("text", ["--lr 1e9", "--method fedema --tau 1", "--predictor local"])
+def test_nothing_leaves_a_party_unclipped_whatever_the_server_asks_for(npz, grid, text):
+    """Where training gives a NaN, as at the highest rate, what leaves is what came."""
+    for context in grid.contexts.values():
+        context.node_config["dp-clip"] = 0.125
+    grid.serve(f"{RECIPE} {text} --rounds 2 --dataset {npz} --out run")
+    lengths = []
+    for order, reply in sent_and_uploaded(grid):
+        sent, uploaded = (message.content["model"]["model"].numpy().astype(float) for message in (order, reply))
+        lengths.append(np.linalg.norm(uploaded - sent))
+    assert len(lengths) == 6 and max(lengths) == pytest.approx(0.125, rel=1e-6) and (min(lengths) == 0) == (text == "--lr 1e9")
+
+
+def test_an_upload_that_cannot_be_counted_does_not_leave_and_one_that_was_lost_is_counted(npz, grid, tmp_path, capfd):
+    grid.contexts[101].node_config["dp-clip"] = 1
+
+    def lose(message: Message, answer) -> Message | None:
+        round_, node = message.content["config"]["round"], message.metadata.dst_node_id
+        ledger = tmp_path / "state" / "privacy-1.json"
+        if (round_, node) == (2, 101):
+            (tmp_path / "ledger").write_text(ledger.read_text())
+            ledger.write_text("[")
+        return (answer(), None)[1] if (round_, node) == (1, 101) else answer()
+
+    grid.fault = lose
+    grid.serve(f"{FEDU} --dataset {npz} --out run")
+    (counts,) = json.loads((tmp_path / "ledger").read_text()).values()
+    assert counts == {"0.0": 2}
+    assert [row["clients"] for row in read_metrics(tmp_path / "run")] == [[0, 1, 2], [0, 2], [0, 2]]
+    assert [row["loss"][1] is None for row in read_metrics(tmp_path / "run")] == [True, False, False]
+    said = capfd.readouterr()
+    assert "round 2: client 1 was left out: its own log says why" in said.err and "privacy-1.json, which counts" in said.err
+    assert "client 1, round 0: epsilon is inf after 1 upload(s) of this run" in said.out
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        ({"dp-clip": float("nan")}, "--node-config dp-clip got 'nan', needs a number of at least 1e-06 and at most 1e+06"),
+        ({"dp-clip": 0}, "--node-config dp-clip got '0', needs a number of at least 1e-06"),
+        ({"dp-clip": True}, "--node-config dp-clip got 'True', needs a number"),
+        ({"dp-clip": 1, "dp-noise": -0.5}, "--node-config dp-noise got '-0.5', needs a number of at least 0.001 and at most 1000"),
+        ({"dp-clip": 1, "dp-noise": float("inf")}, "--node-config dp-noise got 'inf'"),
+        ({"dp-clip": 1, "dp-noise": 1, "dp-delta": 1}, "--node-config dp-delta got '1', needs a number of at least 1e-15 and at most 0.1"),
+        ({"dp-noise": 1}, "--node-config dp-noise changes nothing without dp-clip"),
+        ({"dp-clip": 1, "dp-delta": 1e-6}, "--node-config dp-delta changes nothing without dp-noise"),
+        ({"dp_clip": 1}, "--node-config has the unknown key dp_clip; it knows client, data, device, dp-clip"),
+        ({"dp-clip": 1, "dp-noise": 1, "": "absent"}, "--node-config dp-noise cannot be used: noise needs the package dp-accounting"),
+    ],
+)
+def test_privacy_that_is_wrong_lets_nothing_leave(npz, grid, monkeypatch, config, sentence):
+    """Refused at the server's first question and at an order to train."""
+    if config.pop("", None):
+        monkeypatch.setitem(sys.modules, "dp_accounting", None)
+        monkeypatch.delitem(sys.modules, "dp_accounting.gaussian_mechanism", raising=False)
+    grid.contexts[100].node_config.update(config)
+    options = asdict(Options(dataset=str(npz), clients=3, encoder="small", batch_size=8))
+    fields = {"options": json.dumps({name: options[name] for name in SENT_OPTIONS}), "run": "0" * 16, "image-size": 16}
+    question = RecordDict({"config": ConfigRecord(fields)})
+    model = ArrayRecord({"model": Array(np.zeros(9, np.float32))})
+    order = RecordDict({"config": ConfigRecord(fields | {"round": 0, "last-round": -1}), "model": model})
+    for kind, content in ((MessageType.QUERY, question), (MessageType.TRAIN, order)):
+        assert grid.deliver(Message(content, dst_node_id=100, message_type=kind)).error.reason.startswith(sentence)
 
 
 # ------------------------------------------------------------------------------------- certificates.sh and parties.json
@@ -667,6 +772,7 @@ def test_a_client_whose_state_is_lost_or_damaged_says_so_and_begins_anew(npz, gr
         ("--aggregate target", "target encoders do not leave the parties"),
         ("--statistics local", "--statistics got local, but the server measures the encoder, and would not have the parties' BatchNorm"),
         ("--resume run --seed 1", "--resume run continues with the options that the run has, and got --seed"),
+        ("--dp-clip 1", "--dp-clip got 1, but between parties each sets its own in --node-config"),
         ("--partition iid", "--partition changes nothing between parties"),
         ("--lr -1", "--lr: got '-1', needs a number above 0"),
         ("--lr '1", '--run-config got options="--lr \'1": No closing quotation'),

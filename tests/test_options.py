@@ -26,7 +26,7 @@ PAPER = {
     "precision": "fp32", "aggregate": "online", "update": "online", "predictor": "dapu", "mu": 0.4, "divergence": "layer-mean",
     "divergence_from": "received", "first_target": "copy", "server_rule": "mean", "statistics": "shared", "no_predictor": False,
     "no_stop_gradient": False, "compile": False, "tau": 0.7, "alpha": 0.5, "seed": 0, "knn_every": 10,
-    "on_nonfinite": "skip", "max_drift": 10.0, "on_outlier": "drop",
+    "on_nonfinite": "skip", "max_drift": 10.0, "on_outlier": "drop", "dp_clip": None, "dp_noise": None, "dp_delta": 1e-5,
     "device": "auto", "processes": "auto", "log": "none", "image_size": 32, "data_root": "~/.cache/fedu",
     "settings": {"jitter": 1, "crop_scale": 0.08, "greyscale": 0.2, "decorrelation": 0},
     "labels": None, "holdout": 0, "pixel_range": None, "skip_broken": False,
@@ -109,7 +109,7 @@ def test_what_is_given_wins_over_recipe_and_row(line, differs):
 
 
 def test_only_where_a_run_computes_may_change_when_it_is_resumed():
-    assert set(HOST_OPTIONS) == {"data_root", "device", "processes", "log", "no_cache", "save_partition", "dry_run"}
+    assert set(HOST_OPTIONS) == {"data_root", "device", "processes", "log", "no_cache", "save_partition", "dry_run", "dp_delta"}
 
 
 # --------------------------------------------------------------------------------------------------------------- ranges
@@ -146,6 +146,9 @@ RANGES = {
     "--server-rule": ("krum", "mean median trimmed", ""),
     "--on-nonfinite": ("warn", "skip error", ""),
     "--encoder": ("vgg timm:", "tiny small resnet18-narrow resnet18 resnet50 timm:vit_tiny_patch16_224", ""),
+    "--dp-clip": ("0 -1 nan inf 1e7 much", "1e-6 1 1e6", ""),
+    "--dp-noise": ("0 -1 nan inf 1e4 much", "1e-3 1 1e3", "--dp-clip 1"),
+    "--dp-delta": ("0 -1 nan 1 much", "1e-15 0.1", "--dp-clip 1 --dp-noise 1"),
     "--statistics": ("own", "shared local", ""),
     "--norm": ("layer", "batch group", ""),
     "--precision": ("fp16", "fp32 bf16", ""),
@@ -255,6 +258,9 @@ EFFECTIVE = [
      ["", "--method fedbyol --predictor dapu"]),
     ("--server-rule median", ["", *methods("fedema", "fedsimclr", "untrained")], methods("fedca", "fedu2", "ldawa", *NOT_EXCHANGED)),
     ("--statistics local", ["", "--norm group", *methods("fedema", "fedca", "ldawa", "untrained")], methods(*NOT_EXCHANGED)),
+    ("--dp-clip 1", ["", *methods("fedema", "fedbarlow")], methods(*NOT_EXCHANGED)),
+    ("--dp-noise 1", ["--dp-clip 1"], [""]),
+    ("--dp-delta 1e-6", ["--dp-clip 1 --dp-noise 1"], ["", "--dp-clip 1"]),
     ("--classes-per-client 2", ["", "--partition classes"], ["--partition iid", "--partition dirichlet"]),
     ("--alpha 0.5", ["--partition dirichlet", "--partition dirichlet-balanced"], ["", "--partition classes", "--partition iid"]),
     ("--clients-per-round 5", ["", "--method single"], ["--method central"]),
