@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -68,30 +69,26 @@ def epsilon(uploads: Mapping[float, int], delta: float) -> float:
 def count_upload(ledger: Path, run: str, noise: float, delta: float) -> str:
     """Count an upload that is about to leave; returns a sentence with epsilon, of this run and of all runs in the ledger.
 
-    ledger: a JSON file that has for each run how many uploads had which noise. Raises InputError if it cannot be read or written.
+    ledger: a JSON file that has the run and the noise of each upload. Raises InputError if it cannot be read or written.
     """
     with locked(ledger.parent):
-        runs = read_ledger(ledger)
-        counts = runs.setdefault(run, {})
-        counts[noise] = counts.get(noise, 0) + 1
-        everything: dict[float, int] = {}
-        for counted in runs.values():
-            everything |= {noise: everything.get(noise, 0) + count for noise, count in counted.items()}
-        told = [f"{epsilon(uploads, delta):.4g} after {sum(uploads.values())} upload(s)" for uploads in (counts, everything)]
-        write_atomic(ledger, lambda file: file.write(json.dumps(runs, indent=1).encode() + b"\n"))
-    return f"epsilon is {told[0]} of this run, and {told[1]} of all runs, at delta {delta:g}"
+        uploads = [*read_ledger(ledger), (run, noise)]
+        mine, whole = Counter(noise for name, noise in uploads if name == run), Counter(noise for _, noise in uploads)
+        told = (
+            f"{mine.total()} of this run is {epsilon(mine, delta):.4g}, after upload {len(uploads)} of all runs {epsilon(whole, delta):.4g}"
+        )
+        write_atomic(ledger, lambda file: file.write(json.dumps(uploads).encode() + b"\n"))
+    return f"epsilon after upload {told}, at delta {delta:g}"
 
 
-def read_ledger(ledger: Path) -> dict[str, dict[float, int]]:
-    """For each run how many uploads had which noise. Raises InputError if the file is damaged, since a new one would forget them."""
+def read_ledger(ledger: Path) -> list[tuple[str, float]]:
+    """The run and the noise of each upload. Raises InputError if the file is damaged, since a new one would forget them."""
     try:
-        runs = {run: {float(noise): count for noise, count in counts.items()} for run, counts in json.loads(ledger.read_text()).items()}
-        if any(
-            type(count) is not int or count < 1 or not 0 <= noise < math.inf for counts in runs.values() for noise, count in counts.items()
-        ):
-            raise ValueError("a number of it is wrong")
+        uploads = [(run, float(noise)) for run, noise in json.loads(ledger.read_text())]
+        if not all(0 <= noise < math.inf for _, noise in uploads):
+            raise ValueError("a noise in it is no number from 0")
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return []
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{ledger}, which counts the uploads, cannot be read ({first_line(error)}): mend it, or nothing leaves") from None
-    return runs
+    return uploads
