@@ -125,7 +125,8 @@ class FedU(FedAvg):
             lately = {question.node for question in self.questions.values() if now - question.asked < ANSWER}
             nodes = sorted(unknown - refused - lately)
             content = RecordDict({"config": ConfigRecord(self.message_config)})
-            keys = grid.push_messages([Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes])
+            questions = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
+            keys = grid.push_messages(questions) if questions else ()
             self.questions |= {key: Question(node, now) for key, node in zip(keys, nodes) if key}
             for reply in grid.pull_messages(list(self.questions)) if self.questions else ():
                 node = self.questions.pop(reply.metadata.reply_to_message_id).node
