@@ -117,12 +117,39 @@ def quarter_width(backbone: nn.Module) -> None:
                 setattr(parent, name, nn.BatchNorm2d(m.num_features // 4))
 
 
-def plain_backbone(widths: tuple[int, ...]) -> nn.Sequential:
+class Layers(nn.Sequential):
+    """Layers one after the other, through which the views of a batch can go together, one behind the other.
+
+    In training each view is normalised by its own BatchNorm statistics, and the running ones follow view after view: all is as with a pass
+    for each view, but for rounding. BatchNorm and the ReLU behind it are one op.
+    """
+
+    def forward(self, x: Tensor, views: int = 1) -> Tensor:
+        """x: `[views B, ...]`."""
+        if not self.training:
+            return super().forward(x)
+        normalised = False
+        for layer, following in pairwise([*self, None]):
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                statistics, relu = (layer.running_mean, layer.running_var), isinstance(following, nn.ReLU)
+                x = ops.batch_norm(x, layer.weight, layer.bias, *statistics, views=views, momentum=layer.momentum, eps=layer.eps, relu=relu)
+            elif not (normalised and isinstance(layer, nn.ReLU)):
+                x = layer(x)
+            normalised = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        return x
+
+
+def pass_on(x: Tensor, module: nn.Module, views: int) -> Tensor:
+    """A module's output. views: other modules than `Layers`, such as a single linear layer, treat all rows alike anyway."""
+    return module(x, views) if isinstance(module, Layers) else module(x)
+
+
+def plain_backbone(widths: tuple[int, ...]) -> Layers:
     """3x3 convolutions of stride 2 with BatchNorm and ReLU: encoders for CPU work, `small` of 3.8 and `tiny` of 1.0 million MACs."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((3, *widths)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Layers(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def feature_dim(backbone: nn.Module) -> int:
@@ -146,18 +173,18 @@ def build_head(inputs: int, *layers: int | str) -> nn.Module:
             inputs = layer
             if isinstance(following, int):
                 modules += [nn.BatchNorm1d(inputs), nn.ReLU(inplace=True)]
-    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+    return modules[0] if len(modules) == 1 else Layers(*modules)
 
 
 class Encoder(nn.Module):
-    """Backbone and projector, images `[B, 3, S, S]` -> projections `[B, width]`.
+    """Backbone and projector, images `[B, 3, S, S]` -> projections `[B, width]`, of one view or of several, see `Layers`.
 
     head: the projector's layers, see `build_head`, by default `HEADS[name]`; of timm's, as ResNet-18's if there are as many features, else
     as the narrow encoders'. 0 is the width of the features. norm: of the backbone, see `build_backbone`; the heads keep BatchNorm, without
     which BYOL collapses. image_size: S of the images that it is trained on.
     """
 
-    passed: list[Tensor] | None = None  # while it is a list, it gets the features of every forward pass, `[B, d]`
+    passed: list[Tensor] | None = None  # while it is a list, it gets the features of every view that passes, `[B, d]`
 
     def __init__(self, name: str, head: Sequence[int | str] = (), norm: str = "batch", image_size: int = 32):
         super().__init__()
@@ -169,11 +196,11 @@ class Encoder(nn.Module):
         self.width = next(layer for layer in reversed(self.head) if isinstance(layer, int))
         self.projector = build_head(features, *self.head)
 
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.backbone(images)
+    def forward(self, images: Tensor, views: int = 1) -> Tensor:
+        features = pass_on(images, self.backbone, views)
         if self.passed is not None:
-            self.passed.append(features)
-        return self.projector(features)
+            self.passed += features.chunk(views)
+        return pass_on(features, self.projector, views)
 
 
 # ------------------------------------------------------------------------------------------------- flat vectors
@@ -304,8 +331,8 @@ class Online(nn.Module):
         layers = encoder.head if predictor is True else predictor or ()
         self.predictor = build_head(encoder.width, *layers) if layers else nn.Identity()
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.predictor(self.encoder(images))
+    def forward(self, images: Tensor, views: int = 1) -> Tensor:
+        return pass_on(self.encoder(images, views), self.predictor, views)
 
 
 class Objective:
@@ -348,6 +375,8 @@ class Objective:
         self.ema_target: Tensor | None = None
         self.shared = torch.empty(0, 0, device=device)
         self.private = torch.empty(0, dtype=torch.int64, device=device)
+        # half as many operations, each twice as large; a ResNet's are large enough, and two passes hold half of its activations at a time
+        self.one_pass = device.type == "cpu" and isinstance(encoder.backbone, Layers)
 
     # ---- what a method may override
 
@@ -386,6 +415,23 @@ class Objective:
         """Return and clear what the client shares besides its networks, `[N, d]`; empty for most objectives."""
         return self.shared[:0]
 
+    # ---- what a method may use
+
+    def each(self, network: nn.Module, *views: Tensor) -> Tensor:
+        """A network's outputs for views, one view's behind the other's, where BatchNorm treats each view by itself: `[V B, d]`."""
+        if len(views) > 1 and self.one_pass:
+            return network(torch.cat(views), len(views))
+        return torch.cat([network(view) for view in views]) if len(views) > 1 else network(*views)
+
+    def directions(self, loss: Callable[..., Tensor], view1: Tensor, view2: Tensor) -> list[Callable[[], Tensor]]:
+        """The terms of a loss that is made of two directions, the second with the views exchanged.
+
+        loss: takes views, as a sequence, and for each the other view of the same images; it is a mean over all rows.
+        """
+        if self.one_pass:
+            return [lambda: 2 * loss((view1, view2), (view2, view1))]
+        return [partial(loss, (view1,), (view2,)), partial(loss, (view2,), (view1,))]
+
     # ---- what training and the ranks need of it
 
     def losses(self, view1: Tensor, view2: Tensor, batch: Tensor, generator: torch.Generator | None) -> list[Callable[[], Tensor]]:
@@ -394,7 +440,7 @@ class Objective:
         return [partial(self.decorrelated, term) for term in terms] if self.decorrelation else terms
 
     def decorrelated(self, term: Callable[[], Tensor]) -> Tensor:
-        """A term, and FedDecorr's of the backbone's features in each pass of the online encoder that it makes."""
+        """A term, and FedDecorr's of the backbone's features of each view that it passes through the online encoder."""
         encoder = self.online.module.encoder
         encoder.passed = []
         loss = term()
@@ -444,10 +490,10 @@ class WithTarget(Objective):
         else:
             self.trainable.append(self.target.trainable)
 
-    def project(self, view: Tensor) -> Tensor:
-        """The target encoder's projection of a view."""
+    def project(self, *views: Tensor) -> Tensor:
+        """The target encoder's projections of views, see `each`."""
         with torch.set_grad_enabled(not self.stop_gradient):
-            return self.target.module(view)
+            return self.each(self.target.module, *views)
 
     @torch.no_grad()
     def update(self, lr: Tensor, momentum: float, weight_decay: float, ema_decay: float) -> None:

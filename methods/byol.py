@@ -1,16 +1,15 @@
 """BYOL (Grill et al. 2020, arXiv 2006.07733), the objective of FedU, FedBYOL, FedEMA, single and central.
 
 The online network predicts the target network's projection of the other view. The loss, in [0, 8], has two directions:
-`mean(2 - 2 cos(p(f_theta(x1)), sg f_xi(x2)))` and the same with the views exchanged. Each view has forward passes of its own, so that
-BatchNorm's statistics are per view. The target is in training mode; it has batch statistics and running statistics of its own.
+`mean(2 - 2 cos(p(f_theta(x1)), sg f_xi(x2)))` and the same with the views exchanged. BatchNorm's statistics are per view. The target is in
+training mode; it has batch statistics and running statistics of its own.
 
 In FedU's ablations it is trained without the predictor, and without the stop-gradient `sg`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,11 +25,11 @@ class BYOL(WithTarget):
         super().__init__(encoder, device, predictor, stop_gradient)
 
     def terms(self, view1: Tensor, view2: Tensor, batch: Tensor, generator: torch.Generator | None) -> list[Callable[[], Tensor]]:
-        return [partial(self.direction, view1, view2), partial(self.direction, view2, view1)]
+        return self.directions(self.direction, view1, view2)
 
-    def direction(self, view: Tensor, other: Tensor) -> Tensor:
-        projection = self.project(other)
-        return distance(self.online.module(view), projection)
+    def direction(self, views: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        projections = self.project(*others)
+        return distance(self.each(self.online.module, *views), projections)
 
 
 def distance(predictions: Tensor, projections: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ whole network is exchanged there; here the target stays with its client as in Fe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -48,12 +48,14 @@ class FedU2(BYOL):
         self.uniformity, self.server_lr = uniformity, server_lr
 
     def terms(self, view1: Tensor, view2: Tensor, batch: Tensor, generator: torch.Generator | None) -> list[Callable[[], Tensor]]:
-        return [partial(self.regularised, *views, generator) for views in ((view1, view2), (view2, view1))]
+        return self.directions(partial(self.regularised, generator), view1, view2)
 
-    def regularised(self, view: Tensor, other: Tensor, generator: torch.Generator | None) -> Tensor:
-        target, online = self.project(other), self.online.module
-        projection = online.encoder(view)
-        return distance(online.predictor(projection), target) + self.uniformity * distance_from_uniform(projection, generator)
+    def regularised(self, generator: torch.Generator | None, views: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        targets, online = self.project(*others), self.online.module
+        projections = self.each(online.encoder, *views)
+        predictions = self.each(online.predictor, *projections.chunk(len(views)))
+        from_uniform = sum(distance_from_uniform(z, generator) for z in projections.chunk(len(views))) / len(views)
+        return distance(predictions, targets) + self.uniformity * from_uniform
 
 
 def distance_from_uniform(projections: Tensor, generator: torch.Generator | None = None) -> Tensor:

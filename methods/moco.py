@@ -8,8 +8,7 @@ encoder to the received one in each round (`--update both` here), and keeps v1's
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,10 +29,10 @@ class MoCo(WithTarget):
         self.queue = self.parts["queue"].view(start.shape)
 
     def terms(self, view1: Tensor, view2: Tensor, batch: Tensor, generator: torch.Generator | None) -> list[Callable[[], Tensor]]:
-        return [partial(self.direction, view1, view2), partial(self.direction, view2, view1)]
+        return self.directions(self.direction, view1, view2)
 
-    def direction(self, view: Tensor, other: Tensor) -> Tensor:
-        query, key = normalize(self.online.module(view)), normalize(self.project(other))
+    def direction(self, views: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        query, key = normalize(self.each(self.online.module, *views)), normalize(self.project(*others))
         self.keys.append(key)
         logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.T], 1) / self.temperature
         return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))

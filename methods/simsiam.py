@@ -27,8 +27,7 @@ class SimSiam(Objective):
 
     def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
         encoder, predictor = self.online.module.encoder, self.online.module.predictor
-        z1, z2 = encoder(view1), encoder(view2)
-        p1, p2 = predictor(z1), predictor(z2)
-        if self.stop_gradient:
-            z1, z2 = z1.detach(), z2.detach()
-        return -(cosine_similarity(p1, z2) + cosine_similarity(p2, z1)).mean() / 2
+        z = self.each(encoder, view1, view2)
+        p = self.each(predictor, *z.chunk(2))
+        others = z.roll(len(view1), 0)
+        return -cosine_similarity(p, others.detach() if self.stop_gradient else others).mean()

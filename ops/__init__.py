@@ -8,9 +8,9 @@ The kernels are built by `load`, or else by the first op (build.py). The environ
 default) builds, and falls back to reference.py with one warning where it cannot; `build` raises the reason; `reference` never builds.
 Tensors of any other device than CPU and CUDA, such as `meta`, always take the reference.
 
-All ops take contiguous float32 or float64 tensors, of one type and on one device, and raise ValueError for any other. None has a
-gradient, so a tensor that requires one is refused, except under `torch.no_grad()`. The same numbers give the same bits on any number
-of threads or blocks, and NaN and Inf appear only in results that are computed from them.
+All ops take contiguous float32 or float64 tensors, of one type and on one device, and raise ValueError for any other. Only `batch_norm`
+has a gradient; the others refuse a tensor that requires one, except under `torch.no_grad()`. The same numbers give the same bits on any
+number of threads or blocks, and NaN and Inf appear only in results that are computed from them.
 """
 
 import os
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["VIEW", "aggregate", "augment", "ema_", "layer_norms", "load", "sgd_ema_", "weighted_mean"]
+__all__ = ["VIEW", "aggregate", "augment", "batch_norm", "ema_", "layer_norms", "load", "sgd_ema_", "weighted_mean"]
 
 # The columns of `augment`'s draws. The box in pixels; flip and greyscale 0 or 1; factors, and hue's shift in turns; then the order of
 # the four colour operations: 0 brightness, 1 contrast, 2 saturation, 3 hue.
@@ -102,6 +102,40 @@ def augment(images: Tensor, draws: Tensor) -> Tensor:
     return _implementation(images).augment(images, draws)
 
 
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, *,
+    views: int = 1, momentum: float = 0.1, eps: float = 1e-5, relu: bool = False,
+) -> Tensor:  # fmt: skip
+    """BatchNorm in training mode, and the ReLU behind it, of views that lie one behind the other; the only op with a gradient.
+
+    x: `[V B, C]` or `[V B, C, H, W]`, V views, each normalised by its own mean and variance. weight, bias: `[C]`, or None. The running
+    statistics, `[C]` or None, follow in place, view after view: `r <- (1 - momentum) r + momentum s`, where the variance is the unbiased
+    one. Returns y of x's shape. The kernel is for float32 and float64 on a CPU. On a GPU, in bf16 and under torch.compile, which fuses
+    these operations itself, the reference computes it.
+    """
+    arguments = weight, bias, running_mean, running_var, views, momentum, eps, relu
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling() or not load():
+        return reference.batch_norm(x, *arguments)
+    x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+    return _BatchNorm.apply(x, *arguments) if torch.is_grad_enabled() else torch.ops.fedu.batch_norm(x, *arguments)[0]
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, *arguments):
+        y, mean, inverse = torch.ops.fedu.batch_norm(x, weight, bias, *arguments)
+        ctx.save_for_backward(x, weight, bias, mean, inverse)
+        ctx.views, ctx.relu = arguments[2], arguments[-1]
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        layout = torch.channels_last if gradient.ndim == 4 else torch.contiguous_format
+        gradient = gradient.contiguous(memory_format=layout)
+        of_x, of_weight, of_bias = torch.ops.fedu.batch_norm_backward(gradient, *ctx.saved_tensors, ctx.views, ctx.relu)
+        return of_x, of_weight if ctx.needs_input_grad[1] else None, of_bias if ctx.needs_input_grad[2] else None, *[None] * 6
+
+
 _lock = threading.Lock()
 _fused: bool | None = None  # whether the library is loaded; None until an op needs to know
 
@@ -172,6 +206,14 @@ def _register_shapes() -> None:
     @torch.library.register_fake("fedu::augment")
     def _(images, draws):
         return draws.new_empty((len(draws), *images.shape[1:]))
+
+    @torch.library.register_fake("fedu::batch_norm")
+    def _(x, weight, bias, running_mean, running_var, views, momentum, eps, relu):
+        return torch.empty_like(x), x.new_empty(views, x.shape[1]), x.new_empty(views, x.shape[1])
+
+    @torch.library.register_fake("fedu::batch_norm_backward")
+    def _(gradient, x, weight, bias, mean, inverse, views, relu):
+        return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
     @torch.library.register_fake("fedu::ema_")
     def _(target, online, decay):

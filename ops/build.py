@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = [Path(__file__).with_name(name) for name in ("fused.cpp", "fused_cuda.cu", "fused.h", "augment.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("fused.cpp", "fused_cuda.cu", "fused.h", "augment.h", "batch_norm.h")]
 # -ffp-contract=off and --fmad=false: the sources say where a product and a sum are rounded once, and the compiler follows.
 CPP_FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 CPP_FLAGS += ["-Wno-unknown-pragmas"]

@@ -6,10 +6,12 @@
 // sum are each rounded, as in the reference and on the GPU.
 
 #include "augment.h"
+#include "batch_norm.h"
 #include "fused.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <charconv>
@@ -51,10 +53,20 @@ void check_plain(const char* name, const Tensor& t) {
   TORCH_CHECK_VALUE(!t.requires_grad() || !at::GradMode::is_enabled(), name, " must not require grad, pass ", name, ".detach()");
 }
 
-// The first vector argument; the others are held against it.
-void check_leader(const char* name, const Tensor& t) {
+void check_type(const char* name, const Tensor& t) {
   TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name, " must be float32 or float64, got ",
                     dtype_name(t));
+}
+
+// Rows of channels: a linear layer's output, or images channels-last.
+void check_rows(const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE((t.dim() == 2 && t.is_contiguous()) || (t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast)), name,
+                    " must be [N, C] and contiguous, or [N, C, H, W] and channels-last, got strides ", t.strides(), " for shape ", t.sizes());
+}
+
+// The first vector argument; the others are held against it.
+void check_leader(const char* name, const Tensor& t) {
+  check_type(name, t);
   check_plain(name, t);
 }
 
@@ -525,6 +537,56 @@ Tensor augment(const Tensor& images, const Tensor& draws) {
   return views;
 }
 
+// What an optional vector holds, or null.
+template <typename T>
+T* data_of(const std::optional<Tensor>& t) {
+  return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+}
+
+// The shape of views in x; checks what the kernels rely on.
+norm::Views views_of(const Tensor& x, int64_t views, std::initializer_list<const std::optional<Tensor>*> vectors) {
+  check_type("x", x);
+  check_rows("x", x);
+  const int64_t channels = x.size(1), rows = x.numel() / std::max<int64_t>(1, channels);
+  TORCH_CHECK_VALUE(views > 0 && x.size(0) % views == 0 && rows > views, "x must hold ", views,
+                    " views of one size, with more than one value for each channel, got shape ", x.sizes());
+  for (const std::optional<Tensor>* t : vectors) {
+    if (!*t) continue;
+    check_like("weight, bias and running statistics", **t, "x", x);
+    check_shape("weight, bias and running statistics", **t, {channels});
+  }
+  return {views, rows / views, channels};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                              std::optional<Tensor> running_mean, std::optional<Tensor> running_var, int64_t views,
+                                              double momentum, double eps, bool relu) {
+  const norm::Views v = views_of(x, views, {&weight, &bias, &running_mean, &running_var});
+  Tensor y = at::empty_like(x), mean = x.new_empty({views, v.channels}), inverse = x.new_empty({views, v.channels});
+  for_type(x, [&]<typename T>(T) {
+    norm::forward(x.const_data_ptr<T>(), data_of<T>(weight), data_of<T>(bias), data_of<T>(running_mean), data_of<T>(running_var),
+                    y.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(), inverse.mutable_data_ptr<T>(), v, momentum, eps, relu);
+  });
+  return {y, mean, inverse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& gradient, const Tensor& x, const std::optional<Tensor>& weight,
+                                                       const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& inverse,
+                                                       int64_t views, bool relu) {
+  const norm::Views v = views_of(x, views, {&weight, &bias});
+  check_rows("gradient", gradient);
+  check_shape("gradient", gradient, x.sizes());
+  check_shape("mean", mean, {views, v.channels});
+  check_shape("inverse", inverse, {views, v.channels});
+  Tensor of_x = at::empty_like(x), of_weight = x.new_empty({v.channels}), of_bias = x.new_empty({v.channels});
+  for_type(x, [&]<typename T>(T) {
+    norm::backward(gradient.const_data_ptr<T>(), x.const_data_ptr<T>(), data_of<T>(weight), data_of<T>(bias),
+                             mean.const_data_ptr<T>(), inverse.const_data_ptr<T>(), of_x.mutable_data_ptr<T>(),
+                             of_weight.mutable_data_ptr<T>(), of_bias.mutable_data_ptr<T>(), v, relu);
+  });
+  return {of_x, of_weight, of_bias};
+}
+
 TORCH_LIBRARY(fedu, m) {
   m.def("weighted_mean(Tensor clients, Tensor weights, Tensor(a!) out) -> ()");
   m.def("aggregate(Tensor clients, Tensor weights, Tensor received, Tensor segments, Tensor(a!) out) -> (Tensor, Tensor)");
@@ -533,6 +595,10 @@ TORCH_LIBRARY(fedu, m) {
   m.def("sgd_ema_(Tensor(a!) weight, Tensor(b!) gradient, Tensor(c!)? target, Tensor lr, float momentum, float weight_decay, "
         "float ema_decay) -> ()");
   m.def("augment(Tensor images, Tensor draws) -> Tensor");
+  m.def("batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, int views, float momentum, "
+        "float eps, bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def("batch_norm_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor inverse, int views, bool relu) "
+        "-> (Tensor, Tensor, Tensor)");
 }
 
 void implement(torch::Library& m) {
@@ -543,7 +609,11 @@ void implement(torch::Library& m) {
   m.impl("sgd_ema_", sgd_ema_);
   m.impl("augment", augment);
 }
-TORCH_LIBRARY_IMPL(fedu, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(fedu, CPU, m) {
+  implement(m);
+  m.impl("batch_norm", batch_norm);
+  m.impl("batch_norm_backward", batch_norm_backward);
+}
 #ifdef FEDU_CUDA
 TORCH_LIBRARY_IMPL(fedu, CUDA, m) { implement(m); }
 #endif

@@ -197,6 +197,16 @@ def _check_plain(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} must not require grad, pass {name}.detach()")
 
 
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, views: int,
+    momentum: float, eps: float, relu: bool,
+) -> Tensor:  # fmt: skip
+    """BatchNorm of each view by itself, and the ReLU behind it; see `ops.batch_norm`."""
+    parts = [torch.batch_norm(part, weight, bias, running_mean, running_var, True, momentum, eps, True) for part in x.chunk(views)]
+    y = torch.cat(parts) if views > 1 else parts[0]
+    return y.relu_() if relu else y
+
+
 def _check_shape(name: str, t: Tensor, shape: torch.Size) -> None:
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")

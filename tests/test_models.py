@@ -24,6 +24,7 @@ from models import (
     HEADS,
     Encoder,
     Flat,
+    Layers,
     Objective,
     build_backbone,
     build_head,
@@ -44,6 +45,14 @@ CPU = torch.device("cpu")
 def byol(name: str = "small", **ablation: bool) -> BYOL:
     torch.manual_seed(0)
     return BYOL(Encoder(name), CPU, **ablation)
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def count(module: torch.nn.Module) -> int:
@@ -192,11 +201,11 @@ def batches_of(objective: Objective, size: int) -> torch.Tensor:
 
 def with_identity(objective: Objective) -> Objective:
     """The objective with networks that return the views as they are, so that views are projections."""
-    objective.online.module = torch.nn.Identity()
-    objective.online.module.encoder = objective.online.module.predictor = torch.nn.Identity()
+    objective.online.module = Layers()
+    objective.online.module.encoder = objective.online.module.predictor = Layers()
     for name in ("target", "teacher"):
         if hasattr(objective, name):
-            getattr(objective, name).module = torch.nn.Identity()
+            getattr(objective, name).module = Layers()
     return objective
 
 
@@ -210,18 +219,39 @@ def test_loss_by_hand():
     assert loss(objective, torch.cat([a, b]), c).item() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_each_view_has_its_own_batch_statistics():
-    """One forward pass for both would update the running statistics once, and by other numbers."""
-    objective, calls = byol(), []
-    for network in (objective.online.module.encoder, objective.target.module):
-        network.backbone[1].register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
-    loss(objective, *torch.rand(2, 8, 3, 16, 16))
-    assert calls == [8, 8, 8, 8]
+@pytest.mark.parametrize("kind", ["byol", "simsiam", "moco-v1", "moco-v2", "fedu2", "barlow"])
+def test_views_pass_together_as_one_by_one(kind, float64):
+    """The loss, the gradients, both networks' running statistics and what else a term changes, as with a pass for each view."""
+    results = []
+    for one_pass in (True, False):
+        torch.manual_seed(0)
+        objective = networks_of(kind)
+        calls = []
+        objective.online.module.encoder.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(len(output)))
+        objective.one_pass, objective.decorrelation = one_pass, 0.1
+        views, batch = torch.rand(2, 8, 3, 16, 16), torch.arange(8)
+        torch.manual_seed(1)  # of FedU2's draws
+        terms = [term() for term in objective.losses(*views, batch, None)]
+        sum(terms).backward()
+        assert calls == ([16] if one_pass else [8, 8])
+        keys = torch.cat(objective.keys) if kind.startswith("moco") else torch.empty(0)
+        gradient = objective.online.trainable.grad.clone()
+        objective.update(torch.tensor(0.05), momentum=0.9, weight_decay=0.0, ema_decay=0.9)
+        results.append([sum(terms), gradient, keys, *objective.tensors()])
+    for together, one_by_one in zip(*results, strict=True):
+        torch.testing.assert_close(together, one_by_one, rtol=1e-10, atol=1e-10)
+
+
+def test_resnets_take_view_by_view():
+    """Only half of a pass's activations are in memory at a time."""
+    objective = networks_of("byol", encoder="resnet18-narrow")
+    assert len(objective.terms(*torch.rand(2, 2, 3, 16, 16), torch.arange(2), None)) == 2
 
 
 def test_differentiating_a_direction_before_the_next_gives_the_whole_gradient():
-    """Local training does so to hold one direction's activations at a time."""
+    """Local training of a ResNet does so to hold one direction's activations at a time."""
     objective = byol()
+    objective.one_pass = False
     views = torch.rand(2, 8, 3, 16, 16)
     gradients = []
     for ways in (lambda terms: [term().backward() for term in terms], lambda terms: sum(term() for term in terms).backward()):
@@ -471,9 +501,9 @@ def test_a_head_by_its_layers():
         return [type(m).__name__ for m in build_head(8, *layers).modules()]
 
     assert names(4) == ["Linear"]
-    assert names(4, 2) == ["Sequential", "Linear", "BatchNorm1d", "ReLU", "Linear"]
-    assert names(4, "relu", 2) == ["Sequential", "Linear", "ReLU", "Linear"]
-    assert names(4, 3, 2, "standardise") == ["Sequential", *["Linear", "BatchNorm1d", "ReLU"] * 2, "Linear", "BatchNorm1d"]
+    assert names(4, 2) == ["Layers", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert names(4, "relu", 2) == ["Layers", "Linear", "ReLU", "Linear"]
+    assert names(4, 3, 2, "standardise") == ["Layers", *["Linear", "BatchNorm1d", "ReLU"] * 2, "Linear", "BatchNorm1d"]
     assert len(list(build_head(8, 4, "standardise").parameters())) == 2
     encoder = Encoder("tiny", (0, 3, "standardise"))
     assert (encoder.head, encoder.width) == ((128, 3, "standardise"), 3) and encoder(torch.rand(2, 3, 16, 16)).shape == (2, 3)

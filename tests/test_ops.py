@@ -197,6 +197,10 @@ def test_same_bits_on_any_number_of_threads():
             torch.set_num_threads(count)
             norms = ops.layer_norms(clients[0], received, segments)
             results.append((*ops.aggregate(clients, weights, received, segments), norms, ops.ema_(clients[0].clone(), received, 0.99)))
+            x = random(4000, 70).requires_grad_()
+            normalised = ops.batch_norm(x, None, None, None, None, views=2)
+            normalised.backward(random(4000, 70, seed=1))
+            results[-1] += (normalised.detach(), x.grad)
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -289,6 +293,78 @@ def test_squares_beyond_float32_do_not_spoil_the_norms(implementation, value):
     vector = torch.full((5000,), value)
     want = vector[0].double().item() * 5000**0.5
     assert implementation.layer_norms(vector, torch.zeros(5000), torch.tensor([[0, 5000]])).item() == pytest.approx(want, rel=NORM_ERROR)
+
+
+SHAPES = [
+    (64, 16, 5, 7),
+    (16, 64, 2, 2),
+    (64, 512),
+    (6, 7),
+    (10, 3, 5, 3),
+    (8, 100, 3, 3),
+    (12, 65),
+    (4, 130, 1, 1),
+    (2, 48, 9, 9),
+    (300, 1),
+]
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("relu, affine, tracked", [(True, True, True), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batch_norm_is_torchs_view_by_view(shape, views, relu, affine, tracked):
+    """In float64, the result, all gradients and the running statistics, for rows that fill the kernel's lines and others that do not."""
+    channels, results = shape[1], []
+    for batch_norm in (ops.batch_norm, lambda *args, **given: reference.batch_norm(*args, *given.values())):
+        x = (
+            3 * random(*shape, dtype=torch.float64) + random(channels, *[1] * (len(shape) - 2), seed=1, dtype=torch.float64)
+        ).requires_grad_()
+        vectors = [random(channels, seed=seed, dtype=torch.float64) for seed in (2, 3)] if affine else [None, None]
+        running = [random(channels, seed=seed, dtype=torch.float64) for seed in (4, 5)] if tracked else [None, None]
+        leaves = [x, *(vector.requires_grad_() for vector in vectors if affine)]
+        y = batch_norm(x, *vectors, *running, views=views, momentum=0.3, eps=1e-5, relu=relu)
+        y.backward(random(*shape, seed=6, dtype=torch.float64))
+        results.append([y.detach(), *(leaf.grad for leaf in leaves), *(r for r in running if tracked)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_batch_norm_in_float32():
+    """Near to float64, also where the mean is a hundred times the deviation."""
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        x = (random(64, 16, 8, 8) + 100).to(dtype).requires_grad_()
+        y = ops.batch_norm(x, None, None, None, None, views=2)
+        y.backward(random(64, 16, 8, 8, seed=1).to(dtype))
+        results.append((y.detach().double(), x.grad.double()))
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_batch_norm_by_hand(implementation):
+    """Two views of two rows: each has the mean of its own rows, and the statistics follow the first and then the second."""
+    x, mean, variance = torch.tensor([[1.0], [3.0], [10.0], [14.0]]), torch.zeros(1), torch.zeros(1)
+    y = implementation.batch_norm(x, torch.ones(1), torch.zeros(1), mean, variance, views=2, momentum=0.5, eps=0, relu=True)
+    assert y.tolist() == [[0.0], [1.0], [0.0], [1.0]]
+    assert mean.item() == 0.5 * (0.5 * 2) + 0.5 * 12 and variance.item() == 0.5 * (0.5 * 2) + 0.5 * 8
+
+
+def test_batch_norm_lets_nan_through(implementation):
+    x = random(8, 3)
+    x[5, 1] = float("nan")
+    y = implementation.batch_norm(x, None, None, None, None, views=2, relu=True)
+    assert y.isnan().nonzero().tolist() == [[row, 1] for row in range(4, 8)]
+
+
+@pytest.mark.parametrize("x, views, words", [
+    (torch.zeros(5, 3), 2, "x must hold 2 views of one size"), (torch.zeros(2, 3), 2, "more than one value for each channel"),
+    (torch.zeros(4, 3, 2), 2, r"x must be \[N, C\]"),
+])  # fmt: skip
+def test_refusals_of_batch_norm(x, views, words):
+    with pytest.raises(ValueError, match=words):
+        ops.batch_norm(x, None, None, None, None, views=views)
+    with pytest.raises(ValueError, match="must have shape"):
+        ops.batch_norm(torch.rand(4, 3), torch.ones(2), None, None, None)
 
 
 def test_no_segments(implementation, device):
@@ -581,6 +657,13 @@ def test_opcheck(device):
     torch.library.opcheck(fedu.augment.default, (X.to(device), D.to(device)))
 
 
+def test_opcheck_of_batch_norm():
+    fedu, x, vectors = torch.ops.fedu, random(6, 5), [random(5, seed=seed) for seed in range(4)]
+    torch.library.opcheck(fedu.batch_norm.default, (x, *vectors, 2, 0.1, 1e-5, True))
+    y, *statistics = fedu.batch_norm(x, None, None, None, None, 2, 0.1, 1e-5, False)
+    torch.library.opcheck(fedu.batch_norm_backward.default, (y, x, *vectors[:2], *statistics, 2, True))
+
+
 def test_schema_marks_the_mutation():
     fedu = torch.ops.fedu
     for op, written in (
@@ -589,6 +672,7 @@ def test_schema_marks_the_mutation():
         (fedu.aggregate, {"out"}),
         (fedu.weighted_mean, {"out"}),
         (fedu.layer_norms, set()),
+        (fedu.batch_norm, {"running_mean", "running_var"}),
     ):
         assert {argument.name for argument in op.default._schema.arguments if argument.is_write} == written
 
