@@ -6,8 +6,8 @@ Times are medians, and the ways of a row are timed in turns. `x` is a way's time
 In `epoch`, `memory` and `clients` each way has a process of its own; its peak memory follows, and this memory over that of the first one.
 
     views      the two views of a batch
-    start      whole commands: --help, the first step, the README's first run by all processes and by one, the same (`busy`) beside a loop
-               that computes all the time; and a round of `small` by its own clock
+    start      whole commands: --help, the first step, the README's first run by all processes and by one (`former`: of the checkout
+               --against), the same (`busy`) beside a loop that computes all the time; and a round of `small` by its own clock
     server     all that a round does besides training
     epoch      the same network on the same images by `authors` and `lightly` (bench/others.py; `lightly-1` has one thread, which leaves a
                core to its loaders), by our step without views and moving average (`core`), in bf16, and its convolutions and matrix
@@ -58,7 +58,7 @@ from bench.timing import DEVICE, as_large_as_cifar10, print_origin, some_images,
 from data import Images, draw_views, load_images, random_views
 from federation import build
 from methods.byol import BYOL
-from models import Encoder, Online
+from models import Encoder
 from options import Options
 from report import canvas
 from runtime.bank import Bank
@@ -161,23 +161,27 @@ def compare_views(compare: Callable[..., Measured]) -> None:
             compare(f"views, B = 128, {count} thread{'s' * (count > 1)}", ways, 128)
 
 
-def compare_commands(compare: Callable[..., Measured]) -> None:
+def compare_commands(compare: Callable[..., Measured], against: Path | None) -> None:
+    """against: a checkout of another commit, whose first run by one process is timed instead of this one's."""
     compare = partial(compare, commands=True)
     compare("start-up", {"--help": partial(seconds_of, "--help")})
     compare("start-up", {"to the first step": partial(seconds_of, *README, until="predictor taken")})
-    ways = {n + " busy" * busy: partial(seconds_of, *README, "--processes", n, busy=busy) for busy in (False, True) for n in ("auto", "1")}
-    seconds, _ = compare("the first run, --processes", ways)
-    print(f"{'auto over one process, idle':28} {seconds['auto'] / seconds['1']:.2f}")
-    print(f"{'busy over idle':28} " + ", ".join(f"{n} {seconds[f'{n} busy'] / seconds[n]:.2f}" for n in ("auto", "1")), flush=True)
+    other, root = ("former 1", against) if against else ("1", ROOT)
+    runs = {"auto": partial(seconds_of, *README), other: partial(seconds_of, *README, "--processes", "1", root=root)}
+    idle, _ = compare("the first run, --processes", runs)
+    print(f"{f'auto over {other}, idle':28} {idle['auto'] / idle[other]:.2f}", flush=True)
+    for name, run in runs.items():
+        busy, _ = compare("the first run, --processes", {f"{name} busy": partial(run, busy=True)})
+        print(f"{f'{name}, busy over idle':28} {busy[f'{name} busy'] / idle[name]:.2f}", flush=True)
     for clients in (5, 10):
         options = f"--encoder small --clients {clients} --classes-per-client 2 --rounds 2 --knn-every 0 --processes".split()
         compare(f"a round, small, K = {clients}", {n: partial(seconds_of_round, *options, n) for n in ("auto", "1")}, 6000 * 2)
 
 
-def seconds_of(*options: str, until: str | None = None, busy: bool = False) -> float:
+def seconds_of(*options: str, until: str | None = None, busy: bool = False, root: Path = ROOT) -> float:
     """Seconds from the start of fedu.py to its end, or until it prints a text; busy: beside a process that computes all the time."""
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
-    command, streams = [sys.executable, str(ROOT / "fedu.py"), *options], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command, streams = [sys.executable, str(root / "fedu.py"), *options], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     start = time.perf_counter()
     try:
         with subprocess.Popen(command, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}, **streams) as process:
@@ -227,20 +231,21 @@ def ours(encoder: str, count: int, batch_size: int, precision: str = "fp32", cor
 def floor(encoder: str, count: int, batch_size: int) -> Callable[[], object]:
     """An epoch's convolutions and matrix products, one by one: online forwards and backwards on two views, target forwards."""
     keep_memory()
-    network, calls = models.Flat(Online(Encoder(encoder), predictor=True).to(DEVICE)).module, []
+    objective, calls = BYOL(Encoder(encoder), DEVICE), []
+    network, passes = objective.online.module, 1 if objective.one_pass else 2
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls.append((module, inputs[0].detach().clone(memory_format=torch.preserve_format), torch.randn_like(output)))
 
     hooks = [m.register_forward_hook(record) for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    network(torch.rand(batch_size, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last))
+    network(torch.rand(2 // passes * batch_size, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last))
     for hook in hooks:
         hook.remove()
     of_target = set(network.encoder.modules())
 
     def step(_: Tensor) -> None:
         for k, (module, x, gradient) in enumerate(calls):
-            for _ in range(2):
+            for _ in range(passes):
                 if module in of_target:
                     with torch.no_grad():
                         module(x)
@@ -396,21 +401,25 @@ def parse_options() -> dict:
     parser.add_argument("--encoder", action="append", choices=EPOCHS, help="for epoch, may be repeated  [all]")
     parser.add_argument("--repeats", type=number(int, 3), help="of each way  [5]")
     parser.add_argument("--peak-tflops", type=number(float, 0, open_low=True), help="of this device, for the MFU of epoch  [not shown]")
+    parser.add_argument("--against", type=user_path, metavar="CHECKOUT", help="whose first run to time in start  [this one]")
     parser.add_argument("--figures", type=user_path, metavar="FOLDER", help="draw growth and clients there  [not drawn]")
-    given = {"parts": [], "encoder": list(EPOCHS), "repeats": 5, "peak_tflops": None, "figures": None} | vars(parser.parse_args())
+    given = {"parts": [], "encoder": list(EPOCHS), "repeats": 5, "peak_tflops": None, "against": None, "figures": None}
+    given |= vars(parser.parse_args())
     for part in given["parts"]:
         if part not in PARTS:
             parser.error(f"got {part!r}, needs one of {', '.join(PARTS)}")
     return given | {"parts": given["parts"] or list(PARTS)}
 
 
-def main(parts: list[str], encoder: list[str], repeats: int, peak_tflops: float | None, figures: Path | None) -> None:
+def main(
+    parts: list[str], encoder: list[str], repeats: int, peak_tflops: float | None, against: Path | None, figures: Path | None
+) -> None:  # fmt: skip
     ops.load()
     if figures:
         figures.mkdir(parents=True, exist_ok=True)
     print_origin("bench.training", str(repeats))
     print(f"{'what':28} {'way':10} {'ms':>12} {'x':>8} {'images/s':>12}")
-    more = {"epoch": (encoder,), "growth": (figures,), "clients": (figures,)}
+    more = {"start": (against,), "epoch": (encoder,), "growth": (figures,), "clients": (figures,)}
     for part in PARTS:
         if part in parts:
             PARTS[part](partial(compare, repeats=repeats, peak_tflops=peak_tflops), *more.get(part, ()))

@@ -30,8 +30,7 @@ class BarlowTwins(Objective):
         return [partial(self.loss, view1, view2)]
 
     def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
-        projections = self.each(self.online.module, view1, view2).float().chunk(2)
-        z1, z2 = (batch_norm(z, None, None, training=True) for z in projections)
+        z1, z2 = (batch_norm(z, None, None, training=True) for z in self.each(self.online.module, view1, view2).float().chunk(2))
         correlation = (z1.T @ z2).float() / len(z1)
         same = correlation.diagonal()
         return ((1 - same).square().sum() + self.redundancy * (correlation.square().sum() - same.square().sum())) / len(same)
