@@ -221,26 +221,35 @@ def test_finds_the_toolkit_behind_a_wrapper(tmp_path, monkeypatch):
 # ---- Whole builds, in processes of their own ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_builds_once_despite_a_kill_and_a_race_and_then_starts_warm(tmp_path):
-    killed = python(tmp_path, "meta")
-    while not list((tmp_path / "fedu" / "ops").glob("build-*/build.ninja")):
+CUDA = build.find_toolkit() is not None and torch.version.cuda is not None and shutil.which("ninja") is not None
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """An empty cache in which a build was killed and two processes then raced, and what these two printed; with CUDA where it can be."""
+    cache, what = tmp_path_factory.mktemp("cache"), {"FEDU_OPS": "build"} | ({"TORCH_CUDA_ARCH_LIST": "9.0"} if CUDA else {})
+    killed = python(cache, "meta", **what)
+    while not list((cache / "fedu" / "ops").glob("build-*/build.ninja")):
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    racers = [python(tmp_path) for _ in range(2)]
-    results = [output(racer) for racer in racers]
+    return cache, what, [output(racer) for racer in [python(cache, **what) for _ in range(2)]]
+
+
+@pytest.mark.slow
+def test_builds_once_despite_a_kill_and_a_race_and_then_starts_warm(built):
+    cache, what, results = built
     assert all("fused=True" in out for out, _ in results)
-    assert sorted(err.count("ops: building the fused kernels (C++), once") for _, err in results) == [0, 1]
-    assert sorted(p.suffix for p in (tmp_path / "fedu" / "ops").iterdir()) == ["", ".so"]  # the lock and the library, and no remains
-    out, err = output(python(tmp_path, "meta", FEDU_OPS="build", PATH="", CXX="no-such-compiler"))  # needs neither compiler nor ninja
+    assert sorted(err.count("ops: building the fused kernels (C++") for _, err in results) == [0, 1]
+    assert sorted(p.suffix for p in (cache / "fedu" / "ops").iterdir()) == ["", ".so"]  # the lock and the library, and no remains
+    out, err = output(python(cache, "meta", **what | {"PATH": "", "CXX": "no-such-compiler"}))  # needs neither compiler nor ninja
     assert "fused=True extension=False" in out and not err
 
 
 @pytest.mark.slow
-def test_cuda_part_builds_and_loads_without_a_gpu(tmp_path):
-    if build.find_toolkit() is None or torch.version.cuda is None or shutil.which("ninja") is None:
+def test_cuda_part_builds_and_loads_without_a_gpu(built):
+    if not CUDA:
         pytest.skip("no CUDA toolkit, or a torch without CUDA")
-    out, err = output(python(tmp_path, FEDU_OPS="build", TORCH_CUDA_ARCH_LIST="9.0"))
-    assert "fused=True" in out and "cuda True" in out and "(C++ and CUDA)" in err
+    assert all("cuda True" in out for out, _ in built[2])
+    assert any("(C++ and CUDA)" in err for _, err in built[2])

@@ -132,7 +132,7 @@ SOME = {  # values of each option, also neighbours and values that look alike
     "max_drift": [1, 10.0, 10.000001, float("inf")],
     **{
         k: [0.1, 0.10000001, np.nextafter(0.1, 1).item(), 0.01, 1]
-        for k in ("mu", "tau", "alpha", "dropout", "lr", "ema_decay", "momentum", "weight_decay")
+        for k in ("mu", "tau", "alpha", "dropout", "lr", "ema_decay", "momentum", "weight_decay", "dp_clip", "dp_noise", "dp_delta")
     },
 }
 

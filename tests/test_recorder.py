@@ -15,7 +15,7 @@ from runtime.run import RUN_FILES
 
 def test_run_folder(finished):
     folder = finished / "runs/run"
-    assert {p.name for p in folder.iterdir()} == set(RUN_FILES) - {"eval.jsonl", "method.py", "views.py"}
+    assert {p.name for p in folder.iterdir()} == set(RUN_FILES) - {"spectrum.png", "eval.jsonl", "method.py", "views.py"}
     config = json.loads((folder / "config.json").read_text())
     assert config["options"]["clients"] == 2 and config["options"]["ema_decay"] == 0.99 and config["seconds"] > 0
     assert {"command", "versions", "device", "source", "commit"} <= config.keys()
