@@ -79,8 +79,13 @@ def resumable(out: Path) -> Iterator[None]:
 @contextmanager
 def interrupts_on_sigterm() -> Iterator[None]:
     """Turn SIGTERM into KeyboardInterrupt. Does nothing outside the main thread, where Python cannot set a signal's handler."""
+
+    def interrupt(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a parent of several threads can send it once for each that ends
+        raise KeyboardInterrupt
+
     try:
-        former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        former = signal.signal(signal.SIGTERM, interrupt)
     except ValueError:
         yield
         return

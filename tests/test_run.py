@@ -17,7 +17,7 @@ from conftest import CPU, ROOT, load, load_metrics, refused, run
 import fedu
 from options import parse
 from runtime.cli import InputError, write_atomic
-from runtime.run import holds_run, open_run
+from runtime.run import holds_run, open_run, resumable
 
 
 def test_an_existing_folder_is_kept(tiny, refuses, finished, tmp_path, monkeypatch):
@@ -114,6 +114,18 @@ def test_interrupts_name_the_command_that_continues(tiny, refuses, tmp_path, mon
         assert process.wait() == 130
         assert process.stderr.read().splitlines()[-1] == "fedu.py: interrupted; continue with `python fedu.py --resume run`"
     assert len(load_metrics(tmp_path / "run")) >= 2 and not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_second_sigterm_does_not_disturb_what_the_first_one_began():
+    """A parent that is killed sends one for each of its threads."""
+    ended = []
+    with pytest.raises(KeyboardInterrupt, match="continue with `python fedu.py --resume run`"), resumable(Path("run")):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append(True)
+    assert ended
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
