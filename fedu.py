@@ -41,7 +41,7 @@ from data import Images, count_classes, digest_of, keyed_generator, lacks, load_
 from eval import knn
 from federation import Client, Federation, Server, Start, Turn, build, draw_turns, most_uploads
 from methods import WANTED, Own, explained, find, of_run
-from models import Objective, save_encoders, variance_places
+from models import Objective, batchnorm_places, save_encoders
 from report.figures import draw_run, optional, plot_partition
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
 from report.runs import Run, load  # noqa: F401  # load is for notebooks
@@ -131,7 +131,7 @@ def privatise_(
     upload.copy_(model)
     upload[sent] = made
     if noise:
-        places = variance_places(networks.online)
+        places = batchnorm_places(networks.online, ("running_var",))
         places = places[sent[places]]
         upload[places] = upload[places].clamp(min=0)
 

@@ -278,23 +278,14 @@ def changing_buffers(module: nn.Module) -> list[Tensor]:
     return [buffer for name, buffer in module.named_buffers() if name in stored and buffer.is_floating_point()]
 
 
-def batchnorm_places(network: Flat) -> Tensor:
-    """Where BatchNorm's running statistics, weights and biases lie in a network's vector: int64 `[M]`."""
-    norms = {name for name, m in network.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    affine = [(begin, end) for name, begin, end in network.segments if name.rpartition(".")[0] in norms]
-    end = len(network.vector) - (len(network.behind.vector) if network.behind else 0)
-    spans = [(0, network.param_slice.start), *affine, (network.param_slice.stop, end)]
-    places = torch.cat([torch.arange(begin, end) for begin, end in spans]).to(network.vector.device)
-    return torch.cat([places, end + batchnorm_places(network.behind)]) if network.behind else places
-
-
-def variance_places(network: Flat) -> Tensor:
-    """Where BatchNorm's running variances lie in a network's vector: int64 `[M]`."""
-    variances = {id(m.running_var) for m in network.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+def batchnorm_places(network: Flat, names: Sequence[str] = ("running_mean", "running_var", "weight", "bias")) -> Tensor:
+    """Where these tensors of its BatchNorm layers lie in a network's vector, in the vector's order: int64 `[M]`."""
+    layers = [m for m in network.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    wanted = {id(getattr(m, name)) for m in layers for name in names}
     ends = accumulate(tensor.numel() for tensor in network.tensors)
-    places = [torch.arange(end - t.numel(), end) for t, end in zip(network.tensors, ends) if id(t) in variances]
+    places = [torch.arange(end - t.numel(), end) for t, end in zip(network.tensors, ends) if id(t) in wanted]
     if network.behind:
-        places.append(len(network.vector) - len(network.behind.vector) + variance_places(network.behind).cpu())
+        places.append(len(network.vector) - len(network.behind.vector) + batchnorm_places(network.behind, names).cpu())
     return torch.cat([torch.arange(0), *places]).to(network.vector.device)
 
 
@@ -565,7 +556,7 @@ def initialise(encoder: Encoder, path: Path) -> None:
         name, norm, parts = trained[0].name, trained[0].norm, {"backbone": trained[0].backbone}
         parts |= {"projector": trained[0].projector} if trained[0].head == encoder.head else {}
     elif about.get("encoder"):
-        name, norm, parts = about["encoder"], about.get("norm", "batch"), {"backbone": load_backbone(path)}
+        name, norm, parts = about["encoder"], about.get("norm", "batch"), {"backbone": backbone_in(weights, about, path)}
     else:
         return copy_weights(encoder, weights, path)
     if name != encoder.name:
@@ -641,7 +632,11 @@ def load_backbone(path: Path) -> nn.Module:
 
     Raises InputError if the file is missing, damaged, or does not say which backbone it holds.
     """
-    tensors, about = read_safetensors(path)
+    return backbone_in(*read_safetensors(path), path)
+
+
+def backbone_in(tensors: dict[str, Tensor], about: dict[str, str], path: Path) -> nn.Module:
+    """The backbone that a file of `eval.py --export` holds. about: its metadata. Raises InputError as `load_backbone`."""
     name = about.get("encoder", "")
     if name not in HEADS and not name.startswith("timm:"):
         raise InputError(f"{path} does not say which backbone it holds; it needs to be written by `eval.py --export`")

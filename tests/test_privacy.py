@@ -13,7 +13,7 @@ from torch import nn
 
 import fedu
 from federation import build_networks
-from models import variance_places
+from models import batchnorm_places
 from options import Options, parse
 from runtime.cli import InputError
 from runtime.privacy import count_upload, epsilon, read_ledger, release, system_normal
@@ -114,7 +114,7 @@ def test_the_places_of_the_variances(kind):
     for m in modules:
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.running_var.fill_(1)
-    assert online.vector.nonzero().flatten().tolist() == variance_places(online).sort().values.tolist() != []
+    assert online.vector.nonzero().flatten().tolist() == batchnorm_places(online, ("running_var",)).sort().values.tolist() != []
 
 
 @pytest.mark.parametrize("text", ["", "--predictor local", "--statistics local", "--method fedema", "--method fedmoco-v2", "--method fedx"])
@@ -133,14 +133,14 @@ def test_nothing_leaves_unclipped(text, spoil):
     assert int((change != 0).sum()) <= fedu.num_floats_sent(networks, options)
     assert not change[networks.private].any()
     if text == "" and spoil == 1e4:
-        places = variance_places(networks.online)
+        places = batchnorm_places(networks.online, ("running_var",))
         torch.testing.assert_close(change[places], (trained - model).double()[places] * (0.5 / (trained - model).double().norm()))
 
 
 def test_noised_variances_are_not_negative():
     options = Options(encoder="tiny")
     networks = build_networks(options, torch.arange(3), CPU)
-    model, places = networks.online.vector.clone(), variance_places(networks.online)
+    model, places = networks.online.vector.clone(), batchnorm_places(networks.online, ("running_var",))
     upload = model.clone()
     fedu.privatise_(upload, model, networks, options, 1.0, 5.0, fedu.repeatable_normal(0, 0, 0))
     assert (upload[places] >= 0).all() and (upload[places] == 0).any()
