@@ -32,16 +32,8 @@ from runtime.device import choose_device
 from runtime.recorder import Recorder
 from runtime.run import holds_run, open_run, read_metrics, reopen_run, run_folder, write_config
 
-INEFFECTIVE = (
-    "processes",
-    "partition",
-    "save_partition",
-    "dry_run",
-    "classes_per_client",
-    "alpha",
-    "dropout",
-    "log",
-)  # only the simulation has these
+# only the simulation has these
+INEFFECTIVE = ("processes", "partition", "save_partition", "dry_run", "classes_per_client", "alpha", "dropout", "log")
 
 app = ServerApp()
 
