@@ -103,7 +103,8 @@ def model_card(run: Path, encoder: Encoder) -> str:
     options, about, evaluations = read_options(run), describe(run, encoder), read_evaluations(run)
     rows = "\n".join(f"| {name} | {100 * accuracy:.2f} |" for name, accuracy in evaluations.items())
     measured = f"| evaluation | % of the test images |\n|---|---|\n{rows}" if rows else "It was not evaluated (`python eval.py RUN`)."
-    statistics = " and BatchNorm's statistics" * any("running_mean" in name for name in encoder.backbone.state_dict())
+    averaged = options["statistics"] != "local" and any("running_mean" in name for name in encoder.backbone.state_dict())
+    statistics = " and BatchNorm's statistics" * averaged
     return f"""---
 library_name: fedu
 tags: [federated-learning, self-supervised-learning, feature-extraction]
@@ -132,6 +133,17 @@ features = run.features("a folder of images")  # [N, {about["features"]}]
 ## Limits
 
 It saw only the images of `{about["dataset"]}`, at {about["image_size"]} pixels, and is measured on that data set's own test images.
-Parameters{statistics} were averaged over clients; no differential privacy was used.
+Parameters{statistics} were averaged over clients; {privacy_of(options)}.
 Seed {options["seed"]}, one run.
 """
+
+
+def privacy_of(options: dict) -> str:
+    """How private the uploads of a run were, by its options."""
+    if options["partition"] == "own":  # between parties, whose privacy the run does not know
+        return "each party decided itself about differential privacy"
+    if options["dp_clip"] is None:
+        return "no differential privacy was used"
+    if options["dp_noise"] is None:
+        return f"each upload was clipped to {options['dp_clip']:g} and not noised, which is no differential privacy"
+    return f"each upload was clipped to {options['dp_clip']:g}, with a noise of {options['dp_noise']:g} times that (differential privacy)"

@@ -13,7 +13,7 @@ from PIL import Image
 import fedu
 from data import load_images
 from models import build_backbone, extract_features, load_encoders
-from report.export import export_encoders
+from report.export import export_encoders, model_card
 from runtime.cli import InputError
 
 
@@ -122,6 +122,23 @@ def test_a_folder_in_hugging_faces_layout(finished, trained, tmp_path, npz, monk
     with pytest.raises(InputError, match="hub is a folder that is not empty"):
         export_encoders(copy, tmp_path / "hub")
     assert not list(tmp_path.glob(".hub*"))
+
+
+@pytest.mark.parametrize(
+    "given, more, said",
+    [
+        ({}, {}, "no differential privacy was used"),
+        ({"dp_clip": 10.0}, {}, "each upload was clipped to 10 and not noised, which is no differential privacy"),
+        ({"dp_clip": 10.0, "dp_noise": 0.5}, {}, "each upload was clipped to 10, with a noise of 0.5 times that (differential privacy)"),
+        ({}, {"run": "as between parties"}, "each party decided itself about differential privacy"),
+    ],
+)
+def test_a_model_card_says_how_private_the_uploads_were(finished, tmp_path, given, more, said):
+    config = json.loads((finished / "runs/run/config.json").read_text()) | more
+    config["options"] |= given | {"statistics": "local"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    card = model_card(tmp_path, load_encoders(finished / "runs/run")[0])
+    assert f"\nParameters were averaged over clients; {said}.\n" in card
 
 
 def test_onnx_gives_the_same_features(finished, trained, tmp_path, npz):
