@@ -7,7 +7,7 @@ In `epoch`, `memory` and `clients` each way has a process of its own; its peak m
 
     views      the two views of a batch
     start      whole commands: --help, the first step, the README's first run by all processes and by one (`former`: of the checkout
-               --against), the same (`busy`) beside a loop that computes all the time; and a round of `small` by its own clock
+               --against), and by all beside a loop that computes all the time (`busy`)
     server     all that a round does besides training
     epoch      the same network on the same images by `authors` and `lightly` (bench/others.py; `lightly-1` has one thread, which leaves a
                core to its loaders), by our step without views and moving average (`core`), in bf16, and its convolutions and matrix
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -170,12 +169,8 @@ def compare_commands(compare: Callable[..., Measured], against: Path | None) -> 
     runs = {"auto": partial(seconds_of, *README), other: partial(seconds_of, *README, "--processes", "1", root=root)}
     idle, _ = compare("the first run, --processes", runs)
     print(f"{f'auto over {other}, idle':28} {idle['auto'] / idle[other]:.2f}", flush=True)
-    for name, run in runs.items():
-        busy, _ = compare("the first run, --processes", {f"{name} busy": partial(run, busy=True)})
-        print(f"{f'{name}, busy over idle':28} {busy[f'{name} busy'] / idle[name]:.2f}", flush=True)
-    for clients in (5, 10):
-        options = f"--encoder small --clients {clients} --classes-per-client 2 --rounds 2 --knn-every 0 --processes".split()
-        compare(f"a round, small, K = {clients}", {n: partial(seconds_of_round, *options, n) for n in ("auto", "1")}, 6000 * 2)
+    busy, _ = compare("the first run, --processes", {"auto busy": partial(runs["auto"], busy=True)})
+    print(f"{'auto, busy over idle':28} {busy['auto busy'] / idle['auto']:.2f}", flush=True)
 
 
 def seconds_of(*options: str, until: str | None = None, busy: bool = False, root: Path = ROOT) -> float:
@@ -194,12 +189,6 @@ def seconds_of(*options: str, until: str | None = None, busy: bool = False, root
             other.kill()
             other.wait()
     return seconds
-
-
-def seconds_of_round(*options: str) -> float:
-    """Seconds of the last round by its own clock."""
-    seconds_of(*README, *options)
-    return json.loads((RUN / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
 
 
 def compare_epochs(compare: Callable[..., Measured], encoders: list[str]) -> None:
