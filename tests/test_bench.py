@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import others, peers, timing, training
+from bench import bounds, others, peers, timing, training
 from data import load_images
 
 
@@ -32,7 +32,7 @@ def test_views_are_timed_against_each_other(capsys):
 
 def test_each_way_of_an_epoch_runs_in_a_process_of_its_own(capsys):
     assert 0 < training.ours("tiny", 64, 32)() < 8
-    ways = [partial(training.ours, core=True), training.floor, others.authors]
+    ways = [partial(training.ours, core=True), bounds.floor, others.authors]
     if importlib.util.find_spec("lightly"):
         ways.append(others.lightly)
     for way in ways:
@@ -51,7 +51,7 @@ def test_operations_by_hand():
     convolutions = [3 * 16 * 16**2, 16 * 32 * 8**2, 32 * 64 * 4**2, 64 * 128 * 2**2]
     projector, predictor = 128 * 512 + 512 * 256, 256 * 512 + 512 * 256
     encoder = 9 * sum(convolutions) + projector
-    counted = training.operations("tiny")
+    counted = bounds.operations("tiny")
     assert counted["target"] == 2 * 2 * encoder and counted["forward"] == 2 * 2 * (encoder + predictor)
     # backwards: the gradients of weights and of inputs, the first convolution's excepted
     assert counted["backward"] == 2 * 2 * (2 * (encoder + predictor) - 9 * convolutions[0])
@@ -60,11 +60,11 @@ def test_operations_by_hand():
 def test_traffic_by_hand():
     """A product of [2, 3] by [3, 4], its transposed view left out, and a ReLU in place."""
     x, weight = torch.zeros(2, 3), torch.zeros(4, 3)
-    with training.Traffic() as counted:
+    with bounds.Traffic() as counted:
         torch.relu_(x @ weight.T)
     assert (counted.count, counted.bytes) == (2, 4 * (6 + 12 + 8) + 4 * (8 + 8))
-    step = training.traffic("tiny", 8)
-    assert step.count > 100 and training.traffic("tiny", 16).bytes > 1.2 * step.bytes
+    step = bounds.traffic("tiny", 8)
+    assert step.count > 100 and bounds.traffic("tiny", 16).bytes > 1.2 * step.bytes
 
 
 def test_growth_is_drawn(monkeypatch, capsys, tmp_path):
