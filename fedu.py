@@ -25,9 +25,8 @@ if __name__ == "__main__":
 
 import math
 import multiprocessing
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
@@ -44,6 +43,7 @@ from methods import WANTED, Own, explained, find, of_run
 from models import Objective, batchnorm_places, save_encoders
 from report.figures import draw_run, optional, plot_partition
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
+from report.round import describe_round, name_outliers, num_bytes_sent, refuse_nonfinite
 from report.runs import Run, load  # noqa: F401  # load is for notebooks
 from report.tables import mean
 from runtime import privacy, ranks
@@ -53,7 +53,7 @@ from runtime.device import choose_device, describe_device, keep_memory, limited_
 from runtime.recorder import Recorder
 from runtime.run import holds_run, open_run, read_config, reopen_run, resumable, run_folder
 from runtime.uploads import Uploads
-from training import cosine, num_steps, prepare, train_client
+from training import num_steps, prepare, train_client
 
 Announce = Callable[[float], None] | None  # called once, after the first steps, with the estimated seconds of a round
 
@@ -104,6 +104,12 @@ def run_round(
     row = describe_round(options, round_, reported, dropped, nonfinite, name_outliers(round_, uploaded, options.max_drift))
     row |= {"upload_bytes": sum(num_bytes_sent(turn.server, networks, options, turn.shared) for turn in reported)}
     return row | {"download_bytes": download_bytes, "seconds": round(time.perf_counter() - clock, 2)}
+
+
+def steps_per_rank(turns: list[Turn], options: Options) -> int:
+    """The steps of a round, of which ranks make equal shares."""
+    steps = sum(num_steps(turn.client.num_examples, options.batch_size, options.local_epochs) for turn in turns)
+    return steps // min(ranks.count(), len(turns) or 1)
 
 
 # --------------------------------------------------------------- the four stages (paper, figure 2), the first in training.py
@@ -263,77 +269,6 @@ def record_divergence(client: Client, norms: Tensor, exchange: Exchange) -> None
 def divergence(norms: Tensor, kind: str) -> float:
     """d_k from a client's drift `[L]` on these segments: its mean for `layer-mean`, the sum of its squares for `squared`."""
     return (norms.mean() if kind == "layer-mean" else norms.square().sum()).item()
-
-
-# -------------------------------------------------------------------------------------------------- what a round reports
-
-
-def num_floats_sent(networks: Objective, exchange: Exchange) -> int:
-    """Floats sent each way per client: all of `[P]`, or without the predictor, its last part, if `predictor` is local; none private."""
-    sent = len(networks.online.vector) if exchange.predictor != "local" else len(networks.parts["encoder"])
-    return sent - int((networks.private < sent).sum())
-
-
-def num_bytes_sent(server: Server, networks: Objective, exchange: Exchange, shared: Tensor | None) -> int:
-    """Bytes sent one way for a client of this server: the networks, and what is shared besides them."""
-    size = num_floats_sent(networks, exchange) * server.model.itemsize + (0 if shared is None else shared.nbytes)
-    return size if server.communicates else 0
-
-
-def steps_per_rank(turns: list[Turn], options: Options) -> int:
-    """The steps of a round, of which ranks make equal shares."""
-    steps = sum(num_steps(turn.client.num_examples, options.batch_size, options.local_epochs) for turn in turns)
-    return steps // min(ranks.count(), len(turns) or 1)
-
-
-def refuse_nonfinite(round_: int, nonfinite: list[int], num_reported: int, on_nonfinite: str) -> None:
-    """Name the clients whose uploads are not finite on stderr. Raises InputError if that ends the run."""
-    if nonfinite and (on_nonfinite == "error" or not num_reported):
-        who = f"the upload of client {nonfinite[0]} is not" if num_reported else "no upload is"
-        raise InputError(f"round {round_}: {who} finite; lower --lr, or check the images")
-    for k in nonfinite:
-        print(f"round {round_}: the upload of client {k} is not finite and was left out", file=sys.stderr)
-
-
-def name_outliers(round_: int, turns: list[Turn], max_drift: float) -> list[int]:
-    """The clients whose uploads moved too far, left out or shortened; each is named on stderr."""
-    outliers = [turn for turn in turns if turn.outlier]
-    for turn in outliers:
-        moved = "moved further than float32 can square"
-        if max_drift < turn.outlier.times < math.inf:
-            moved = f"moved {turn.outlier.times:.3g} times as far as the round's median, above --max-drift {max_drift:g}"
-        done = "shortened" if turn.taken else "left out"
-        print(f"round {round_}: the upload of client {turn.client.id} {moved}, and was {done}", file=sys.stderr, flush=True)
-    return [turn.client.id for turn in outliers]
-
-
-def describe_round(
-    options: Options, round_: int, reported: list[Turn], dropped: Iterable[int], nonfinite: Iterable[int], outliers: Iterable[int]
-) -> dict:  # fmt: skip
-    """A round as its line in metrics.jsonl. Traffic, kNN and seconds are for the caller to fill in.
-
-    reported: the turns whose uploads were taken, in the order of their clients' ids.
-    """
-    names = {0.0: "global", 1.0: "local"} if row_of(options.method).has_predictor and not options.no_predictor else {0.0: "-"}
-    names |= {None: None}  # of a client that does not tell it
-    return {
-        "round": round_,
-        "lr": cosine(options.lr, round_, options.rounds),
-        "loss": [turn.loss for turn in reported],
-        "divergence": [turn.client.divergence for turn in reported],
-        "decided_on": [turn.start.divergence for turn in reported],
-        "predictor": [names.get(turn.start.predictor, "mixed") for turn in reported],
-        "own_share": [turn.start.predictor for turn in reported],
-        "num_examples": [turn.client.num_examples for turn in reported],
-        "clients": [turn.client.id for turn in reported],
-        "dropped": sorted(dropped),
-        "nonfinite": sorted(nonfinite),
-        "outliers": sorted(outliers),
-        "upload_bytes": 0,
-        "download_bytes": 0,
-        "knn": None,
-        "seconds": 0.0,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------ the whole run

@@ -27,6 +27,7 @@ import ops
 from data import load_unlabelled
 from federation import Client, Federation, Turn, assemble
 from options import OPTIONS, Options
+from report.round import num_floats_sent
 from runtime.bank import Bank
 from runtime.cli import InputError, command_line, locked, os_errors, user_path
 from runtime.device import choose_device, keep_memory
@@ -136,7 +137,7 @@ def take_turn(
     """
     federation = assemble(options, [[client]], images, torch.empty(0))  # labels are looked at by no method that runs here
     (server,), networks = federation.servers, federation.networks
-    sent = fedu.num_floats_sent(networks, options)
+    sent = num_floats_sent(networks, options)
     if len(received) != sent:
         raise ReportedError(f"the server sent a network of {len(received)} numbers, that of --encoder {options.encoder} has {sent} here")
     with os_errors(f"the state folder {folder} cannot be made"):

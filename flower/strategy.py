@@ -18,6 +18,7 @@ import fedu
 from federation import Federation, Turn, draw_turns, most_uploads, sample_clients
 from options import Options
 from report.progress import duration
+from report.round import describe_round, name_outliers, num_floats_sent
 from runtime.cli import InputError
 from runtime.uploads import Uploads
 
@@ -48,7 +49,7 @@ class FedU(FedAvg):
         self.server, self.clients = federation.servers[0], federation.clients
         sent = json.dumps({name: getattr(options, name) for name in SENT_OPTIONS})
         self.message_config = {"options": sent, "run": run, "image-size": federation.images.shape[-1]}
-        self.num_floats = fedu.num_floats_sent(federation.networks, options)
+        self.num_floats = num_floats_sent(federation.networks, options)
         most, nothing = most_uploads(federation.servers, options.clients_per_round), torch.empty(0, 2, dtype=torch.int64)
         judged = {"max_drift": options.max_drift, "shorten": options.on_outlier == "clip"}
         self.uploads = Uploads(self.server.model, most, nothing, **judged)  # clients measure their divergence themselves
@@ -230,7 +231,7 @@ class FedU(FedAvg):
             turn.loss, turn.start = answer.loss, answer.start
         for k, outlier in self.uploads.judge().items():
             uploaded[k].outlier = outlier
-        outliers = fedu.name_outliers(round_, uploaded, self.options.max_drift)
+        outliers = name_outliers(round_, uploaded, self.options.max_drift)
 
         reported = sorted((turn for turn in uploaded if turn.taken), key=lambda turn: turn.client.id)
         self.skipped = 0 if reported else self.skipped + 1
@@ -245,7 +246,7 @@ class FedU(FedAvg):
         for turn in reported:
             turn.client.divergence, turn.client.last_round = answers[turn.client.id].divergence, round_
         size, absent = self.num_floats * server.model.itemsize, self.drawn - answers.keys() - nonfinite
-        self.row = fedu.describe_round(self.options, round_, reported, absent, nonfinite, outliers)
+        self.row = describe_round(self.options, round_, reported, absent, nonfinite, outliers)
         self.row |= {"upload_bytes": size * len(reported), "download_bytes": size * len(self.turns)}
         return self.global_model(), None
 
