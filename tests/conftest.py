@@ -1,9 +1,12 @@
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import numpy as np
 import pytest
@@ -122,6 +125,44 @@ def evaluates(monkeypatch, capsys):
         return subprocess.CompletedProcess([], status, *capsys.readouterr())
 
     return run
+
+
+class Forked(multiprocessing.get_context("fork").Process):
+    """`subprocess.Popen` of fedu.py or eval.py as a copy of this process, which has loaded torch already, and draws as it does."""
+
+    MAINS = {"fedu.py": lambda argv: fedu.main(parse(argv)), "eval.py": lambda argv: evaluation.main(parse_evaluation(argv))}
+
+    def __init__(self, line: list[str], cwd: Path = Path(), stdout: IO | int = subprocess.DEVNULL, **_):
+        _python, script, *argv = line
+        super().__init__(target=self.work, args=(Path(script).name, argv, cwd, stdout))
+        self.start()
+
+    def work(self, script: str, argv: list[str], cwd: Path, stdout: IO | int) -> None:
+        os.setsid()
+        os.chdir(cwd)
+        file = os.open(os.devnull, os.O_WRONLY) if stdout == subprocess.DEVNULL else stdout.fileno()
+        for number in (1, 2):
+            os.dup2(file, number)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  # and not those of pytest
+        with user_errors(script):
+            self.MAINS[script](argv)
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.name, timeout)
+        return self.exitcode
+
+    returncode = property(poll)
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """Processes that a module starts by `subprocess.Popen` are `Forked`, which costs a fifth of a process that loads torch."""
+    return lambda module: monkeypatch.setattr(module, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
 
 
 KINDS = {  # a method of each objective

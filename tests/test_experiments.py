@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+import sweep
 from options import Options, parse
 from runtime.cli import InputError
 
@@ -27,10 +28,9 @@ def test_every_command_is_one_that_fedu_takes(refuses, monkeypatch, capsys):
     assert refuses(experiments.parse_options, "'fedprox'", "fedbyol")
 
 
-def test_a_run_is_made_once_and_then_continued(tiny, tmp_path, monkeypatch):
+def test_a_run_is_made_once_and_then_continued(tiny, tmp_path, monkeypatch, forks):
+    forks(sweep)
     monkeypatch.chdir(tmp_path)
-    for path in (*ROOT.glob("*.py"), ROOT / "runtime", ROOT / "ops", ROOT / "assets"):
-        (tmp_path / path.name).symlink_to(path)
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     monkeypatch.setattr(experiments, "EVALUATIONS", {"knn": "--knn", "linear, epochs 1": "--linear --epochs 1"})
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"a": (" ".join(tiny), 2), "bad": (" ".join([*tiny, "--lr", "1e30"]), 1)})

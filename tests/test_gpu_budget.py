@@ -29,8 +29,10 @@ def rounds_done(run: Path) -> int:
     return len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
 
 
-def test_a_run_is_cut_off_in_time_and_the_next_call_ends_it(tiny, tmp_path, monkeypatch):
+@pytest.mark.draws
+def test_a_run_is_cut_off_in_time_and_the_next_call_ends_it(tiny, tmp_path, monkeypatch, forks):
     """The clock jumps to the deadline when two rounds are done."""
+    forks(gpu)
     monkeypatch.chdir(tmp_path)
     run, out = gpu.WORK / "single", Path("out")
     clock = SimpleNamespace(monotonic=lambda: 1e9 * (rounds_done(run) >= 2), sleep=lambda seconds: time.sleep(0.02))

@@ -128,7 +128,8 @@ def test_steps_that_are_left(tmp_path):
         run.steps_left()
 
 
-def test_a_sweep_makes_what_is_not_there_and_ends_with_table_and_figures(tiny, tmp_path, monkeypatch, capfd):
+def test_a_sweep_makes_what_is_not_there_and_ends_with_table_and_figures(tiny, tmp_path, monkeypatch, forks, capfd):
+    forks(sweep)
     argv = ["--method", "untrained", "fedu", "--mu", "0.2", "0.4", "--eval", "linear", "--jobs", "2", "--out", tmp_path]
     argv += ["--", *tiny, "--rounds", "1"]
     run_sweep(*argv)
