@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from federation import Server
     from runtime.uploads import Uploads
 
+ITERATIONS = 500  # of SGD, for the global centroids
+
 
 class Orchestra(Objective):
     """clusters: of the server. local_clusters: of a client. memory: how many projections it clusters. target_decay: of the target."""
@@ -110,7 +112,7 @@ def global_centroids(z: Tensor, start: Tensor, temperature: float) -> Tensor:
     """The server's centroids `[K, d]`, at unit length, of all clients' `[N, d]`. start: those of before."""
     centroids = start.clone().requires_grad_()
     optimizer = torch.optim.SGD([centroids], 0.01, momentum=0.9, weight_decay=1e-4)
-    for _ in range(500):
+    for _ in range(ITERATIONS):
         similarities = z @ centroids.T
         assigned = sinkhorn_knopp(similarities.detach())
         optimizer.zero_grad()

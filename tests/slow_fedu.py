@@ -172,7 +172,7 @@ def local_centroids(z, o):
 
 def global_centroids(z, start, o):
     c, momentum = start.clone(), 0
-    for _ in range(500):
+    for _ in range(o.iterations):
         c.requires_grad_()
         p = (z @ c.T / o.temperature).softmax(1)
         similar = (normalize(balance((z @ c.T).detach())) * normalize(p)).sum(1)
@@ -229,7 +229,7 @@ METHODS = {  # the loss; the projector's widths, and whether there are predictor
     "fedmoco-v2": (moco, ((128, 128, 128), False, True), {"temperature": 0.2, "queue": 4096}),
     "fedx": (fedx, ((128, 256, 256), True, False), {"temperature": 0.1, "target_temperature": 0.1, "head_norm": False, "orders": 2}),
     "orchestra": (orchestra, ((128, 512, 512), False, False), {
-        "temperature": 0.1, "clusters": 128, "local_clusters": 16, "memory": 128, "target_decay": 0.996,
+        "temperature": 0.1, "clusters": 128, "local_clusters": 16, "memory": 128, "target_decay": 0.996, "iterations": 500,
         "exchanged": ("encoder", "rotation", "target"),
     }),
     "fedbarlow": (barlow, (WIDE, False, False), {"redundancy": 0.005}),

@@ -32,6 +32,7 @@ import torch
 import torchvision
 
 import fedu
+import methods.orchestra
 import ops
 from data import load_images, partition, seed_of
 from federation import build
@@ -62,7 +63,7 @@ CASES = {
     "fedx": {"method": "fedx", **DIRICHLET},
     "fedx, clients absent": {"method": "fedx", "local_epochs": 2, "seed": 3, **ABSENT},
     "fedx, settings": {"method": "fedx", "settings": {"temperature": 0.3, "target_temperature": 0.2}, "predictor": "local", "rounds": 2},
-    "orchestra, clients absent": {"method": "orchestra", "seed": 3, **ABSENT},
+    "orchestra, clients absent": {"method": "orchestra", "seed": 3, "iterations": 20, **ABSENT},
     "orchestra, settings": {
         "method": "orchestra",
         "local_epochs": 2,
@@ -91,7 +92,7 @@ CASES = {
     "fedu, statistics local, squared": {"method": "fedu", "statistics": "local", "divergence": "squared", "mu": 1.0, **DIRICHLET},
     "fedema, statistics local": {"method": "fedema", "statistics": "local", "seed": 3, **ABSENT},
     "ldawa, statistics local": {"method": "ldawa", "statistics": "local", "update": "both", "predictor": "local"},
-    "orchestra, statistics local": {"method": "orchestra", "statistics": "local", **DIRICHLET},
+    "orchestra, statistics local": {"method": "orchestra", "statistics": "local", "iterations": 20, **DIRICHLET},
     "fedu2, statistics local": {"method": "fedu2", "statistics": "local", "aggregate": "target", "update": "target", "norm": "group"},
     "fedavg-supervised": {"method": "fedavg-supervised", **DIRICHLET},
     "single": {"method": "single", **DIRICHLET},
@@ -119,16 +120,31 @@ def dataset(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def view():
+    """slow_fedu's view, made once for all that need it: both runs of a case, and cases whose seeds draw the same."""
+    made, view = {}, slow_fedu.view
+
+    def remembered(image, draw):
+        key = image.numpy().tobytes(), draw.numpy().tobytes()
+        if key not in made:
+            made[key] = view(image, draw)
+        return made[key]
+
+    return remembered
+
+
 @pytest.fixture
-def float64(monkeypatch):
+def float64(monkeypatch, view):
     """Networks and views in float64: in float32, rounding puts some ReLU on the other side of zero, and training enlarges that.
 
     The views are then the slow ones, since ops.augment has no others; test_views.py compares it with them.
     """
+    monkeypatch.setattr(slow_fedu, "view", view)
     torch.set_default_dtype(torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(
-        ops, "augment", lambda images, draws: torch.stack([slow_fedu.view(images[i % len(images)], draw) for i, draw in enumerate(draws)])
+        ops, "augment", lambda images, draws: torch.stack([view(images[i % len(images)], draw) for i, draw in enumerate(draws)])
     )
     yield
     torch.set_default_dtype(torch.float32)
@@ -137,7 +153,8 @@ def float64(monkeypatch):
 def compare(dataset, folder, rel, method, clients=3, rounds=3, local_epochs=1, lr=0.05, **case):
     """Train by the package and by tests/slow_fedu.py, and compare the encoders and all that both say of each round; returns the rounds."""
     training = {"method": method, "rounds": rounds, "local_epochs": local_epochs, "batch_size": 8, "lr": lr}
-    run = fedu.train(Options(dataset=str(dataset), encoder="tiny", device="cpu", knn_every=2, clients=clients, **training, **case), folder)
+    given = training | {name: value for name, value in case.items() if name != "iterations"}
+    run = fedu.train(Options(dataset=str(dataset), encoder="tiny", device="cpu", knn_every=2, clients=clients, **given), folder)
     case |= case.pop("settings", {})
     images = load_images(str(dataset))
     data = {"kind": case.pop("partition", "classes"), "seed": case.get("seed", 0), "at_least": 8}
@@ -183,7 +200,9 @@ def knn(backbone, images):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_is_the_slow_one(name, dataset, tmp_path, float64):
+def test_a_run_is_the_slow_one(name, dataset, tmp_path, monkeypatch, float64):
+    if iterations := CASES[name].get("iterations"):  # fewer than 500, which one case has, and which take long
+        monkeypatch.setattr(methods.orchestra, "ITERATIONS", iterations)
     metrics = compare(dataset, tmp_path / "run", rel=1e-8, **CASES[name])
     took = {whose for row in metrics for whose in row["predictor"]}
     assert not ("dapu" in name and len(took) == 1), "the case must have both decisions"

@@ -49,8 +49,9 @@ def assert_same_runs(a: Path, b: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_several_processes_give_the_bits_of_one(tiny, tmp_path, count, more):
+def test_several_processes_give_the_bits_of_one(tiny, tmp_path, monkeypatch, count, more):
     """Also, one process continues a run that several began."""
+    monkeypatch.setattr("methods.orchestra.ITERATIONS", 20)
     run(tmp_path / "alone", *tiny, *more)
     run(tmp_path / "together", *tiny, *more, "--processes", str(count))
     assert_same_runs(tmp_path / "alone", tmp_path / "together")
@@ -142,13 +143,13 @@ def test_another_rank_says_what_only_it_has_met(monkeypatch, refuses):
 def straight(tiny, tmp_path_factory) -> Path:
     """A run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    run(folder, *tiny, "--rounds", "8")
+    run(folder, *tiny, "--rounds", "5")
     return folder
 
 
 @pytest.mark.parametrize("whom, how", [("another", "SIGKILL"), ("first", "SIGKILL"), ("first", "SIGTERM"), ("all", "SIGINT")])
 def test_when_a_process_dies_the_others_end_and_the_last_full_round_resumes(tiny, tmp_path, straight, whom, how):
-    line = [sys.executable, str(ROOT / "fedu.py"), *tiny, "--rounds", "8", "--processes", "2", "--out", "run"]
+    line = [sys.executable, str(ROOT / "fedu.py"), *tiny, "--rounds", "5", "--processes", "2", "--out", "run"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(line, cwd=tmp_path, env=ENVIRONMENT, start_new_session=True, **streams) as process:
         while not process.stdout.readline().startswith("      1"):
@@ -164,12 +165,12 @@ def test_when_a_process_dies_the_others_end_and_the_last_full_round_resumes(tiny
         time.sleep(0.1)
     fedu.resume(tmp_path / "run")
     assert_same_runs(straight, tmp_path / "run")
-    assert len(load_metrics(tmp_path / "run")) == 8
+    assert len(load_metrics(tmp_path / "run")) == 5
 
 
 def test_torchrun_ends_when_one_of_its_ranks_dies(tiny, tmp_path):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    line = [*TORCHRUN, "2", str(ROOT / "fedu.py"), *tiny, "--rounds", "8", "--out", "run"]
+    line = [*TORCHRUN, "2", str(ROOT / "fedu.py"), *tiny, "--rounds", "5", "--out", "run"]
     with subprocess.Popen(line, cwd=tmp_path, env=ENVIRONMENT, **streams) as process:
         while not process.stdout.readline().startswith("      1"):
             assert process.poll() is None, process.stderr.read()

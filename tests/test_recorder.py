@@ -80,6 +80,7 @@ SHORT = ["--encoder", "tiny", "--clients", "3", "--rounds", "2"]
     ],
 )
 def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, more):
+    monkeypatch.setattr("methods.orchestra.ITERATIONS", 20)
     straight = run(tmp_path / "straight", *tiny, *more)
     save = recorder.save_checkpoint
 
@@ -88,11 +89,10 @@ def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, more):
         if checkpoint.values["round"] == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(recorder, "save_checkpoint", stop_after_round_1)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(recorder, "save_checkpoint", stop_after_round_1)
         run(tmp_path / "stopped", *tiny, *more)
     assert not (tmp_path / "stopped/encoder.pt").exists()
-    monkeypatch.undo()
     fedu.resume(tmp_path / "stopped")
     resumed = load(tmp_path / "stopped")
     assert all(map(torch.equal, straight["encoders"], resumed["encoders"]))

@@ -34,9 +34,9 @@ class Recorder(TorchDispatchMode):
 def test_local_training_never_waits_for_the_device(monkeypatch, kind):
     """On the meta device, every synchronisation and every mixing with another device's tensors raises. Nothing is copied there either."""
     meta = torch.device("meta")
-    net = ready(networks_of(kind, torch.arange(40), meta))
-    images = torch.empty(40, 3, 16, 16, dtype=torch.uint8, device=meta)
-    batches = local_batches(torch.arange(40, device=meta), 2, 8, None, net.batches)
+    net = ready(networks_of(kind, torch.arange(16), meta))
+    images = torch.empty(16, 3, 16, 16, dtype=torch.uint8, device=meta)
+    batches = local_batches(torch.arange(16, device=meta), 2, 8, None, net.batches)
     for constructor in ("tensor", "as_tensor", "from_numpy"):  # each would copy from the host, unseen by the recorder
         monkeypatch.setattr(torch, constructor, None)
     with Recorder(meta) as recorder:
@@ -78,7 +78,7 @@ def test_views_and_loss_compile_without_a_graph_break():
     torch.testing.assert_close(compiled(images, draws), step(images, draws))
 
 
-@pytest.mark.parametrize("kind, decorrelation", [("byol", 0.0), ("simclr", 0.0), ("byol", 0.1)])
+@pytest.mark.parametrize("kind, decorrelation", [("simclr", 0.0), ("byol", 0.1)])
 def test_compiled_networks_train_as_they_are(npz, monkeypatch, kind, decorrelation):
     """Three steps of a network so small that it is compiled in seconds: same loss, vectors and statistics but for rounding."""
     monkeypatch.setitem(models.WIDTHS, "tiny", (8,))
