@@ -2,9 +2,9 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import struct
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import data
+import images
 from images import choose_range, eight_bits, find_images
 from runtime.cli import InputError, command_line
 
@@ -391,16 +391,20 @@ def test_a_killed_process_leaves_nothing_that_is_used(tmp_path):
     assert cached(folder, cache).tolist() == [7] and sorted(files(cache)) == [pixels, report]
 
 
-def test_two_processes_decode_once(tmp_path):
-    folder, cache = tmp_path / "x", tmp_path / "cache"
+def test_two_processes_decode_once(tmp_path, monkeypatch):
+    folder, cache, counted, results = tmp_path / "x", tmp_path / "cache", itertools.count(), multiprocessing.SimpleQueue()
     for k in range(50):
         put(folder / f"{k:02}.png", k)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nimport data, images\n"
-    code += "count = 0\nread = images.read_file\n\n\ndef counted(path):\n    global count\n    count += 1\n    return read(path)\n\n\n"
-    code += f"images.read_file = counted\nx = data.load_images({str(folder)!r}, Path({str(cache)!r}), image_size=8, cached=True).x_train\n"
-    code += "print(count, x[:, 0, 0, 0].tolist() == list(range(50)))"
-    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert sorted(process.communicate(timeout=120)[0].split() for process in running) == [["0", "True"], ["50", "True"]]
+    monkeypatch.setattr(images, "read_file", lambda path, read=images.read_file: (read(path), next(counted))[0])
+    processes = [
+        multiprocessing.get_context("fork").Process(target=lambda: results.put((cached(folder, cache).tolist(), next(counted))))
+        for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    assert sorted(results.get() for _ in processes) == [([*range(50)], 0), ([*range(50)], 50)]
+    for process in processes:
+        process.join()
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
