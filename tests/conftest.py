@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,11 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start too, which other tests run beside
+
+
+def heed() -> None:
+    """For a child process: let an interrupt end it. Where the tests run in the background it would inherit that they ignore interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, load, load_metrics, run
+from conftest import ROOT, heed, load, load_metrics, run
 
 import fedu
 from options import Options, parse
@@ -151,7 +151,7 @@ def straight(tiny, tmp_path_factory) -> Path:
 def test_when_a_process_dies_the_others_end_and_the_last_full_round_resumes(tiny, tmp_path, straight, whom, how):
     line = [sys.executable, str(ROOT / "fedu.py"), *tiny, "--rounds", "5", "--processes", "2", "--out", "run"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(line, cwd=tmp_path, env=ENVIRONMENT, start_new_session=True, **streams) as process:
+    with subprocess.Popen(line, cwd=tmp_path, env=ENVIRONMENT, start_new_session=True, preexec_fn=heed, **streams) as process:
         while not process.stdout.readline().startswith("      1"):
             assert process.poll() is None, process.stderr.read()
         (other,) = children(process.pid)

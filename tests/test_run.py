@@ -7,12 +7,11 @@ import resource
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, ROOT, load, load_metrics, refused, run
+from conftest import CPU, ROOT, heed, load, load_metrics, refused, run
 
 import fedu
 from options import parse
@@ -99,8 +98,6 @@ def test_interrupts_name_the_command_that_continues(tiny, refuses, tmp_path, mon
     env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, str(ROOT / "fedu.py"), *tiny, "--rounds", "999", "--out", "run"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # where the tests run in the background, interrupts are ignored, and a child would inherit that
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(line, cwd=tmp_path, env=env, preexec_fn=heed, **pipes) as process:
         while not process.stdout.readline().startswith("      1"):
             assert process.poll() is None, process.stderr.read()

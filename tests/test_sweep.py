@@ -4,11 +4,10 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, refused
+from conftest import ROOT, heed, refused
 
 import sweep
 from options import Options, run_name
@@ -175,8 +174,6 @@ def test_a_run_that_fails_is_named_at_the_end_and_does_not_end_the_others(tiny, 
 def test_the_end_of_a_sweep_ends_its_runs_which_the_same_command_continues(tiny, tmp_path, monkeypatch, capfd, number):
     monkeypatch.chdir(tmp_path)
     argv = ["--eval", "--jobs", str(os.cpu_count()), "--out", "s", "--", *tiny, "--rounds", "999"]
-    # where the tests run in the background, interrupts are ignored, and a child would inherit that
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     line = [sys.executable, str(ROOT / "sweep.py"), *argv]
     with subprocess.Popen(line, preexec_fn=heed, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob("s/*/checkpoint.pt")):
