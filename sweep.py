@@ -53,9 +53,9 @@ class Run(NamedTuple):
             begun = (self.folder / "config.json").exists()
             steps = [["fedu.py", "--resume", folder, *self.resuming] if begun else ["fedu.py", *self.training, "--out", folder]]
         if (self.folder / "eval.jsonl").exists():
-            from report.tables import read_evaluations  # here, since it loads torch
+            from report.tables import read_rows  # here, since it loads torch
 
-            done = read_evaluations(self.folder)
+            done = read_rows(self.folder)
         return steps + [["eval.py", *arguments, folder] for name, arguments in self.evaluations.items() if name not in done]
 
 
@@ -202,7 +202,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
     for name in (name for name in OPTIONS if name not in HOST_OPTIONS):
         group.add_argument(flag(name), dest=name, nargs="+", action="extend", metavar="VALUE", help=OPTIONS[name].metadata["help"])
     group = parser.add_argument_group("sweep", "After `--` any options of fedu.py may follow, for every run.")
-    group.add_argument("--eval", nargs="*", type=evaluation, help="linear, knn, 'semi F'; without a value: none  [linear knn]")
+    group.add_argument("--eval", nargs="*", type=evaluation, help="linear, knn, spectrum, 'semi F'; without a value: none  [linear knn]")
     group.add_argument("--out", type=user_path, help="folder of the runs, their logs, the table and the figure  [runs]")
     group.add_argument("--jobs", type=number(int, 1), help="runs side by side, which share the cores  [one a core]")
     group.add_argument("--list", action="store_true", help="print the commands that are left, and run nothing")
@@ -225,9 +225,9 @@ def evaluation(text: str) -> tuple[str, list[str]]:
     task, *fraction = text.split(" ")
     if task == "semi" and len(fraction) == 1:
         return f"semi {number(float, 0, 1, open_low=True)(*fraction):g}", ["--semi", *fraction]
-    if text in ("linear", "knn"):
+    if text in ("linear", "knn", "spectrum"):
         return text, [f"--{text}"]
-    raise argparse.ArgumentTypeError(f"got {text!r}, needs linear, knn or, in quotes, 'semi F'")
+    raise argparse.ArgumentTypeError(f"got {text!r}, needs linear, knn, spectrum or, in quotes, 'semi F'")
 
 
 def swept_values(given: dict[str, list[str]]) -> dict[str, list]:

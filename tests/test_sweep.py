@@ -11,8 +11,9 @@ from conftest import ROOT, heed, refused
 
 import sweep
 from options import Options, run_name
+from report.tables import SPECTRUM
 from runtime.cli import InputError, locked
-from sweep import Run, combine, new_folder, parse, runs_in
+from sweep import Run, combine, evaluation, new_folder, parse, runs_in
 
 
 def run_sweep(*argv) -> None:
@@ -113,14 +114,16 @@ def test_a_name_that_is_taken_gets_a_number(tmp_path):
 
 
 def test_steps_that_are_left(tmp_path):
-    run = Run(tmp_path / "a", tmp_path / "a.log", ["--mu", "1"], {"knn": ["--knn"], "semi 0.1": ["--semi", "0.1"]}, ["--device", "cpu"])
+    wanted = dict(map(evaluation, ("knn", "spectrum", "semi 0.1")))
+    run = Run(tmp_path / "a", tmp_path / "a.log", ["--mu", "1"], wanted, ["--device", "cpu"])
     folder = str(run.folder)
-    evaluations = [["eval.py", "--knn", folder], ["eval.py", "--semi", "0.1", folder]]
+    evaluations = [["eval.py", "--knn", folder], ["eval.py", "--spectrum", folder], ["eval.py", "--semi", "0.1", folder]]
     assert run.steps_left() == [["fedu.py", "--mu", "1", "--out", folder], *evaluations]
     as_if_run(run.folder)
     assert run.steps_left() == [["fedu.py", "--resume", folder, "--device", "cpu"], *evaluations]
     (run.folder / "encoder.pt").touch()
-    (run.folder / "eval.jsonl").write_text('{"evaluation": "semi 0.1", "accuracy": 0.5}\n')
+    rows = {"evaluation": "semi 0.1", "accuracy": 0.5}, {"evaluation": "spectrum"} | dict.fromkeys((*SPECTRUM, "width", "singular_values"))
+    (run.folder / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert run.steps_left() == evaluations[:1]
     (run.folder / "eval.jsonl").write_text("{")
     with pytest.raises(InputError, match="eval.jsonl is not readable"):
