@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from methods import of_run
-from options import HOST_OPTIONS, OPTIONS, Ineffective, Options, flag, run_name, training_parser
+from options import HOST_OPTIONS, OPTIONS, TASK_OPTIONS, Ineffective, Options, flag, run_name, training_parser
 from runtime.cli import InputError, Parser, bars_are_hidden, command_line, number, os_errors, user_errors, user_path, write_atomic
 
 ROOT, LIBC = Path(__file__).parent, ctypes.CDLL(None)
@@ -217,6 +217,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
         parser.error(f"{typed(min(twice))} has values before and after `--`, needs them on one side")
     if unknown := common.keys() - OPTIONS.keys():
         parser.error(f"--{min(unknown)} cannot go to every run: the sweep names the run folders, in the --out before `--`")
+    if single := sorted(common.keys() & {"dry_run", "save_partition"}):
+        parser.error(f"{flag(single[0])} cannot go to every run: give it to fedu.py, with one run's options")
     return {"swept": swept, "common": common} | given
 
 
@@ -251,7 +253,7 @@ def swept_values(given: dict[str, list[str]]) -> dict[str, list]:
 @command_line()
 def main(swept: dict[str, list], common: dict[str, Any], eval: list, out: Path, jobs: int | None, list: bool) -> None:
     host = {name: value for name, value in common.items() if name in HOST_OPTIONS}
-    evaluations = {name: how + arguments({k: v for k, v in host.items() if k != "log"}) for name, how in eval}
+    evaluations = {name: how + arguments({k: v for k, v in host.items() if k in TASK_OPTIONS}) for name, how in eval}
     combinations, there = combine(swept, common), runs_in(out)
     runs = {}
     for name, combination in combinations.items():

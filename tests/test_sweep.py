@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, heed, refused
 
 import sweep
-from options import Options, run_name
+from options import Options, parse_evaluation, run_name
+from options import parse as fedu_parse
 from report.tables import SPECTRUM
 from runtime.cli import InputError, locked
 from sweep import Run, combine, evaluation, new_folder, parse, runs_in
@@ -64,6 +65,8 @@ def test_the_same_options_in_other_words_are_one_run():
         (["--no-predictor", "maybe"], ["--no-predictor got 'maybe', needs no, yes or both"]),
         (["--mu", "0.2", "--", "--mu", "0.3"], ["--mu has values before and after `--`"]),
         (["--", "--overwrite"], ["--overwrite cannot go to every run"]),
+        (["--", "--dry-run"], ["--dry-run cannot go to every run"]),
+        (["--", "--save-partition", "p.npz"], ["--save-partition cannot go to every run"]),
         (["--device", "cpu"], ["--device"]),
         (["--eval", "semi", "0.1"], ["--eval", "'semi'", "in quotes, 'semi F'"]),
         (["--eval", "semi 2"], ["--eval", "'2'", "at most 1"]),
@@ -128,6 +131,14 @@ def test_steps_that_are_left(tmp_path):
     (run.folder / "eval.jsonl").write_text("{")
     with pytest.raises(InputError, match="eval.jsonl is not readable"):
         run.steps_left()
+
+
+def test_every_command_is_one_that_its_script_takes(tmp_path, capsys):
+    host = "--device cpu --data-root x --processes 2 --log tensorboard --dp-delta 1e-6 --dp-noise 1 --dp-clip 1"
+    run_sweep("--seed", "0", "--eval", "linear", "knn", "spectrum", "semi 0.1", "--list", "--out", tmp_path, "--", *host.split())
+    training, *evaluations = (line.split()[1:] for line in capsys.readouterr().out.splitlines())
+    assert training[0] == "fedu.py" and fedu_parse(training[1:]).given["processes"] == 2
+    assert [parse_evaluation(words).task for script, *words in evaluations if script == "eval.py"] == ["linear", "knn", "spectrum", "semi"]
 
 
 def test_a_sweep_makes_what_is_not_there_and_ends_with_table_and_figures(tiny, tmp_path, monkeypatch, forks, capfd):
