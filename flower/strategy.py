@@ -54,6 +54,8 @@ class FedU(FedAvg):
         judged = {"max_drift": options.max_drift, "shorten": options.on_outlier == "clip"}
         self.uploads = Uploads(self.server.model, most, nothing, **judged)  # clients measure their divergence themselves
         self.nodes: dict[int, int] = {}  # the node of each connected client
+        self.present: set[int] = set()  # the nodes that were connected when a round last looked
+        self.refused: set[int] = set()  # those that are not asked again in this round
         self.questions: dict[str, Question] = {}  # those that are not answered, by their messages
         self.parties = read_parties()
         if self.parties is None:
@@ -111,38 +113,52 @@ class FedU(FedAvg):
         A round waits `ANSWER` seconds for each node that it has asked. Then it asks again, because the node may have been killed with the
         question, and goes on without it if it can. An answer to an older question counts too: a node may be busy with hours of training.
         """
-        before: set[int] = set()
-        refused: set[int] = set()
-        told = time.monotonic()
+        self.present, self.refused, told = set(), set(), time.monotonic()
         while True:
-            self.keys = {node.node_id: node.public_key for node in grid.get_nodes()}
-            present, bound, now = set(self.keys), self.reread_parties(), time.monotonic()
-            if before - present or bound:
-                refused = set()  # a refused node may take the place of a lost one, so all are asked again
-            before = present
-            self.nodes = {client: node for client, node in self.nodes.items() if node in present and self.may_be(node, client)}
-            unknown = present - set(self.nodes.values())
-            self.questions = {key: question for key, question in self.questions.items() if question.node in unknown}
-            lately = {question.node for question in self.questions.values() if now - question.asked < ANSWER}
-            nodes = sorted(unknown - refused - lately)
-            content = RecordDict({"config": ConfigRecord(self.message_config)})
-            questions = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
-            keys = grid.push_messages(questions) if questions else ()
-            self.questions |= {key: Question(node, now) for key, node in zip(keys, nodes) if key}
-            for reply in grid.pull_messages(list(self.questions)) if self.questions else ():
-                node = self.questions.pop(reply.metadata.reply_to_message_id).node
-                lost = reply.metadata.src_node_id != node  # then the SuperLink says so
-                if not lost and node not in self.nodes.values() and not self.introduce(reply):
-                    refused.add(node)
-            first = {question.node: question.asked for question in reversed(self.questions.values())}
-            waits = any(now - asked < ANSWER for node, asked in first.items() if node not in self.nodes.values())
-            if len(self.nodes) >= self.min_available_nodes and drawn & self.nodes.keys() and not waits:
+            self.ask(grid, self.unknown_nodes(grid))
+            self.hear(grid)
+            now = time.monotonic()
+            if len(self.nodes) >= self.min_available_nodes and drawn & self.nodes.keys() and not self.awaits_answers(now):
                 return
             if now - told >= NEWS:
                 absent = ", ".join(str(client) for client in sorted(set(range(len(self.clients))) - self.nodes.keys()))
                 print(f"  {len(self.nodes)} clients are here, a round waits for {self.min_available_nodes}; absent: {absent}", flush=True)
                 told = now
             time.sleep(1)
+
+    def unknown_nodes(self, grid: Grid) -> set[int]:
+        """The connected nodes that are no client yet. Nodes that are gone, or lost their key, are clients no longer."""
+        self.keys = {node.node_id: node.public_key for node in grid.get_nodes()}
+        present, bound = set(self.keys), self.reread_parties()
+        if self.present - present or bound:
+            self.refused = set()  # a refused node may take the place of a lost one, so all are asked again
+        self.present = present
+        self.nodes = {client: node for client, node in self.nodes.items() if node in present and self.may_be(node, client)}
+        return present - set(self.nodes.values())
+
+    def ask(self, grid: Grid, unknown: set[int]) -> None:
+        """Ask these nodes who they are, except those that were refused or asked within `ANSWER` seconds."""
+        now = time.monotonic()
+        self.questions = {key: question for key, question in self.questions.items() if question.node in unknown}
+        lately = {question.node for question in self.questions.values() if now - question.asked < ANSWER}
+        nodes = sorted(unknown - self.refused - lately)
+        content = RecordDict({"config": ConfigRecord(self.message_config)})
+        questions = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
+        keys = grid.push_messages(questions) if questions else ()
+        self.questions |= {key: Question(node, now) for key, node in zip(keys, nodes) if key}
+
+    def hear(self, grid: Grid) -> None:
+        """Take the nodes in that have said who they are, or note that they are refused."""
+        for reply in grid.pull_messages(list(self.questions)) if self.questions else ():
+            node = self.questions.pop(reply.metadata.reply_to_message_id).node
+            lost = reply.metadata.src_node_id != node  # then the SuperLink says so
+            if not lost and node not in self.nodes.values() and not self.introduce(reply):
+                self.refused.add(node)
+
+    def awaits_answers(self, now: float) -> bool:
+        """Whether a node may still say who it is within `ANSWER` seconds of the first question."""
+        first = {question.node: question.asked for question in reversed(self.questions.values())}
+        return any(now - asked < ANSWER for node, asked in first.items() if node not in self.nodes.values())
 
     def reread_parties(self) -> bool:
         """Read parties.json anew, which may change during a run; returns whether it did. If it is lost or damaged, the parties stay."""
