@@ -43,7 +43,7 @@ from methods import WANTED, Own, explained, find, of_run
 from models import Objective, batchnorm_places, save_encoders
 from report.figures import draw_run, optional, plot_partition
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
-from report.round import describe_round, name_outliers, num_bytes_sent, refuse_nonfinite
+from report.round import describe_round, name_outliers, num_bytes_sent, refuse_nonfinite, sent_places
 from report.runs import Run, load  # noqa: F401  # load is for notebooks
 from report.tables import mean
 from runtime import privacy, ranks
@@ -129,10 +129,7 @@ def privatise_(
     The change is that against the server's model, even where the client began with networks of its own, which nobody else knows. Noised
     variances below 0 become 0, because BatchNorm takes their square root. What the client does not send becomes the server's.
     """
-    sent = torch.ones_like(upload, dtype=torch.bool)
-    sent[networks.private] = False
-    if exchange.predictor == "local":
-        sent[len(networks.parts["encoder"]) :] = False
+    sent = sent_places(networks, exchange)
     made = privacy.release(upload[sent], model[sent], clip, noise, normal)
     upload.copy_(model)
     upload[sent] = made
@@ -406,14 +403,14 @@ def describe_privacy(options: Options, networks: Objective) -> str:
     return f"{noised}: epsilon is {most:.4g} after {options.rounds} uploads, at delta {options.dp_delta:g}"
 
 
-def introduce(options: Options, images: Images, federation: Federation, record: Recorder, resumed: bool, private: str = "") -> None:
-    """Print what is trained, and the header of the rounds' lines. private: a sentence about the uploads' privacy."""
+def introduce(options: Options, images: Images, federation: Federation, record: Recorder, resumed: bool, further: str = "") -> None:
+    """Print what is trained, a further sentence, and the header of the rounds' lines."""
     if resumed:
         print(f"{record.out}: continuing after {record.first} of {record.rounds} rounds")
     device = describe_device(images.x_train.device)
     print(f"{options.method} on {options.dataset}: {len(images.x_train)} images, {federation.describe()}, {device}")
-    if private:
-        print(private)
+    if further:
+        print(further)
     if options.knn_every and lacks(images):
         print(f"The kNN column stays empty: {lacks(images)}.")
     print(TABLE_HEADER, flush=True)
@@ -432,16 +429,18 @@ def measured_knn(options: Options, round_: int, federation: Federation, images: 
     return mean([knn(encoder.backbone, images) for encoder in federation.encoders(bank)]) if due else None
 
 
-def finish(options: Options, images: Images, federation: Federation, record: Recorder) -> Run:
-    """Write the encoders and the figure, and say what comes next."""
+def finish(options: Options, images: Images, federation: Federation, record: Recorder, elsewhere: str = "") -> Run:
+    """Write the encoders and the figure, and say what comes next. elsewhere: where the encoders are, if they are not to be written here."""
     out, metrics = record.out, record.metrics
-    save_encoders(out, federation.images.shape[-1], federation.encoders(record.bank))
+    if not elsewhere:
+        save_encoders(out, federation.images.shape[-1], federation.encoders(record.bank))
     record.finish()
     if any(row["clients"] for row in metrics):
         draw_run(out)
         print(dapu_notice(metrics, options.predictor, options.mu), end="")
-    use = "python eval.py" + " --export features.npz" * bool(lacks(images))
-    print(f"\n{out} holds the run. Next:\n  {use} {out}" + f"\n  python eval.py --plot {out}" * bool(metrics))
+    use = [] if elsewhere else ["--export features.npz "] if lacks(images) else [""]
+    following = [f"\n  python eval.py {task}{out}" for task in [*use, *["--plot "] * bool(metrics)]]
+    print(f"\n{out} holds the run{elsewhere}. Next:" + "".join(following))
     return Run(out, metrics)
 
 

@@ -519,7 +519,8 @@ def load_encoders(run: Path) -> list[Encoder]:
     """
     path = run / "encoder.pt"
     if not path.exists():
-        raise InputError(f"{run} has no encoder.pt: the run is not finished (--resume {run} continues it), or its weights were not kept")
+        reasons = f"the run is not finished (--resume {run} continues it), its weights were not kept, or its parties have the encoders"
+        raise InputError(f"{run} has no encoder.pt: {reasons}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         encoders = []

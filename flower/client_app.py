@@ -13,26 +13,28 @@ import traceback
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from messages import Request, read_order, read_question
+from messages import FINAL, Request, read_final, read_order, read_question
 from torch import Tensor
 
 import fedu
 import ops
 from data import load_unlabelled
 from federation import Client, Federation, Turn, assemble
+from models import save_encoders
 from options import OPTIONS, Options
-from report.round import num_floats_sent
+from report.round import sent_places
 from runtime.bank import Bank
 from runtime.cli import InputError, command_line, locked, os_errors, user_path
 from runtime.device import choose_device, keep_memory
 from runtime.privacy import count_upload, epsilon, system_normal
-from runtime.run import load_checkpoint, save_checkpoint
+from runtime.run import load_checkpoint, save_checkpoint, write_config, write_metrics
 from training import train_client
 
 NODE_CONFIG = {"client", "data", "pixel-range", "skip-broken", "no-cache", "state", "device", "dp-clip", "dp-noise", "dp-delta"}
@@ -92,8 +94,7 @@ def train(message: Message, context: Context) -> Message:
         request, round_, last_round, received = read_order(message)
     client, images = open_client(context, request)
     privacy, state = read_privacy(context), state_folder(context)
-    folder = state / request.run / f"client-{client.id}"
-    turn, upload = take_turn(client, images, received.to(images.device), request.options, round_, last_round, folder, privacy)
+    turn, upload = take_turn(client, images, received, request.options, round_, last_round, client_folder(context, request), privacy)
     if privacy:
         told = count_upload(state / f"privacy-{client.id}.json", request.run, privacy.noise, privacy.delta)
         print(f"client {client.id}, round {round_}: {told}", flush=True)
@@ -106,6 +107,24 @@ def train(message: Message, context: Context) -> Message:
     model = ArrayRecord({"model": Array(upload.cpu().numpy())})
     print(round_line(client, turn, round_, request.options.rounds, upload.nbytes, time.perf_counter() - begun), flush=True)
     return Message(RecordDict({"model": model, "turn": ConfigRecord(report)}), reply_to=message)
+
+
+@app.query(FINAL)
+def keep_encoder(message: Message, context: Context) -> Message:
+    """After the last round, if BatchNorm is local: write this client's own encoder, with which its folder is one that `eval.py` reads."""
+    with reported("the server's message is refused"):
+        request, last_round, received = read_final(message)
+    client, images = open_client(context, request)
+    folder, options = client_folder(context, request), request.options
+    with restored(client, images, received, options, last_round, folder) as (federation, bank):
+        if client.row is None:
+            raise ReportedError(f"it has no encoder, since what it kept after round {last_round} is lost, its BatchNorm with it")
+        own = {"dataset": str(user_path(str(context.node_config["data"])).resolve()), "image_size": request.image_size}
+        write_config(folder, {"options": asdict(options) | own, "run": request.run})
+        write_metrics(folder, [])
+        save_encoders(folder, request.image_size, federation.encoders(bank))
+    print(f"client {client.id}: {folder}/encoder.pt is its encoder, the server's last model with its own BatchNorm", flush=True)
+    return Message(RecordDict(), reply_to=message)
 
 
 def round_line(client: Client, turn: Turn, round_: int, rounds: int, size: int, seconds: float) -> str:
@@ -131,35 +150,46 @@ def take_turn(
 ) -> tuple[Turn, Tensor]:  # fmt: skip
     """A client's part in a round, as that of a federation with this one client, whose checkpoint lies in `folder`.
 
-    received: the server's model, without the predictor where that is local. last_round: the last one of which the server has this
+    received: what the server sends of its model, see `sent_places`. last_round: the last one of which the server has this
     client's upload, -1 for none; what the client kept after a later one is not used. Returns its turn and its upload, which has the
     privacy that is asked for, while what the client keeps has neither bound nor noise.
     """
+    with restored(client, images, received, options, last_round, folder) as (federation, bank):
+        (server,), networks = federation.servers, federation.networks
+        turn = Turn(client, server, client.num_examples)
+        job = fedu.start_turn(options, federation, bank, round_, 1, turn)
+        turn.loss, turn.shared = train_client(options, federation, None, *job)
+        upload = fedu.model_upload(networks, options.aggregate)
+        finite = math.isfinite(turn.loss) and bool(upload.isfinite().all())
+        leaves = upload if finite else torch.full_like(upload, math.nan)  # also if only what is not sent is not finite
+        if privacy:
+            leaves = upload.clone()
+            fedu.privatise_(leaves, server.model, networks, options, privacy.clip, privacy.noise, system_normal)
+        if finite:  # else it keeps what it had, and the server refuses the upload
+            fedu.record_divergence(client, ops.layer_norms(networks.online.vector, turn.received, federation.segments), options)
+            server.model.copy_(upload)  # with what the server does not send, such as a local predictor
+            client.row, client.last_round = bank.write(fedu.kept_parts(networks, options)), round_
+            save_checkpoint(folder, federation.checkpoint(round_ + 1, 0.0), bank)
+        return turn, leaves[sent_places(networks, options)]
+
+
+@contextmanager
+def restored(
+    client: Client, images: Tensor, received: Tensor, options: Options, last_round: int, folder: Path
+) -> Iterator[tuple[Federation, Bank]]:  # fmt: skip
+    """A federation of this client as its checkpoint in `folder` has it, with what the server sent in its server's model, and its bank."""
     federation = assemble(options, [[client]], images, torch.empty(0))  # labels are looked at by no method that runs here
     (server,), networks = federation.servers, federation.networks
-    sent = num_floats_sent(networks, options)
-    if len(received) != sent:
-        raise ReportedError(f"the server sent a network of {len(received)} numbers, that of --encoder {options.encoder} has {sent} here")
+    sent = sent_places(networks, options)
+    if len(received) != (count := int(sent.sum())):
+        raise ReportedError(f"the server sent a network of {len(received)} numbers, that of --encoder {options.encoder} has {count} here")
     with os_errors(f"the state folder {folder} cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"{folder} is in use by another SuperNode: give each client a folder of its own"):
         bank = Bank(fedu.kept_parts(networks, options), folder / "bank.bin")
         recall(federation, bank, folder, last_round)
-        server.model[: len(received)] = received
-        turn = Turn(client, server, client.num_examples)
-        job = fedu.start_turn(options, federation, bank, round_, 1, turn)
-        turn.loss, turn.shared = train_client(options, federation, None, *job)
-        upload = fedu.model_upload(networks, options.aggregate)
-        leaves = upload
-        if privacy:
-            leaves = upload.clone()
-            fedu.privatise_(leaves, server.model, networks, options, privacy.clip, privacy.noise, system_normal)
-        if math.isfinite(turn.loss) and upload.isfinite().all():  # else it keeps what it had, and the server refuses the upload
-            fedu.record_divergence(client, ops.layer_norms(networks.online.vector, turn.received, federation.segments), options)
-            server.model.copy_(upload)  # with the predictor, which the server does not send if it is local
-            client.row, client.last_round = bank.write(fedu.kept_parts(networks, options)), round_
-            save_checkpoint(folder, federation.checkpoint(round_ + 1, 0.0), bank)
-        return turn, leaves[:sent]
+        server.model[sent] = received.to(images.device)
+        yield federation, bank
 
 
 def recall(federation: Federation, bank: Bank, folder: Path, last_round: int) -> None:
@@ -191,6 +221,11 @@ def state_folder(context: Context) -> Path:
         if folder.stat().st_mode & 0o077:  # made by somebody else
             folder.chmod(0o700)
     return folder
+
+
+def client_folder(context: Context, request: Request) -> Path:
+    """The folder for what this client keeps of a run."""
+    return state_folder(context) / request.run / f"client-{context.node_config['client']}"
 
 
 def read_privacy(context: Context) -> Privacy | None:

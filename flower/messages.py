@@ -28,6 +28,7 @@ FLOWER_METHODS = ("fedu", "fedbyol", "fedema")
 # privacy it decides itself
 NOT_SENT = {"init", "views", "dp_clip", "dp_noise", "dp_delta"}
 SENT_OPTIONS = sorted({f.name for group in (Exchange, Clients, Training) for f in fields(group)} - NOT_SENT | {"seed"})
+FINAL = "final"  # the type of the question that brings the last model to a party that keeps its BatchNorm
 MOST_IMAGES = 10**9  # that a party can have; the largest public sets have a tenth of them
 SIDES = (8, 1024)  # pixels of an image's side
 REQUEST = {"options", "run", "image-size"}  # the fields of a question who a party is
@@ -62,6 +63,14 @@ class Order(NamedTuple):
 
     request: Request
     round_: int
+    last_round: int
+    received: Tensor
+
+
+class Final(NamedTuple):
+    """The server's last model, for a party's own encoder. last_round: the last one whose upload the server has. received: of the model."""
+
+    request: Request
     last_round: int
     received: Tensor
 
@@ -109,6 +118,11 @@ def takes(own: float, decided: float | None, options: Options) -> bool:
     return own == shares.get(options.predictor, own)
 
 
+def read_receipt(reply: Message) -> None:
+    """A party's answer to `Final`, which has no fields."""
+    records(reply)
+
+
 # ------------------------------------------------------------------------------------------------------- at a party
 
 
@@ -121,18 +135,31 @@ def read_question(message: Message) -> Request:
 
 def read_order(message: Message) -> Order:
     """The server's message that begins a party's round. The network's length is for the caller to check, who has one to compare with."""
-    model, config = records(message, model=ArrayRecord, config=ConfigRecord)
-    expect_fields(config, REQUEST | {"round", "last-round"})
-    request = read_request(config)
+    request, config, received = read_model(message, {"round", "last-round"})
     round_ = number_in(config, "round", int, 0, request.options.rounds - 1)
-    received = read_network(model)
-    if not received.isfinite().all():
-        raise NotFinite("its network is not finite")
     return Order(request, round_, number_in(config, "last-round", int, -1, round_ - 1), received)
 
 
+def read_final(message: Message) -> Final:
+    """The server's message after the last round, to a party that keeps its BatchNorm; the network's length as in `read_order`."""
+    request, config, received = read_model(message, {"last-round"})
+    if request.options.statistics != "local":
+        raise InputError("it has the last model, which only a party with --statistics local gets")
+    return Final(request, number_in(config, "last-round", int, 0, request.options.rounds - 1), received)
+
+
+def read_model(message: Message, further: set[str]) -> tuple[Request, ConfigRecord, Tensor]:
+    """What both kinds of messages with a model have. further: the fields that a request does not have."""
+    model, config = records(message, model=ArrayRecord, config=ConfigRecord)
+    expect_fields(config, REQUEST | further)
+    request, received = read_request(config), read_network(model)
+    if not received.isfinite().all():
+        raise NotFinite("its network is not finite")
+    return request, config, received
+
+
 def read_request(config: ConfigRecord) -> Request:
-    """The fields that both kinds of the server's messages have. The run's name becomes a folder's, so that it can be no path."""
+    """The fields that all kinds of the server's messages have. The run's name becomes a folder's, so that it can be no path."""
     run = config["run"]
     if type(run) is not str or not re.fullmatch("[0-9a-f]{16}", run):
         raise InputError(f"its run is {brief(run)}, needs 16 hexadecimal digits")
@@ -148,8 +175,6 @@ def read_options(text: object) -> Options:
         if known and (given["method"] not in FLOWER_METHODS or given["aggregate"] != "online"):
             asked = f"--method {brief(given['method'])} --aggregate {brief(given['aggregate'])}"
             raise InputError(f"it asks for {asked}, which no party uploads")
-        if known and given["statistics"] != "shared":
-            raise InputError(f"it asks for --statistics {brief(given['statistics'])}, which no party uploads")
         options = Options(**given) if known else None
         known = known and given == {name: getattr(options, name) for name in SENT_OPTIONS}  # each is said, as a value of its own type
     except InputError as error:

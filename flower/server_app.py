@@ -12,7 +12,7 @@ import shlex
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,9 @@ from runtime.run import holds_run, open_run, read_metrics, reopen_run, run_folde
 
 # only the simulation has these
 INEFFECTIVE = ("processes", "partition", "save_partition", "dry_run", "classes_per_client", "alpha", "dropout", "log")
+# of a run whose parties keep their BatchNorm
+NO_KNN = "The kNN column stays empty: each party keeps its BatchNorm, so the server has no whole encoder to measure."
+ELSEWHERE = ", without an encoder: each party has its own, in its state folder"
 
 app = ServerApp()
 
@@ -81,11 +84,15 @@ def main(grid: Grid, context: Context) -> None:
             strategy.counts |= zip(row["clients"], row["num_examples"])
         strategy.roll_call(grid, set(range(options.clients)))
         record = Recorder(out, config, options.rounds, federation, Bank({}), device, partial(fedu.show_round, None))
-        fedu.introduce(options, images, federation, record, bool(command.resume))
+        local = options.statistics == "local"  # then each party has an encoder of its own
+        measured = replace(options, knn_every=0) if local else options
+        fedu.introduce(measured, images, federation, record, bool(command.resume), NO_KNN * local)
         for round_ in record.rounds_left():
             row = strategy.make_round(grid, round_)
-            record.write(row | {"knn": fedu.measured_knn(options, round_, federation, images, record.bank)})
-        fedu.finish(options, images, federation, record)
+            record.write(row | {"knn": fedu.measured_knn(measured, round_, federation, images, record.bank)})
+        if local:
+            strategy.hand_out(grid)
+        fedu.finish(options, images, federation, record, ELSEWHERE * local)
 
 
 def read_command(text: str) -> Command:
@@ -106,8 +113,8 @@ def read_command(text: str) -> Command:
         raise InputError(f"--views got {command.given['views']}, but parties run no file that a server names")
     if command.given.get("aggregate") == "target":
         raise InputError("--aggregate got target, but target encoders do not leave the parties")
-    if command.given.get("statistics") == "local":
-        raise InputError("--statistics got local, but the server measures the encoder, and would not have the parties' BatchNorm")
+    if command.given.get("statistics") == "local" and "init" in command.given:
+        raise InputError(f"--init got {command.given['init']}, but with --statistics local no party gets the BatchNorm of that encoder")
     if command.resume and command.given:
         raise InputError(f"--resume {command.resume} continues with the options that the run has, and got {flag(min(command.given))}")
     if command.given.get("method", FLOWER_METHODS[0]) not in FLOWER_METHODS:

@@ -11,14 +11,14 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from messages import SENT_OPTIONS, Answer, NotFinite, read_answer, read_introduction
+from messages import FINAL, SENT_OPTIONS, Answer, NotFinite, read_answer, read_introduction, read_receipt
 from parties import FILE, Party, party_of, read_parties
 
 import fedu
 from federation import Federation, Turn, draw_turns, most_uploads, sample_clients
 from options import Options
 from report.progress import duration
-from report.round import describe_round, name_outliers, num_floats_sent
+from report.round import describe_round, name_outliers, sent_places
 from runtime.cli import InputError
 from runtime.uploads import Uploads
 
@@ -49,7 +49,8 @@ class FedU(FedAvg):
         self.server, self.clients = federation.servers[0], federation.clients
         sent = json.dumps({name: getattr(options, name) for name in SENT_OPTIONS})
         self.message_config = {"options": sent, "run": run, "image-size": federation.images.shape[-1]}
-        self.num_floats = num_floats_sent(federation.networks, options)
+        self.sent = sent_places(federation.networks, options)
+        self.num_floats = int(self.sent.sum())
         most, nothing = most_uploads(federation.servers, options.clients_per_round), torch.empty(0, 2, dtype=torch.int64)
         judged = {"max_drift": options.max_drift, "shorten": options.on_outlier == "clip"}
         self.uploads = Uploads(self.server.model, most, nothing, **judged)  # clients measure their divergence themselves
@@ -94,7 +95,7 @@ class FedU(FedAvg):
             if not awaited or now - began >= self.timeout:
                 return replies
             if now - told >= NEWS:
-                names = ", ".join(str(turn.client.id) for turn in self.turns if self.nodes[turn.client.id] in awaited.values())
+                names = ", ".join(str(client) for client, node in sorted(self.nodes.items()) if node in awaited.values())
                 print(f"  {len(replies)} of {len(messages)} answers after {duration(now - began)}; awaited: {names}", flush=True)
                 told = now
             if now - heard >= SILENCE:
@@ -104,8 +105,8 @@ class FedU(FedAvg):
             time.sleep(POLL)
 
     def global_model(self) -> ArrayRecord:
-        """What clients download; the predictor is part of it unless each keeps its own."""
-        return ArrayRecord({"model": Array(self.server.model[: self.num_floats].cpu().numpy())})
+        """What clients download, see `sent_places`."""
+        return ArrayRecord({"model": Array(self.server.model[self.sent].cpu().numpy())})
 
     def roll_call(self, grid: Grid, drawn: set[int]) -> None:
         """Ask nodes who they are, until as many clients as a round needs are connected, and one of those drawn among them.
@@ -242,7 +243,7 @@ class FedU(FedAvg):
         uploaded = [turn for turn in self.turns if turn.client.id in answers]
         for turn, share in zip(uploaded, self.shares(round_, uploaded)):
             answer = answers[turn.client.id]
-            self.uploads.next_row().copy_(server.model)[: self.num_floats] = answer.upload
+            self.uploads.next_row().copy_(server.model)[self.sent] = answer.upload.to(server.model)
             self.uploads.add(share, server.model)
             turn.loss, turn.start = answer.loss, answer.start
         for k, outlier in self.uploads.judge().items():
@@ -255,7 +256,7 @@ class FedU(FedAvg):
             reasons = "; ".join(f"client {client}: {error}" for client, error in left_out.items())
             raise InputError(f"round {round_} cannot be made: {reasons or 'every upload moved too far'}")
         if reported:
-            server.model.copy_(fedu.rule_of(self.options)(server, self.uploads, self.federation.networks, []))
+            server.model[self.sent] = fedu.rule_of(self.options)(server, self.uploads, self.federation.networks, [])[self.sent]
         else:
             print(f"round {round_} was skipped, and the model stays: no client's upload can be taken", file=sys.stderr, flush=True)
         self.uploads.close()
@@ -272,13 +273,28 @@ class FedU(FedAvg):
         for turn in self.turns:
             client = turn.client.id
             try:
-                reply = replies.get(self.nodes[client])
-                if reply is None:
-                    raise InputError("its node was lost, or did not answer in time")
-                answers[client] = read_answer(reply, self.options, self.num_floats)
+                answers[client] = read_answer(arrived(replies, self.nodes[client]), self.options, self.num_floats)
             except InputError as error:
                 left_out[client] = error
         return answers, left_out
+
+    def hand_out(self, grid: Grid) -> None:
+        """Send the last model to the clients that took part, which make their own encoders of it, and name on stderr those that do not."""
+        self.reread_parties()
+        takers = [client for client in self.clients if client.last_round is not None]
+        model, messages = self.global_model(), []
+        for client in takers:
+            node = self.nodes.get(client.id)
+            if node is not None and self.may_be(node, client.id):
+                config = ConfigRecord(self.message_config | {"last-round": client.last_round})
+                content = RecordDict({"model": model, "config": config})
+                messages.append(Message(content, dst_node_id=node, message_type=f"{MessageType.QUERY}.{FINAL}"))
+        replies = {reply.metadata.src_node_id: reply for reply in (self.exchange(grid, messages) if messages else ())}
+        for client in takers:
+            try:
+                read_receipt(arrived(replies, self.nodes.get(client.id)))
+            except InputError as error:
+                print(f"client {client.id} lacks its encoder, which a resumed run sends again: {error}", file=sys.stderr, flush=True)
 
     def shares(self, round_: int, reported: list[Turn]) -> list[float]:
         """The weight of each client's upload, n_k / n, of which nobody has more than `max_share` if there are three or more."""
@@ -292,6 +308,13 @@ class FedU(FedAvg):
                 sentence = f"client {turn.client.id} says that it has {claim:.1%} of the images, and weighs {share:.1%} (max-share)"
                 print(f"round {round_}: {sentence}", file=sys.stderr, flush=True)
         return shares
+
+
+def arrived(replies: dict[int, Message], node: int | None) -> Message:
+    """A node's reply. Raises InputError if there is none."""
+    if node not in replies:
+        raise InputError("its node was lost, or did not answer in time")
+    return replies[node]
 
 
 def capped(shares: list[float], most: float) -> list[float]:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from federation import Server, Turn
@@ -15,10 +16,18 @@ from runtime.cli import InputError
 from training import cosine
 
 
+def sent_places(networks: Objective, exchange: Exchange) -> Tensor:
+    """Which numbers of `[P]` are sent, either way: bool `[P]`. Not what is private, nor the predictor, the last part, if it is local."""
+    sent = torch.ones_like(networks.online.vector, dtype=torch.bool)
+    sent[networks.private] = False
+    if exchange.predictor == "local":
+        sent[len(networks.parts["encoder"]) :] = False
+    return sent
+
+
 def num_floats_sent(networks: Objective, exchange: Exchange) -> int:
-    """Floats sent each way per client: all of `[P]`, or without the predictor, its last part, if `predictor` is local; none private."""
-    sent = len(networks.online.vector) if exchange.predictor != "local" else len(networks.parts["encoder"])
-    return sent - int((networks.private < sent).sum())
+    """Floats sent each way per client, see `sent_places`."""
+    return int(sent_places(networks, exchange).sum())
 
 
 def num_bytes_sent(server: Server, networks: Objective, exchange: Exchange, shared: Tensor | None) -> int:

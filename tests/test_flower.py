@@ -40,9 +40,12 @@ from messages import SENT_OPTIONS
 
 import fedu
 from data import load_images, load_unlabelled, partition
+from eval import main as evaluate
 from federation import build_networks
-from options import Options, parse
+from models import load_encoders
+from options import Options, parse, parse_evaluation
 from report.figures import plot
+from report.round import num_floats_sent
 from runtime.cli import InputError, command_line
 from runtime.privacy import epsilon
 from runtime.run import read_config, read_metrics, write_config
@@ -71,15 +74,26 @@ def simulate(npz: Path, out: Path, text: str = FEDU, absent: tuple[int, int] | N
         return fedu.train(Options(**parse(shlex.split(text)).given, dataset=str(npz), **DEALT), out).folder
 
 
+def encoders_of(run: Path) -> list[dict]:
+    """What encoder.pt holds, and if parties keep their BatchNorm, what theirs do."""
+    paths = [run / "encoder.pt"] if (run / "encoder.pt").exists() else []
+    paths = paths or sorted((run.parent / "state" / read_config(run)["run"]).glob("*/encoder.pt"))
+    return [encoder for path in paths for encoder in torch.load(path, weights_only=True)["encoders"]]
+
+
+def assert_same_encoders(run: Path, simulated: Path) -> None:
+    for mine, theirs in zip(encoders_of(run), encoders_of(simulated), strict=True):
+        for part, state in theirs.items():
+            assert all(torch.equal(tensor, mine[part][name]) for name, tensor in state.items()), part
+
+
 def assert_same(run: Path, simulated: Path, lost: bool = False) -> None:
-    """The same global encoder, and the same rounds, to the bit.
+    """The same global encoder, or each party's, and the same rounds, to the bit.
 
     lost: an upload was, whose download is counted where that of one who does not take part is not.
     """
-    mine, theirs = (torch.load(path / "encoder.pt", weights_only=True)["encoders"][0] for path in (run, simulated))
-    for part, state in theirs.items():
-        assert all(torch.equal(tensor, mine[part][name]) for name, tensor in state.items()), part
-    measured = {"seconds": 0} | ({"download_bytes": 0} if lost else {})
+    assert_same_encoders(run, simulated)
+    measured = {"seconds": 0} | ({"download_bytes": 0} if lost else {}) | ({} if (run / "encoder.pt").exists() else {"knn": None})
     for row, other in zip(read_metrics(run), read_metrics(simulated), strict=True):
         assert row | measured == other | measured
 
@@ -152,6 +166,9 @@ def grid(parts, tmp_path, monkeypatch) -> LocalGrid:
         f"{FEDU} --server-rule median",
         f"{FEDU} --set decorrelation=30",
         f"{FEDU} --seed 3",
+        f"{FEDU} --statistics local --clients-per-round 2",
+        f"{RECIPE} --statistics local --method fedema",
+        f"{RECIPE} --statistics local --predictor local",
     ],
 )
 def test_the_bits_are_those_of_the_simulation(npz, grid, tmp_path, text):
@@ -159,10 +176,10 @@ def test_the_bits_are_those_of_the_simulation(npz, grid, tmp_path, text):
     assert_same(tmp_path / "run", simulate(npz, tmp_path / "simulated", text))
 
 
-def pieces_of(tensors) -> set[bytes]:
-    """64 bytes out of every 4096; those of few values, as zeros, would be found by chance."""
+def pieces_of(tensors, every: int = 4096) -> set[bytes]:
+    """64 bytes out of `every`; those of few values, as zeros, would be found by chance."""
     data = [np.ascontiguousarray(tensor).tobytes() for tensor in tensors]
-    return {piece for d in data for i in range(0, len(d) - 64, 4096) if len(set(piece := d[i : i + 64])) > 20}
+    return {piece for d in data for i in range(0, len(d) - 64, every) if len(set(piece := d[i : i + 64])) > 20}
 
 
 def contains(data: bytes, pieces: set[bytes]) -> bool:
@@ -180,8 +197,8 @@ def wire(message: Message) -> bytes:
     return b"".join(part.deflate() for part in get_all_nested_objects(message).values())
 
 
-@pytest.mark.parametrize("predictor", ["dapu", "local"])
-def test_nothing_private_leaves_a_client(npz, parts, grid, tmp_path, capfd, monkeypatch, predictor):
+@pytest.mark.parametrize("predictor, statistics", [("dapu", "shared"), ("local", "local")])
+def test_nothing_private_leaves_a_client(npz, parts, grid, tmp_path, capfd, monkeypatch, predictor, statistics):
     """Looked for in the bytes of every reply of each kind: images, what clients keep on their disks, and the names of their files."""
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "miller.png").write_bytes(b"no image")
@@ -200,36 +217,43 @@ def test_nothing_private_leaves_a_client(npz, parts, grid, tmp_path, capfd, monk
         return client_app.app(message, Context(1, message.metadata.dst_node_id, config, RecordDict(), {}))
 
     grid.fault = fail
-    grid.serve(f"{RECIPE} --predictor {predictor} --dataset {npz} --out run")
-    objective = build_networks(Options(**read_config(tmp_path / "run")["options"]), torch.empty(0), torch.device("cpu"))
-    sizes = [len(objective.parts["target"]), len(objective.parts["predictor"])]
+    grid.serve(f"{RECIPE} --predictor {predictor} --statistics {statistics} --dataset {npz} --out run")
+    options = Options(**read_config(tmp_path / "run")["options"])
+    objective = build_networks(options, torch.empty(0), torch.device("cpu"))
+    sizes = [len(objective.parts["target"]), len(objective.parts["predictor"]), len(objective.private)]
     rows = [np.fromfile(path, np.float32).reshape(-1, sum(sizes)) for path in (tmp_path / "state").glob("*/*/bank.bin")]
     assert len(rows) == 3
     images = [image for path in parts for image in np.load(path)["x_train"]]
     private = {
         "images": images + [image.transpose(2, 0, 1) for image in images],  # as in the file, and as they are trained on
         "targets": [row[: sizes[0]] for kept in rows for row in kept],
-        "predictors": [row[sizes[0] :] for kept in rows for row in kept],
+        "predictors": [row[sizes[0] : sum(sizes[:2])] for kept in rows for row in kept],
+        "batchnorm": [row[sum(sizes[:2]) :] for kept in rows for row in kept],  # whose layers are all multiples of 16 numbers wide
     }
-    pieces = {name: pieces_of(tensors) for name, tensors in private.items()}
-    assert min(map(len, pieces.values())) > 60
+    pieces = {name: pieces_of(tensors, 64 if name == "batchnorm" else 4096) for name, tensors in private.items()}
+    assert min(len(found) for name, found in pieces.items() if name != "batchnorm" or statistics == "local") > 60
 
     replies = [message for message in grid.messages if message.metadata.dst_node_id == 1]
     kinds = [(reply.metadata.message_type, reply.has_error()) for reply in replies]
     expected = {("query", False): 3, (strategy.ALIVE, False): 1, ("train", False): 5, ("train", True): 4}
+    expected |= {("query.final", False): 3} if statistics == "local" else {}
     assert {kind: kinds.count(kind) for kind in kinds} == expected
     for reply in (reply for reply in replies if reply.has_content()):
         told = reply.content.pop("turn", {})
         assert set(told) <= {"loss", "divergence", "predictor", "own-share", "decided-on"}
         if model := reply.content.pop("model", {}):
-            assert list(model) == ["model"] and model["model"].numpy().shape == (sizes[0] + sizes[1] * (predictor == "dapu"),)
+            assert list(model) == ["model"] and model["model"].numpy().shape == (num_floats_sent(objective, options),)
             reply.content["model"] = model
         else:
             assert {name: set(record) for name, record in reply.content.items()} in ({}, {"client": {"id", "num-examples"}})
     sent = b"".join(map(wire, replies))
     assert not contains(sent, pieces["images"]) and not contains(sent, pieces["targets"])
     assert contains(sent, pieces["predictors"]) == (predictor == "dapu")  # which is shared by DAPU
-    for name, tensors in private.items():  # the search does find what is there
+    assert not contains(b"".join(map(wire, grid.messages)), pieces["batchnorm"])
+    if statistics == "local":  # which would be found where it lies in a whole network
+        objective.online.vector[objective.private] = torch.from_numpy(private["batchnorm"][-1])
+        private["batchnorm"].append(objective.online.vector.numpy())
+    for name, tensors in private.items() if statistics == "local" else [*private.items()][:3]:  # the search does find what is there
         assert contains(sent + b"odd" + np.ascontiguousarray(tensors[-1]).tobytes(), pieces[name])
 
     said, names = capfd.readouterr().err, [str(tmp_path), str(npz.parent), str(parts[0].parent), "miller"]
@@ -239,8 +263,8 @@ def test_nothing_private_leaves_a_client(npz, parts, grid, tmp_path, capfd, monk
         assert f"was left out: {sentence}\n" in said and sentence.encode() in sent
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_node_that_has_lost_its_message_is_not_waited_for(npz, grid, tmp_path, capfd, trained):
+@pytest.mark.parametrize("text, trained", [(FEDU, False), (FEDU, True), (f"{FEDU} --statistics local", True)])
+def test_a_node_that_has_lost_its_message_is_not_waited_for(npz, grid, tmp_path, capfd, text, trained):
     """It was killed and restarted, which Flower may not report. Trained: it kept what came of it, and the server never saw it."""
 
     def lose(message: Message, answer) -> Message | None:
@@ -249,9 +273,9 @@ def test_a_node_that_has_lost_its_message_is_not_waited_for(npz, grid, tmp_path,
         return None if lost else reply
 
     grid.fault = lose
-    grid.serve(f"{FEDU} --dataset {npz} --out run")
+    grid.serve(f"{text} --dataset {npz} --out run")
     assert "round 1: client 1 was left out: its node was lost, or did not answer in time" in capfd.readouterr().err
-    assert_same(tmp_path / "run", simulate(npz, tmp_path / "simulated", absent=(1, 1)), lost=True)
+    assert_same(tmp_path / "run", simulate(npz, tmp_path / "simulated", text, absent=(1, 1)), lost=True)
 
 
 def test_a_node_that_takes_long_is_waited_for(npz, grid, tmp_path, capfd, monkeypatch):
@@ -277,7 +301,8 @@ def test_a_node_that_answers_nothing_is_waited_for_until_the_timeout(npz, grid, 
     assert read_metrics(tmp_path / "run")[0]["clients"] == [0, 2]
 
 
-def test_a_run_that_was_interrupted_goes_on(npz, grid, tmp_path):
+@pytest.mark.parametrize("text", [FEDU, f"{FEDU} --statistics local"])
+def test_a_run_that_was_interrupted_goes_on(npz, grid, tmp_path, text):
     """In its second round, after some clients had trained and kept what came of it."""
 
     def interrupt(message: Message, answer) -> Message:
@@ -287,10 +312,51 @@ def test_a_run_that_was_interrupted_goes_on(npz, grid, tmp_path):
 
     grid.fault = interrupt
     with pytest.raises(KeyboardInterrupt):
-        grid.serve(f"{FEDU} --dataset {npz} --out run")
+        grid.serve(f"{text} --dataset {npz} --out run")
     grid.fault = lambda message, answer: answer()
     grid.serve("--resume run")
-    assert_same(tmp_path / "run", simulate(npz, tmp_path / "simulated"))
+    assert_same(tmp_path / "run", simulate(npz, tmp_path / "simulated", text))
+
+
+def test_who_lacks_an_encoder_is_named_and_a_resumed_run_sends_it_again(npz, grid, tmp_path, capfd):
+    """Client 0 loses the last message, client 1 answers it by more than it should, and client 2 has lost its BatchNorm."""
+    deliver = grid.deliver
+
+    def harm(message: Message) -> Message | None:
+        if not message.metadata.message_type.endswith(".final") or message.metadata.dst_node_id == 100:
+            return None if message.metadata.message_type.endswith(".final") else deliver(message)
+        if message.metadata.dst_node_id == 102:
+            shutil.rmtree(*(tmp_path / "state").glob("*/client-2"))
+        reply = deliver(message)
+        if message.metadata.dst_node_id == 101:
+            reply.content["turn"] = ConfigRecord()
+        return reply
+
+    grid.deliver = harm
+    grid.serve(f"{FEDU} --rounds 1 --statistics local --dataset {npz} --out run")
+    told, said = capfd.readouterr()
+    assert (
+        told.count("The kNN column stays empty: each party keeps its BatchNorm") == 1 and "run holds the run, without an encoder: " in told
+    )
+    lacks = "lacks its encoder, which a resumed run sends again: "
+    assert f"client 0 {lacks}its node was lost, or did not answer in time\n" in said
+    assert f"client 1 {lacks}it has the record 'turn', perhaps by code of another version\n" in said
+    assert f"client 2 {lacks}it has no encoder, since what it kept after round 0 is lost, its BatchNorm with it\n" in said
+    with pytest.raises(InputError, match="run has no encoder.pt: .* its parties have the encoders"):
+        load_encoders(tmp_path / "run")
+
+    grid.deliver = deliver
+    grid.serve("--resume run")
+    said = capfd.readouterr().err
+    assert f"client 0 {lacks}" not in said and f"client 1 {lacks}" not in said and f"client 2 {lacks}" in said
+    simulated = fedu.load(simulate(npz, tmp_path / "simulated", f"{FEDU} --rounds 1 --statistics local"))
+    images = load_images(str(npz)).x_test
+    (folder,) = (tmp_path / "state").glob("*/client-0")
+    assert fedu.load(folder).features(images).equal(simulated.features(images)[0])
+    done = parse_evaluation(["--knn", "--transfer", str(npz), "--device", "cpu", str(folder)])
+    evaluate(done)
+    assert "knn on" in capfd.readouterr().out and (folder / "eval.jsonl").exists()
+    fedu.train(Options(dataset=str(npz), clients=2, encoder="small", rounds=1, batch_size=8, init=str(folder)), tmp_path / "continued")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -357,7 +423,7 @@ def sent_and_uploaded(grid: LocalGrid) -> list[tuple[Message, Message]]:
     return [(order, replies[order.metadata.message_id]) for order in orders]
 
 
-@pytest.mark.parametrize("text", [FEDU, f"{RECIPE} --method fedema --predictor local"])
+@pytest.mark.parametrize("text", [FEDU, f"{RECIPE} --method fedema --predictor local", f"{FEDU} --statistics local"])
 def test_private_parties_give_the_bits_of_the_simulation_with_the_same_noise(npz, grid, tmp_path, monkeypatch, capfd, text):
     """And they tell nothing besides."""
 
@@ -371,11 +437,10 @@ def test_private_parties_give_the_bits_of_the_simulation_with_the_same_noise(npz
     grid.fault = draw
     grid.serve(f"{text} --dataset {npz} --out run")
     simulated = simulate(npz, tmp_path / "simulated", f"{text} --dp-clip 1 --dp-noise 0.01")
-    mine, theirs = (torch.load(path / "encoder.pt", weights_only=True)["encoders"][0] for path in (tmp_path / "run", simulated))
-    for part, state in theirs.items():
-        assert all(torch.equal(tensor, mine[part][name]) for name, tensor in state.items()), part
+    assert_same_encoders(tmp_path / "run", simulated)
     for row, other in zip(read_metrics(tmp_path / "run"), read_metrics(simulated), strict=True):
         silent = dict.fromkeys(("loss", "divergence", "decided_on", "predictor", "own_share"), [None] * 3)
+        silent |= {"knn": None} if "statistics" in text else {}
         assert row | {"seconds": 0} == other | {"seconds": 0} | silent
     assert all(list(reply.content) == ["model", "turn"] and not reply.content["turn"] for _, reply in sent_and_uploaded(grid))
     said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("client 2, round 2: ")]
@@ -769,7 +834,7 @@ def test_a_client_whose_state_is_lost_or_damaged_says_so_and_begins_anew(npz, gr
     [
         ("--method fedsimclr", "--method got fedsimclr, between parties it needs one of fedu, fedbyol, fedema"),
         ("--aggregate target", "target encoders do not leave the parties"),
-        ("--statistics local", "--statistics got local, but the server measures the encoder, and would not have the parties' BatchNorm"),
+        ("--statistics local --init x", "--init got x, but with --statistics local no party gets the BatchNorm of that encoder"),
         ("--resume run --seed 1", "--resume run continues with the options that the run has, and got --seed"),
         ("--dp-clip 1", "--dp-clip got 1, but between parties each sets its own in --node-config"),
         ("--partition iid", "--partition changes nothing between parties"),
@@ -816,7 +881,7 @@ def test_runs_that_the_server_does_not_resume(npz, grid, tmp_path):
     "change, sentence",
     [
         ({"aggregate": "target"}, "it asks for --method 'fedu' --aggregate 'target', which no party uploads"),
-        ({"statistics": "local"}, "it asks for --statistics 'local', which no party uploads"),
+        ({"statistics": "none"}, "--statistics got 'none'"),
         ({"method": "./mine.py"}, "it asks for --method './mine.py' --aggregate 'online', which no party uploads"),
         ({"method": "fedavg-supervised", "predictor": "global"}, "it asks for --method 'fedavg-supervised'"),
         ({"init": "/etc/passwd"}, "of another version"),

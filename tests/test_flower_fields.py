@@ -21,9 +21,10 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from messages import SENT_OPTIONS
+from messages import FINAL, SENT_OPTIONS
 
 from federation import Client, assemble
+from models import batchnorm_places
 from options import Options
 from runtime.cli import InputError, command_line
 
@@ -282,6 +283,8 @@ ASKED = {"options": json.dumps(SENT), "run": RUN, "image-size": 16}
 ORDERED = ASKED | {"round": 1, "last-round": 0}
 RIGHT = {"options": lambda value: False, "run": lambda value: False, "image-size": whole_in(8, 1024), "round": whole_in(1, 2)}
 RIGHT |= {"last-round": whole_in(-1, 0)}
+LOCAL = json.dumps(SENT | {"statistics": "local"})
+LAST = ASKED | {"options": LOCAL, "last-round": 0}
 paths = st.sampled_from(
     ["", ".", "..", "../x", "/abs", "a/b", "~", f"../{RUN}", f"{RUN}/", f"{RUN}\n", RUN.upper(), RUN[:-1], f"{RUN}0", "\0"]
 )
@@ -310,6 +313,7 @@ class Party:
         self.context = Context(1, 100, node, RecordDict(), {})
         objective = assemble(OPTIONS, [[]], torch.empty(1, 3, 16, 16, dtype=torch.uint8), torch.empty(0)).networks
         self.network = objective.online.vector.numpy().copy()
+        self.sent = np.delete(np.arange(len(self.network)), batchnorm_places(objective.online).numpy())  # with --statistics local
         sys.addaudithook(self.note)
 
     def note(self, event: str, arguments: tuple) -> None:
@@ -347,6 +351,11 @@ def order(party: Party, fields: dict = ORDERED) -> RecordDict:
     return RecordDict({"config": ConfigRecord(fields), "model": ArrayRecord({"model": Array(party.network)})})
 
 
+def last(party: Party, fields: dict = LAST) -> RecordDict:
+    """The message after the last round."""
+    return RecordDict({"config": ConfigRecord(fields), "model": ArrayRecord({"model": Array(party.network[party.sent])})})
+
+
 def is_refused(party: Party, kind: str, content: RecordDict) -> None:
     """By an error that names nothing of the party's, without a change to any file, and without a look at any but its images."""
     before = party.everything()
@@ -378,6 +387,18 @@ def test_a_network_is_refused_by_the_party(party, data):
     content = order(party)
     content["model"] = data.draw(wrong_networks(len(party.network)))
     is_refused(party, MessageType.TRAIN, content)
+
+
+@many(400)
+@given(st.data())
+def test_a_last_model_is_refused_by_the_party(party, data):
+    """Also of a run whose parties do not keep their BatchNorm."""
+    right = RIGHT | {"last-round": whole_in(0, 2)}
+    wrong = changed(LAST, right) | paths.map(lambda run: LAST | {"run": run}) | options.map(lambda text: LAST | {"options": text})
+    contents = wrong.map(lambda fields: last(party, fields)) | wrong_records(dict(last(party)))
+    networks = wrong_networks(len(party.sent)).map(lambda network: RecordDict(dict(last(party)) | {"model": network}))
+    shared = st.just(order(party, ASKED | {"last-round": 0}))
+    is_refused(party, f"{MessageType.QUERY}.{FINAL}", data.draw(contents | networks | shared))
 
 
 def test_a_question_whether_a_node_is_alive_is_answered_whatever_it_holds(party):
