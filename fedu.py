@@ -69,7 +69,7 @@ def run_round(
     Stage 4, the model update, opens a client's next round: what a server averages here, its clients take when they start again. Changes
     servers and clients. Raises InputError if no upload is finite, or if any is not while `on_nonfinite` is `error`.
     """
-    clock, networks = time.perf_counter(), federation.networks
+    clock, networks, private = time.perf_counter(), federation.networks, federation.networks.private
     turns, dropped = draw_turns(federation.servers, options, round_)
     download_bytes = sum(num_bytes_sent(turn.server, networks, options, turn.server.state.get("shared")) for turn in turns)
     uploaded: list[Turn] = []
@@ -82,12 +82,13 @@ def run_round(
                 upload = model_upload(networks, options.aggregate, out=uploads.next_row())  # stage 2
                 if not (math.isfinite(loss) and upload.isfinite().all()):
                     continue  # the client keeps what it had, and the next upload takes this row
-                upload[networks.private] = server.model[networks.private]  # which the client has not sent
+                upload[private] = server.model[private]  # which the client has not sent
                 if options.dp_clip:
                     normal = repeatable_normal(options.seed, round_, turn.client.id)
                     privatise_(upload, server.model, networks, options, options.dp_clip, options.dp_noise or 0.0, normal)
-                whole = options.aggregate == "online" and not len(networks.private) and not options.dp_clip
-                uploads.add(turn.fraction, turn.received, None if whole else networks.online.vector)
+                whole = options.aggregate == "online" and not len(private) and not options.dp_clip
+                judged = turn.received.index_copy(0, private, server.model[private]) if len(private) else None
+                uploads.add(turn.fraction, turn.received, None if whole else networks.online.vector, judged)
                 turn.loss, turn.shared, turn.received = loss, shared, None  # which frees what it received
                 if kept := kept_parts(networks, options):
                     turn.row = bank.write(kept)

@@ -76,16 +76,18 @@ class Uploads:
             self.folded, self.waiting = True, []
         return self.matrix[self.filled]
 
-    def add(self, weight: float, received: Tensor, online: Tensor | None = None) -> None:
+    def add(self, weight: float, received: Tensor, online: Tensor | None = None, judged: Tensor | None = None) -> None:
         """Accept the upload in the next row.
 
         weight: n_k / n, where n counts the images of all clients that train for this server. received: the vector `[P]` that the client
-        began with. online: the vector whose drift is measured, if that is not the upload.
+        began with. online: the vector whose drift is measured, if that is not the upload. judged: then the vector from which the upload
+        itself has moved, if that is not `received`.
         """
+        start = received if judged is None else judged
         if self.received is None:
-            self.common = received
+            self.common = start
         else:
-            self.received[self.filled] = received
+            self.received[self.filled] = start
         self.waiting.append(len(self.weights))
         self.weights.append(weight)
         self.drifts.append(None if online is None else ops.layer_norms(online, received, self.segments[self.asked]))

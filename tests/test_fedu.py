@@ -306,6 +306,28 @@ def test_what_a_poisoned_client_uploads_reaches_nobody(npz, tiny, capsys, monkey
             rounds(poisoned=True, options=replace(options, on_nonfinite="error"))
 
 
+@pytest.mark.parametrize("method", ["fedu", "fedema"])
+def test_what_stays_with_a_client_does_not_count_as_moved(npz, tiny, monkeypatch, method):
+    """In round 1, when each client's BatchNorm is no longer the server's."""
+    options = Options(**parse([*tiny, "--method", method, "--clients", "3", "--statistics", "local"]).given)
+    federation = build(options, load_images(str(npz)))
+    (server,), private = federation.servers, federation.networks.private
+    uploads, moved = fedu.uploads_of(federation, options), []
+
+    def exclude(self: fedu.Uploads, distances: list[float]) -> None:
+        change = self.matrix - (self.common if self.received is None else self.received)
+        moved.append((distances, change.double().norm(dim=1).tolist(), change[:, private].abs().sum().item()))
+
+    monkeypatch.setattr(fedu.Uploads, "exclude", exclude)
+    bank = Bank(fedu.kept_parts(federation.networks, options))
+    for round_ in range(2):
+        fedu.run_round(options, federation, bank, uploads, round_)
+    assert not bank.read(server.clients[2].row)["private"].equal(server.model[private])
+    assert len(moved) == 2
+    for distances, expected, in_private in moved:
+        assert distances == pytest.approx(expected, rel=1e-4) and in_private == 0
+
+
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 
