@@ -1,4 +1,4 @@
-"""A party's side of FedU on Flower: it trains on its own images, and keeps its target encoder and its predictor on its own disk.
+"""A party's side of FedU on Flower: it trains on its own images, and keeps target encoder, predictor and local BatchNorm on its own disk.
 
 A SuperNode starts it for each message. Its `--node-config` says which client it is (`client`, from 0), where its images lie (`data`, a file
 PATH.npz or a folder; labels are not needed), and, if need be, the folder for what it keeps (`state`) and the `device`. What it sends is
@@ -116,10 +116,11 @@ def keep_encoder(message: Message, context: Context) -> Message:
         request, last_round, received = read_final(message)
     client, images = open_client(context, request)
     folder, options = client_folder(context, request), request.options
+    data = user_path(str(context.node_config["data"])).resolve()
+    own = {"dataset": str(data)} | ({"image_size": request.image_size} if data.is_dir() else {})
     with restored(client, images, received, options, last_round, folder) as (federation, bank):
         if client.row is None:
             raise ReportedError(f"it has no encoder, since what it kept after round {last_round} is lost, its BatchNorm with it")
-        own = {"dataset": str(user_path(str(context.node_config["data"])).resolve()), "image_size": request.image_size}
         write_config(folder, {"options": asdict(options) | own, "run": request.run})
         write_metrics(folder, [])
         save_encoders(folder, request.image_size, federation.encoders(bank))

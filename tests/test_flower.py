@@ -380,6 +380,21 @@ def test_an_upload_that_is_not_finite_is_refused_by_name(npz, grid, tmp_path, ca
         grid.serve(f"{FEDU} --dataset {npz} --on-nonfinite error --out stopped")
 
 
+def test_a_party_whose_own_batchnorm_is_not_finite_is_left_out(npz, grid, tmp_path, monkeypatch):
+    """Though what it would send is finite. It keeps what it had, as in the simulation."""
+    training = client_app.train_client
+
+    def spoil(options: Options, federation, progress, round_: int, client: int, *more) -> tuple:
+        result, networks = training(options, federation, progress, round_, client, *more), federation.networks
+        networks.online.vector[networks.private[: (round_, client) == (1, 1)]] = torch.inf
+        return result
+
+    monkeypatch.setattr(client_app, "train_client", spoil)
+    grid.serve(f"{FEDU} --statistics local --dataset {npz} --out run")
+    rows = read_metrics(tmp_path / "run")
+    assert [row["nonfinite"] for row in rows] == [[], [1], []] and rows[2]["decided_on"][1] == rows[0]["divergence"][1]
+
+
 @pytest.mark.parametrize(
     "shares, most, expected",
     [
@@ -986,7 +1001,7 @@ class Deployment:
         """As docs/flower.md says: again and again while the SuperLink takes a node that was killed for alive."""
         data = self.parts[min(k, 2)]
         node = f"flower-supernode --superlink {self.address} --root-certificates keys/ca.crt --auth-supernode-private-key keys/client-{k}"
-        node += f""" --port {free_port()} --node-config 'client={k} data="{data}" device="cpu"'"""
+        node += f""" --port {free_port()} --node-config 'client={k} data="{data}" state="state" device="cpu"'"""
         node = f"env PATH={PINNED}:$PATH {node}" if k == 2 else node  # one of them pins its app
         return self.start(f"node{k}", f"sh -c {shlex.quote(f'until {node}; do sleep 1; done')}" if k < 3 else node)
 
@@ -1062,13 +1077,14 @@ def test_a_node_with_an_unknown_key_is_refused(deployment):
 
 @pytest.mark.slow
 def test_a_node_that_is_killed_and_restarted_takes_part_again(npz, deployment, tmp_path):
-    """In the second round, which ends without it; what it keeps is then that of its first round."""
+    """In the second round, which ends without it; what it keeps is then that of its first round, its BatchNorm included."""
+    text = f"{FEDU} --statistics local"
     trainings = deployment.log("node1").count("Receiving: train")
-    run = deployment.run("killed", f"{FEDU} --dataset {npz}")
+    run = deployment.run("killed", f"{text} --dataset {npz}")
     wait_for(lambda: deployment.log("node1").count("Receiving: train") == trainings + 2)
     os.killpg(deployment.nodes[1].pid, signal.SIGKILL)
     deployment.nodes[1] = deployment.start_node(1)
     folder = deployment.finish("killed", run)
     assert "round 1: client 1 was left out: its node was lost" in deployment.log("killed")
     assert [row["clients"] for row in read_metrics(folder)] == [[0, 1, 2], [0, 2], [0, 1, 2]]
-    assert_same(folder, simulate(npz, tmp_path / "simulated", absent=(1, 1)), lost=True)
+    assert_same(folder, simulate(npz, tmp_path / "simulated", text, absent=(1, 1)), lost=True)
