@@ -69,9 +69,11 @@ def run_round(
     Stage 4, the model update, opens a client's next round: what a server averages here, its clients take when they start again. Changes
     servers and clients. Raises InputError if no upload is finite, or if any is not while `on_nonfinite` is `error`.
     """
-    clock, networks, private = time.perf_counter(), federation.networks, federation.networks.private
+    clock, networks = time.perf_counter(), federation.networks
+    unsent = (~sent_places(networks, options)).nonzero()[:, 0]
+    num_floats = len(networks.online.vector) - len(unsent)
     turns, dropped = draw_turns(federation.servers, options, round_)
-    download_bytes = sum(num_bytes_sent(turn.server, networks, options, turn.server.state.get("shared")) for turn in turns)
+    download_bytes = sum(num_bytes_sent(turn.server, num_floats, turn.server.state.get("shared")) for turn in turns)
     uploaded: list[Turn] = []
     with Progress(f"round {round_}", steps_per_rank(turns, options), announce) as progress:
         start = partial(start_turn, options, federation, bank, round_, len(turns))  # stage 4
@@ -82,12 +84,13 @@ def run_round(
                 upload = model_upload(networks, options.aggregate, out=uploads.next_row())  # stage 2
                 if not (math.isfinite(loss) and upload.isfinite().all()):
                     continue  # the client keeps what it had, and the next upload takes this row
-                upload[private] = server.model[private]  # which the client has not sent
+                upload[unsent] = server.model[unsent]
                 if options.dp_clip:
                     normal = repeatable_normal(options.seed, round_, turn.client.id)
                     privatise_(upload, server.model, networks, options, options.dp_clip, options.dp_noise or 0.0, normal)
-                whole = options.aggregate == "online" and not len(private) and not options.dp_clip
-                judged = turn.received.index_copy(0, private, server.model[private]) if len(private) else None
+                whole = options.aggregate == "online" and not len(networks.private) and not options.dp_clip
+                own = len(unsent) and turn.received is not server.model
+                judged = turn.received.index_copy(0, unsent, server.model[unsent]) if own else None
                 uploads.add(turn.fraction, turn.received, None if whole else networks.online.vector, judged)
                 turn.loss, turn.shared, turn.received = loss, shared, None  # which frees what it received
                 if kept := kept_parts(networks, options):
@@ -103,7 +106,7 @@ def run_round(
     nonfinite = sorted({turn.client.id for turn in turns} - {turn.client.id for turn in uploaded})
     refuse_nonfinite(round_, nonfinite, len(reported), options.on_nonfinite)
     row = describe_round(options, round_, reported, dropped, nonfinite, name_outliers(round_, uploaded, options.max_drift))
-    row |= {"upload_bytes": sum(num_bytes_sent(turn.server, networks, options, turn.shared) for turn in reported)}
+    row |= {"upload_bytes": sum(num_bytes_sent(turn.server, num_floats, turn.shared) for turn in reported)}
     return row | {"download_bytes": download_bytes, "seconds": round(time.perf_counter() - clock, 2)}
 
 
@@ -156,9 +159,8 @@ def aggregate(server: Server, accepted: list[Turn], uploads: Uploads, networks: 
     taken = [turn for turn in accepted if turn.taken]
     if taken:
         shared = [turn.shared for turn in sorted(taken, key=lambda turn: turn.client.id)]
-        model, private = rule_of(options)(server, uploads, networks, shared), server.model[networks.private]
-        server.model.copy_(model)
-        server.model[networks.private] = private  # without an average's rounding
+        sent = sent_places(networks, options)
+        server.model[sent] = rule_of(options)(server, uploads, networks, shared)[sent]
     for turn, norms in zip(accepted, uploads.close(), strict=True):
         if turn.taken:
             record_divergence(turn.client, norms, options)

@@ -25,14 +25,9 @@ def sent_places(networks: Objective, exchange: Exchange) -> Tensor:
     return sent
 
 
-def num_floats_sent(networks: Objective, exchange: Exchange) -> int:
-    """Floats sent each way per client, see `sent_places`."""
-    return int(sent_places(networks, exchange).sum())
-
-
-def num_bytes_sent(server: Server, networks: Objective, exchange: Exchange, shared: Tensor | None) -> int:
-    """Bytes sent one way for a client of this server: the networks, and what is shared besides them."""
-    size = num_floats_sent(networks, exchange) * server.model.itemsize + (0 if shared is None else shared.nbytes)
+def num_bytes_sent(server: Server, num_floats: int, shared: Tensor | None) -> int:
+    """Bytes sent one way for a client of this server: so many floats of the networks, and what is shared besides them."""
+    size = num_floats * server.model.itemsize + (0 if shared is None else shared.nbytes)
     return size if server.communicates else 0
 
 

@@ -396,7 +396,8 @@ def federate(x, y, groups, method, public=(), **options):
     if o.statistics == "local":
         batch_norm = {name for name, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         norms = [name for name in only(initial, *o.exchanged) if name.rpartition(".")[0] in batch_norm]
-    sent = sum(t.numel() * t.itemsize for name, t in only(initial, *exchanged).items() if name not in norms)
+    sent = {name: t for name, t in only(initial, *exchanged).items() if name not in norms}
+    unsent, sent = only(initial, *o.exchanged).keys() - sent, sum(t.numel() * t.itemsize for t in sent.values())
     for r in range(o.rounds):
         lr = o.lr * (1 + math.cos(math.pi * r / o.rounds)) / 2
         drawn = torch.randperm(len(clients), generator=generator(o.seed, "clients", r))[: o.clients_per_round].tolist()
@@ -421,7 +422,7 @@ def federate(x, y, groups, method, public=(), **options):
                 if loss is orchestra:
                     shared.append(local_centroids(net.newest, o))
                 upload = trained | (renamed(trained, "target", "encoder") if o.aggregate == "target" else {})
-                uploads.append(upload | {name: model[name] for name in norms})
+                uploads.append(upload | {name: model[name] for name in unsent})
                 reports.append((k, len(group[k]), mean_loss, d, whose, own_share, decided_on))
             n = sum(len(group[k]) for k in present)
             if uploads:
