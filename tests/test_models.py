@@ -83,7 +83,10 @@ def test_parameter_counts_with_resnet18():
 
 
 def test_the_narrow_resnet_has_a_quarter_of_the_channels_in_every_tensor():
-    whole, narrow = (build_backbone(name).state_dict() for name in ("resnet18", "resnet18-narrow"))
+    backbones = [build_backbone(name) for name in ("resnet18", "resnet18-narrow")]
+    forms = [[(m.kernel_size, m.stride, m.padding) for m in x.modules() if isinstance(m, torch.nn.Conv2d)] for x in backbones]
+    assert forms[0] == forms[1] and len(forms[0]) == 20
+    whole, narrow = (backbone.state_dict() for backbone in backbones)
     assert whole.keys() == narrow.keys()
     for name, tensor in narrow.items():
         sizes = tensor.shape[:2]
