@@ -37,7 +37,8 @@ from runtime.privacy import count_upload, epsilon, system_normal
 from runtime.run import load_checkpoint, save_checkpoint, write_config, write_metrics
 from training import train_client
 
-NODE_CONFIG = {"client", "data", "pixel-range", "skip-broken", "no-cache", "state", "device", "dp-clip", "dp-noise", "dp-delta"}
+NODE_CONFIG = {"client", "data", "pixel-range", "skip-broken", "no-cache", "state", "device", "statistics"}
+NODE_CONFIG |= {"dp-clip", "dp-noise", "dp-delta"}
 
 
 class Privacy(NamedTuple):
@@ -259,6 +260,8 @@ def open_client(context: Context, request: Request) -> tuple[Client, Tensor]:
         raise ReportedError(f"--node-config has the unknown key {min(unknown)}; it knows {', '.join(sorted(NODE_CONFIG))}")
     if type(node["client"]) is not int or not 0 <= node["client"] < options.clients:
         raise ReportedError(f"--node-config got client={node['client']}; the federation has the clients 0 to {options.clients - 1}")
+    if (own := node.get("statistics", options.statistics)) != options.statistics:
+        raise ReportedError(f"--node-config got statistics={own}, and the run has --statistics {options.statistics}")
     data, state = user_path(str(node["data"]), "--node-config data"), state_folder(context)
     try:
         images = load_unlabelled(

@@ -778,6 +778,7 @@ def test_what_a_client_has_to_mend_is_said_there_and_at_the_server_and_the_other
         "DATA is neither a file PATH.npz nor a folder with images": {"client": 2, "data": str(grey)},
         "--node-config has no client": {"data": str(parts[2])},
         "--node-config got client=3; the federation has the clients 0 to 2": {"client": 3, "data": str(parts[2])},
+        "--node-config got statistics=local, and the run has --statistics shared": good[1] | {"client": 2, "statistics": "local"},
         "client 0 is node 100": {"client": 0, "data": str(parts[2])},
     }
     grid = LocalGrid(tmp_path, *good, *wrong.values())
