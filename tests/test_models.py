@@ -3,8 +3,10 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import slow_fedu
 import torch
 import torchvision
 from conftest import KINDS, networks_of, ready
@@ -464,6 +466,12 @@ def test_clusters_of_equal_size():
     sums = torch.stack([z[:3].sum(0), z[3:].sum(0)])
     torch.testing.assert_close(found, sums / sums.norm(dim=1, keepdim=True))
     assert local_centroids(z[:1].expand(3, -1), 2).tolist() == 2 * [[1, 0]]  # of equal vectors, one cluster may be empty
+
+
+def test_local_centroids_are_assigned_five_times():
+    """As in the slow ones; vectors without clusters, so that the fifth assignment still moves them."""
+    z = torch.nn.functional.normalize(torch.randn(256, 4, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(local_centroids(z, 16), slow_fedu.local_centroids(z, SimpleNamespace(local_clusters=16)))
 
 
 def test_global_centroids_find_the_clusters():

@@ -50,6 +50,11 @@ def test_the_noise_has_its_deviation_in_every_number(source):
     assert abs((noise[:half] * noise[half : 2 * half]).mean().item()) < 0.002
 
 
+def test_no_draw_of_the_system_is_infinite(monkeypatch):
+    monkeypatch.setattr("os.urandom", bytes)  # all bits 0, whose logarithm Box and Muller would take
+    assert system_normal(9).isfinite().all()
+
+
 def test_the_system_never_draws_the_same_and_the_simulation_does_by_seed_round_and_client():
     assert not system_normal(9).equal(system_normal(9))
     keys = [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3)]

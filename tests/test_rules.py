@@ -96,6 +96,7 @@ def test_median_and_trimmed_mean_by_hand(monkeypatch):
     assert apply(median, [0, 0, 0], rows[:4], [1, 2, 3, 4]) == [3, 6.5, 1.5]
     assert apply(trimmed, [0, 0, 0], rows, [1, 1, 1, 1, 99]) == pytest.approx([7 / 3, 7, 2])
     assert apply(trimmed, [0, 0, 0], 2 * rows, [1] * 10) == pytest.approx([7 / 3, 7, 2])  # two of ten on either side
+    assert apply(trimmed, [0, 0, 0], [[k * k, k, 0] for k in range(9)], [1] * 9) == pytest.approx([20, 4, 0])  # and one of nine
 
 
 def test_fewer_than_three_uploads_cannot_be_trimmed(capsys):
