@@ -119,6 +119,7 @@ def test_an_outlier_by_hand():
     """Of norms 5, 10 and 15 the median is 10, which 15 exceeds by half; and it lies outside the segment that drift is measured on."""
     vectors = [[3.0, 4.0], [0.0, 10.0], [0.0, 15.0]]
     assert judged(vectors, 1.5).judge() == {}  # not further than the bound
+    assert judged(vectors, 1.499).judge().keys() == {2}
     uploads = judged(vectors, 1.25)
     assert uploads.judge() == {2: Outlier(1.5, False)} and uploads.rows().tolist() == vectors[:2]
     assert uploads.sum().tolist() == pytest.approx([1.5, 7]) and [drift.item() for drift in uploads.close()] == [3, 0, 0]
