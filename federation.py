@@ -61,6 +61,12 @@ class Server:
         """False if the server has a single client: then nothing is sent."""
         return len(self.clients) > 1
 
+    def take(self, model: Tensor, unsent: Tensor) -> None:
+        """Let this be the next model, except in the places that no client sends, which stay without an average's rounding."""
+        kept = self.model[unsent]
+        self.model.copy_(model)
+        self.model[unsent] = kept
+
 
 class Start(NamedTuple):
     """What a client starts a round with: the share of its own, 0 to 1, in each network; the rest is the server's.
@@ -198,6 +204,10 @@ def build_networks(options: Options, labels: Tensor, device: torch.device, image
     networks = find(row.objective)(Encoder(options.encoder, head, options.norm, image_size), device, **how)
     if options.statistics == "local":
         networks.private = batchnorm_places(networks.online)
+    networks.unsent = networks.private
+    if options.predictor == "local":  # nothing that begins with the predictor is sent
+        start, end = len(networks.parts["encoder"]), len(networks.online.vector)
+        networks.unsent = torch.cat([networks.private[networks.private < start], torch.arange(start, end, device=device)])
     networks.decorrelation = options.settings["decorrelation"]
     if options.init:
         initialise(networks.online.module.encoder, user_path(options.init))

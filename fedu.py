@@ -43,7 +43,7 @@ from methods import WANTED, Own, explained, find, of_run
 from models import Objective, batchnorm_places, save_encoders
 from report.figures import draw_run, optional, plot_partition
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
-from report.round import describe_round, name_outliers, num_bytes_sent, refuse_nonfinite, sent_places
+from report.round import describe_round, name_outliers, num_bytes_sent, refuse_nonfinite
 from report.runs import Run, load  # noqa: F401  # load is for notebooks
 from report.tables import mean
 from runtime import privacy, ranks
@@ -69,8 +69,7 @@ def run_round(
     Stage 4, the model update, opens a client's next round: what a server averages here, its clients take when they start again. Changes
     servers and clients. Raises InputError if no upload is finite, or if any is not while `on_nonfinite` is `error`.
     """
-    clock, networks = time.perf_counter(), federation.networks
-    unsent = (~sent_places(networks, options)).nonzero()[:, 0]
+    clock, networks, unsent = time.perf_counter(), federation.networks, federation.networks.unsent
     num_floats = len(networks.online.vector) - len(unsent)
     turns, dropped = draw_turns(federation.servers, options, round_)
     download_bytes = sum(num_bytes_sent(turn.server, num_floats, turn.server.state.get("shared")) for turn in turns)
@@ -87,7 +86,7 @@ def run_round(
                 upload[unsent] = server.model[unsent]
                 if options.dp_clip:
                     normal = repeatable_normal(options.seed, round_, turn.client.id)
-                    privatise_(upload, server.model, networks, options, options.dp_clip, options.dp_noise or 0.0, normal)
+                    privatise_(upload, server.model, networks, options.dp_clip, options.dp_noise or 0.0, normal)
                 whole = options.aggregate == "online" and not len(networks.private) and not options.dp_clip
                 own = len(unsent) and turn.received is not server.model
                 judged = turn.received.index_copy(0, unsent, server.model[unsent]) if own else None
@@ -125,15 +124,13 @@ def model_upload(networks: Objective, aggregate: str, out: Tensor | None = None)
     return torch.cat([encoder, networks.parts["predictor"]], out=out)
 
 
-def privatise_(
-    upload: Tensor, model: Tensor, networks: Objective, exchange: Exchange, clip: float, noise: float, normal: Callable[[int], Tensor]
-) -> None:  # fmt: skip
+def privatise_(upload: Tensor, model: Tensor, networks: Objective, clip: float, noise: float, normal: Callable[[int], Tensor]) -> None:
     """Clip and noise what a client uploads, `[P]`, in place (see `runtime.privacy.release`). model: what the server sent it, `[P]`.
 
     The change is that against the server's model, even where the client began with networks of its own, which nobody else knows. Noised
     variances below 0 become 0, because BatchNorm takes their square root. What the client does not send becomes the server's.
     """
-    sent = sent_places(networks, exchange)
+    sent = networks.sent
     made = privacy.release(upload[sent], model[sent], clip, noise, normal)
     upload.copy_(model)
     upload[sent] = made
@@ -159,8 +156,7 @@ def aggregate(server: Server, accepted: list[Turn], uploads: Uploads, networks: 
     taken = [turn for turn in accepted if turn.taken]
     if taken:
         shared = [turn.shared for turn in sorted(taken, key=lambda turn: turn.client.id)]
-        sent = sent_places(networks, options)
-        server.model[sent] = rule_of(options)(server, uploads, networks, shared)[sent]
+        server.take(rule_of(options)(server, uploads, networks, shared), networks.unsent)
     for turn, norms in zip(accepted, uploads.close(), strict=True):
         if turn.taken:
             record_divergence(turn.client, norms, options)

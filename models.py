@@ -335,8 +335,8 @@ class Objective:
     client's first round. `param_slices` says where in each part its parameters lie. `trainable` are the tensors that the optimizer sees,
     `ema_target` the target encoder's parameters, which follow `xi <- m xi + (1 - m) theta` after each step. `shared` `[N, d]` is what the
     clients shared through the server in the last round. `others` are all networks but the online one. `private` int64 `[M]` are the places
-    in the online vector that a client keeps for itself: BatchNorm's with `--statistics local`, else none. `decorrelation`: weight of
-    FedDecorr's term.
+    in the online vector that a client keeps for itself: BatchNorm's with `--statistics local`, else none. `unsent` int64 `[M]` are those
+    that no client sends: the private ones, and with `--predictor local` the predictor's. `decorrelation`: weight of FedDecorr's term.
 
     A step hands `batches` batches of the client's images to `terms`, each in an order of its own. `view(batch)` draws one more random view
     `[B, 3, S, S]` of the images of a batch `[B]`, to be called in `terms`. All tensors that `terms` uses must stay where they are: a CUDA
@@ -365,9 +365,14 @@ class Objective:
         self.trainable = [self.online.trainable]
         self.ema_target: Tensor | None = None
         self.shared = torch.empty(0, 0, device=device)
-        self.private = torch.empty(0, dtype=torch.int64, device=device)
+        self.private = self.unsent = torch.empty(0, dtype=torch.int64, device=device)
         # half as many operations, each twice as large; a ResNet's are large enough, and two passes hold half of its activations at a time
         self.one_pass = device.type == "cpu" and isinstance(encoder.backbone, Layers)
+
+    @property
+    def sent(self) -> Tensor:
+        """Which numbers of the online vector are sent, either way: bool `[P]`."""
+        return torch.ones_like(self.online.vector, dtype=torch.bool).index_fill_(0, self.unsent, False)
 
     # ---- what a method may override
 

@@ -29,7 +29,6 @@ from data import load_unlabelled
 from federation import Client, Federation, Turn, assemble
 from models import save_encoders
 from options import OPTIONS, Options
-from report.round import sent_places
 from runtime.bank import Bank
 from runtime.cli import InputError, command_line, locked, os_errors, user_path
 from runtime.device import choose_device, keep_memory
@@ -152,7 +151,7 @@ def take_turn(
 ) -> tuple[Turn, Tensor]:  # fmt: skip
     """A client's part in a round, as that of a federation with this one client, whose checkpoint lies in `folder`.
 
-    received: what the server sends of its model, see `sent_places`. last_round: the last one of which the server has this
+    received: what is sent of the server's model. last_round: the last one of which the server has this
     client's upload, -1 for none; what the client kept after a later one is not used. Returns its turn and its upload, which has the
     privacy that is asked for, while what the client keeps has neither bound nor noise.
     """
@@ -166,13 +165,13 @@ def take_turn(
         leaves = upload if finite else torch.full_like(upload, math.nan)  # also if only what is not sent is not finite
         if privacy:
             leaves = upload.clone()
-            fedu.privatise_(leaves, server.model, networks, options, privacy.clip, privacy.noise, system_normal)
+            fedu.privatise_(leaves, server.model, networks, privacy.clip, privacy.noise, system_normal)
         if finite:  # else it keeps what it had, and the server refuses the upload
             fedu.record_divergence(client, ops.layer_norms(networks.online.vector, turn.received, federation.segments), options)
             server.model.copy_(upload)  # with what the server does not send, such as a local predictor
             client.row, client.last_round = bank.write(fedu.kept_parts(networks, options)), round_
             save_checkpoint(folder, federation.checkpoint(round_ + 1, 0.0), bank)
-        return turn, leaves[sent_places(networks, options)]
+        return turn, leaves[networks.sent]
 
 
 @contextmanager
@@ -182,7 +181,7 @@ def restored(
     """A federation of this client as its checkpoint in `folder` has it, with what the server sent in its server's model, and its bank."""
     federation = assemble(options, [[client]], images, torch.empty(0))  # labels are looked at by no method that runs here
     (server,), networks = federation.servers, federation.networks
-    sent = sent_places(networks, options)
+    sent = networks.sent
     if len(received) != (count := int(sent.sum())):
         raise ReportedError(f"the server sent a network of {len(received)} numbers, that of --encoder {options.encoder} has {count} here")
     with os_errors(f"the state folder {folder} cannot be made"):

@@ -18,7 +18,7 @@ import fedu
 from federation import Federation, Turn, draw_turns, most_uploads, sample_clients
 from options import Options
 from report.progress import duration
-from report.round import describe_round, name_outliers, sent_places
+from report.round import describe_round, name_outliers
 from runtime.cli import InputError
 from runtime.uploads import Uploads
 
@@ -49,7 +49,7 @@ class FedU(FedAvg):
         self.server, self.clients = federation.servers[0], federation.clients
         sent = json.dumps({name: getattr(options, name) for name in SENT_OPTIONS})
         self.message_config = {"options": sent, "run": run, "image-size": federation.images.shape[-1]}
-        self.sent = sent_places(federation.networks, options)
+        self.sent = federation.networks.sent
         self.num_floats = int(self.sent.sum())
         most, nothing = most_uploads(federation.servers, options.clients_per_round), torch.empty(0, 2, dtype=torch.int64)
         judged = {"max_drift": options.max_drift, "shorten": options.on_outlier == "clip"}
@@ -105,7 +105,7 @@ class FedU(FedAvg):
             time.sleep(POLL)
 
     def global_model(self) -> ArrayRecord:
-        """What clients download, see `sent_places`."""
+        """What clients download: what is sent of the model."""
         return ArrayRecord({"model": Array(self.server.model[self.sent].cpu().numpy())})
 
     def roll_call(self, grid: Grid, drawn: set[int]) -> None:
@@ -256,7 +256,8 @@ class FedU(FedAvg):
             reasons = "; ".join(f"client {client}: {error}" for client, error in left_out.items())
             raise InputError(f"round {round_} cannot be made: {reasons or 'every upload moved too far'}")
         if reported:
-            server.model[self.sent] = fedu.rule_of(self.options)(server, self.uploads, self.federation.networks, [])[self.sent]
+            networks = self.federation.networks
+            server.take(fedu.rule_of(self.options)(server, self.uploads, networks, []), networks.unsent)
         else:
             print(f"round {round_} was skipped, and the model stays: no client's upload can be taken", file=sys.stderr, flush=True)
         self.uploads.close()

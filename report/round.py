@@ -6,23 +6,12 @@ import math
 import sys
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from federation import Server, Turn
-from models import Objective
-from options import Exchange, Options, row_of
+from options import Options, row_of
 from runtime.cli import InputError
 from training import cosine
-
-
-def sent_places(networks: Objective, exchange: Exchange) -> Tensor:
-    """Which numbers of `[P]` are sent, either way: bool `[P]`. Not what is private, nor the predictor, the last part, if it is local."""
-    sent = torch.ones_like(networks.online.vector, dtype=torch.bool)
-    sent[networks.private] = False
-    if exchange.predictor == "local":
-        sent[len(networks.parts["encoder"]) :] = False
-    return sent
 
 
 def num_bytes_sent(server: Server, num_floats: int, shared: Tensor | None) -> int:

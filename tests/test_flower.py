@@ -45,7 +45,6 @@ from federation import build_networks
 from models import load_encoders
 from options import Options, parse, parse_evaluation
 from report.figures import plot
-from report.round import sent_places
 from runtime.cli import InputError, command_line
 from runtime.privacy import epsilon
 from runtime.run import read_config, read_metrics, write_config
@@ -242,7 +241,7 @@ def test_nothing_private_leaves_a_client(npz, parts, grid, tmp_path, capfd, monk
         told = reply.content.pop("turn", {})
         assert set(told) <= {"loss", "divergence", "predictor", "own-share", "decided-on"}
         if model := reply.content.pop("model", {}):
-            assert list(model) == ["model"] and model["model"].numpy().shape == (int(sent_places(objective, options).sum()),)
+            assert list(model) == ["model"] and model["model"].numpy().shape == (int(objective.sent.sum()),)
             reply.content["model"] = model
         else:
             assert {name: set(record) for name, record in reply.content.items()} in ({}, {"client": {"id", "num-examples"}})

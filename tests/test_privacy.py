@@ -15,7 +15,6 @@ import fedu
 from federation import build_networks
 from models import batchnorm_places
 from options import Options, parse
-from report.round import sent_places
 from runtime.cli import InputError
 from runtime.privacy import count_upload, epsilon, read_ledger, release, system_normal
 
@@ -133,10 +132,10 @@ def test_nothing_leaves_unclipped(text, spoil):
     torch.manual_seed(0)
     upload = model + spoil * torch.randn(len(model))
     trained = upload.clone()
-    fedu.privatise_(upload, model, networks, options, 0.5, 0.0, None)
+    fedu.privatise_(upload, model, networks, 0.5, 0.0, None)
     change = (upload - model).double()
     assert change.norm().item() == pytest.approx(0.5 if math.isfinite(spoil) else 0, rel=1e-4)
-    assert int((change != 0).sum()) <= int(sent_places(networks, options).sum())
+    assert int((change != 0).sum()) <= int(networks.sent.sum())
     assert not change[networks.private].any()
     if text == "" and spoil == 1e4:
         places = batchnorm_places(networks.online, ("running_var",))
@@ -148,7 +147,7 @@ def test_noised_variances_are_not_negative():
     networks = build_networks(options, torch.arange(3), CPU)
     model, places = networks.online.vector.clone(), batchnorm_places(networks.online, ("running_var",))
     upload = model.clone()
-    fedu.privatise_(upload, model, networks, options, 1.0, 5.0, fedu.repeatable_normal(0, 0, 0))
+    fedu.privatise_(upload, model, networks, 1.0, 5.0, fedu.repeatable_normal(0, 0, 0))
     assert (upload[places] >= 0).all() and (upload[places] == 0).any()
     others = torch.ones(len(model), dtype=torch.bool)
     others[places] = False
