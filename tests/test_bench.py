@@ -102,7 +102,7 @@ def test_whole_runs_are_timed_idle_and_beside_a_busy_loop(monkeypatch, capsys, t
 
 def test_a_command_is_timed_to_its_end_or_to_what_it_prints(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert 0 < training.seconds_of("--help") < 60
+    assert 0 < training.seconds_of("--help", busy=True) < 60
     assert training.seconds_of(*tiny, "--out", "first", until="predictor taken") > 0
     assert not (tmp_path / "first" / "encoder.pt").exists()
     for options, until in (["--bad"], None), (["--help"], "not there"):

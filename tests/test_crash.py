@@ -6,6 +6,7 @@ import random
 import signal
 import time
 
+import pytest
 import torch
 from conftest import Forked
 
@@ -19,6 +20,7 @@ def contents(run) -> tuple[list[dict], list[torch.Tensor], list[dict]]:
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (encoder,) = torch.load(run / "encoder.pt", weights_only=True)["encoders"]
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert (run / "divergence.png").read_bytes().endswith(b"IEND\xaeB`\x82")
     tensors = [t for module in encoder.values() for t in module.values()]
     clients = checkpoint["values"]["clients"] | {"digests": [digest for _, digest in checkpoint["rows"]]}
     return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics], [*tensors, *checkpoint["tensors"]], clients
@@ -35,6 +37,7 @@ def equal(a, b) -> bool:
     return a == b
 
 
+@pytest.mark.draws
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tiny, tmp_path):
     def start(out: str) -> Forked:
         return Forked(["python", "fedu.py", *tiny, "--rounds", "6", "--out", out], cwd=tmp_path)
