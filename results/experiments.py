@@ -75,7 +75,8 @@ EXPERIMENTS["single-epochs-5"] = (f"{LONG} --local-epochs 5 --rounds 4 --method 
 # and with as many rounds as the runs of E = 1, so five times their epochs?
 for method in ("single", "fedu", "fedbyol", "fedema"):
     EXPERIMENTS[f"e5-{method}"] = (f"{LONG} --local-epochs 5 --method {method}", 2)
-EXPERIMENTS["e5-central"] = (f"{LONG} --local-epochs 5 --method central", 1)
+for method in ("central", "fedalignuniform", "fedx"):  # the last two are the best of those after FedU
+    EXPERIMENTS[f"e5-{method}"] = (f"{LONG} --local-epochs 5 --method {method}", 1)
 # does the lead depend on the encoder? What `epochs-5` and `single-epochs-5` are for `small`, in bf16, since it takes two thirds of the time
 narrow = f"{LONG} --encoder resnet18-narrow --precision bf16 --local-epochs 5 --rounds 4"
 for method in ("untrained", "single", "fedu", "fedema"):
