@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data import Images, client_indices, keyed_generator, require
-from methods import find
+from methods import find, refuse_networks
 from models import Encoder, Objective, Segment, batchnorm_places, initialise, layer_segments
 from options import Options, row_of
 from runtime.bank import Bank, Row
@@ -202,6 +202,7 @@ def build_networks(options: Options, labels: Tensor, device: torch.device, image
     how |= {"labels": labels} if row.uses_labels else {}
     head = (int(labels.max()) + 1,) if row.uses_labels else row.head
     networks = find(row.objective)(Encoder(options.encoder, head, options.norm, image_size), device, **how)
+    refuse_networks(networks, row, row.has_predictor and not options.no_predictor)
     if options.statistics == "local":
         networks.private = batchnorm_places(networks.online)
     networks.unsent = networks.private

@@ -26,7 +26,8 @@ if __name__ == "__main__":
 import math
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
@@ -39,7 +40,7 @@ import ops
 from data import Images, count_classes, digest_of, keyed_generator, lacks, load_dataset, refuse_other_data, save_partition
 from eval import knn
 from federation import Client, Federation, Server, Start, Turn, build, draw_turns, most_uploads
-from methods import WANTED, Own, explained, find, of_run
+from methods import WANTED, Own, described, explained, find, name_of, of_run, place
 from models import Objective, batchnorm_places, save_encoders
 from report.figures import draw_run, optional, plot_partition
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
@@ -156,16 +157,32 @@ def aggregate(server: Server, accepted: list[Turn], uploads: Uploads, networks: 
     taken = [turn for turn in accepted if turn.taken]
     if taken:
         shared = [turn.shared for turn in sorted(taken, key=lambda turn: turn.client.id)]
-        server.take(rule_of(options)(server, uploads, networks, shared), networks.unsent)
+        server.take(next_model(options, server, uploads, networks, shared), networks.unsent)
     for turn, norms in zip(accepted, uploads.close(), strict=True):
         if turn.taken:
             record_divergence(turn.client, norms, options)
 
 
-def rule_of(options: Options) -> Callable[[Server, Uploads, Objective, list[Tensor]], Tensor]:
-    """What the server makes of a round's uploads: the method's own rule, or that of `server_rule`."""
+def next_model(options: Options, server: Server, uploads: Uploads, networks: Objective, shared: list[Tensor]) -> Tensor:
+    """What the server makes of a round's uploads, `[P]`, by the method's own rule or that of `server_rule`.
+
+    Raises InputError if the rule, which may be the user's own, gives no model, or keeps what a checkpoint cannot store.
+    """
     name = row_of(options.method).rule or SERVER_RULES[options.server_rule]
-    return find(name) if name else fedavg
+    rule = find(name) if name else fedavg
+    model = rule(server, uploads, networks, shared)
+    wrong = ""
+    if not (isinstance(model, Tensor) and model.shape == server.model.shape):
+        wrong = f"gives {described(model)}, needs the next model, a tensor of shape {list(server.model.shape)}"
+    elif not model.isfinite().all():
+        wrong = "gives a model with numbers that are not finite"
+    for key, value in server.state.items():
+        if not isinstance(value, Tensor) or key == "model" or (key == "shared" and value.ndim != 2):
+            needed = "rows [N, d]" if key == "shared" else "a tensor, by another name than 'model'"
+            wrong = f"keeps {described(value)} as server.state[{key!r}], needs {needed}"
+    if wrong:
+        raise InputError(f"{place(rule)}: {name_of(rule)} {wrong}")
+    return model
 
 
 def fedavg(server: Server, uploads: Uploads, networks: Objective, shared: list[Tensor]) -> Tensor:
@@ -307,8 +324,15 @@ def stored_options(out: Path, given: dict[str, object]) -> Options:
 
 def simulate(options: Options, out: Path, resumed: bool, overwrite: bool = False) -> Run:
     """Load images and networks, then make the rounds. Wrong input is refused before the run folder is made."""
-    with explained(getattr(options.method, "file", "")), explained(getattr(options.views, "file", "")):
+    with own_files(options):
         return make_rounds(options, out, resumed, overwrite)
+
+
+@contextmanager
+def own_files(options: Options) -> Iterator[None]:
+    """Turn errors in the user's own files into InputErrors."""
+    with explained(getattr(options.method, "file", "")), explained(getattr(options.views, "file", "")):
+        yield
 
 
 def make_rounds(options: Options, out: Path, resumed: bool, overwrite: bool) -> Run:
@@ -329,7 +353,11 @@ def make_rounds(options: Options, out: Path, resumed: bool, overwrite: bool) -> 
             return Run(out, [])
         private = describe_privacy(options, federation.networks)
         prepare(federation, options)
-        serve = partial(ranks.serve, partial(train_client, options, federation, None), federation.networks)
+
+        def serve() -> None:
+            with own_files(options):  # a copy of this process begins here
+                ranks.serve(partial(train_client, options, federation, None), federation.networks)
+
         if RANK:
             serve()
             return Run(out, [])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from methods import Own, load, of_notebook
-from runtime.cli import InputError, Parser, command_line, nearest, number, user_path
+from runtime.cli import InputError, Parser, command_line, first_line, nearest, number, user_path
 
 # ------------------------------------------------------------------------------------------------ methods and recipes
 
@@ -503,11 +503,21 @@ def resolved_settings(method: str, given: Mapping[str, object]) -> dict[str, flo
         raise Ineffective(min(unknown), f"--set got {min(unknown)!r}; --method {method} has the settings {', '.join(known)}")
     values = {}
     for name, setting in known.items():
-        try:
-            values[name] = setting.type(str(given[name])) if name in given else setting.default
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"--set {name} {error}") from None
+        values[name] = value_of(name, setting, str(given[name])) if name in given else setting.default
     return values
+
+
+def value_of(name: str, setting: Setting, text: str) -> float:
+    """A setting's value. Raises InputError if its type, which may be the user's own function, refuses the text or gives no number."""
+    try:
+        value = setting.type(text)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"--set {name} {error}") from None
+    except Exception as error:
+        raise InputError(f"--set {name} got {text!r} ({first_line(error)})") from None
+    if not isinstance(value, int | float):
+        raise InputError(f"--set {name} got {text!r}, of which its type makes {value!r:.60} and no number")
+    return value
 
 
 def defaults(method: str) -> dict[str, object]:

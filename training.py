@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from data import random_views, seed_of
-from methods import place
+from methods import described, place
 from models import Objective
 from options import VIEWS, Options
-from runtime.cli import InputError
+from runtime.cli import InputError, first_line
 from runtime.device import GRAPHS_ON, StepGraph, release_memory
 
 if TYPE_CHECKING:
@@ -55,10 +55,12 @@ class Step:
         with self.in_bf16():  # around all terms, so that a weight is cast once for them
             for term in terms_of(self.networks, view1, view2, batch, self.generator):
                 loss = term()
-                if loss.shape or not loss.requires_grad:
-                    raise wrong_terms(self.networks, f"a term gives a tensor of shape {list(loss.shape)}")
+                if not isinstance(loss, Tensor) or loss.shape:
+                    raise wrong_terms(self.networks, f"a term gives {described(loss)}")
+                if not loss.requires_grad:
+                    raise wrong_terms(self.networks, "a term has no gradient")
                 with self.in_bf16(False):
-                    loss.backward()
+                    differentiate(self.networks, loss)
                 self.loss.add_(loss.detach())
         self.networks.update(self.lr, self.momentum, self.weight_decay, self.ema_decay)
 
@@ -83,6 +85,16 @@ def terms_of(networks: Objective, *batch: Tensor | torch.Generator | None) -> li
     if not (isinstance(terms, list) and all(map(callable, terms))):
         raise wrong_terms(networks, f"it returns {type(terms).__name__}")
     return terms
+
+
+def differentiate(networks: Objective, loss: Tensor) -> None:
+    """backward(). In a method of one's own its errors, such as that of a changed activation, are an InputError: they name no line."""
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if type(networks).__module__.startswith("methods."):
+            raise
+        raise wrong_terms(networks, f"the gradient of one cannot be computed ({first_line(error)})") from error
 
 
 def wrong_terms(networks: Objective, what: str) -> InputError:
@@ -142,6 +154,8 @@ def train_client(
     ema_decay = 0.0 if options.first_target == "shared" and first_round else options.ema_decay
     loss = local_training(step, batches, cosine(options.lr, round_, options.rounds), ema_decay, progress).item()
     shared = networks.take_shared()
+    if not isinstance(shared, Tensor) or shared.ndim != 2:
+        raise InputError(f"{place(type(networks).take_shared)}: take_shared gives {described(shared)}, needs rows [N, d]")
     release_memory()
     return loss, shared
 
@@ -168,8 +182,7 @@ def own_views(view: Callable, images: Tensor, generator: torch.Generator | None,
     views = [view(images, generator) for _ in range(count)]
     for made in views:
         if not isinstance(made, Tensor) or made.shape != images.shape or made.dtype != torch.float32 or made.device != images.device:
-            what = f"{list(made.shape)} of {made.dtype} on {made.device}" if isinstance(made, Tensor) else type(made).__name__
-            raise InputError(f"{place(view)}: view gives {what}, needs float32 {list(images.shape)} on {images.device}")
+            raise InputError(f"{place(view)}: view gives {described(made)}, needs float32 {list(images.shape)} on {images.device}")
     return views
 
 

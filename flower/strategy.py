@@ -257,7 +257,7 @@ class FedU(FedAvg):
             raise InputError(f"round {round_} cannot be made: {reasons or 'every upload moved too far'}")
         if reported:
             networks = self.federation.networks
-            server.take(fedu.rule_of(self.options)(server, self.uploads, networks, []), networks.unsent)
+            server.take(fedu.next_model(self.options, server, self.uploads, networks, []), networks.unsent)
         else:
             print(f"round {round_} was skipped, and the model stays: no client's upload can be taken", file=sys.stderr, flush=True)
         self.uploads.close()

@@ -11,7 +11,8 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.cli import InputError, first_line, os_errors
 
 if TYPE_CHECKING:
+    from models import Objective
     from options import Method
 
 WANTED = {"method": "METHOD", "views": "view"}  # the options whose value may be a file of the user's: what has to be in it
@@ -73,6 +75,7 @@ def loaded(file: str, name: str, option: str, source: bytes) -> Own:
         return checked(own)
     if not callable(own.content):
         raise InputError(f"{file} has no function view(images, generator), see docs/extending.md")
+    refuse_call(own.content, "images", "generator")
     return own
 
 
@@ -83,6 +86,8 @@ def of_notebook(content: Method | Callable) -> Own:
         row = checked(Own("", content, b"")).content
         pieces.append(repr(row._replace(objective="", rule="", settings={k: s[:2] for k, s in row.settings.items()})))
         content, parts = row, [row.objective, row.rule]
+    else:
+        refuse_call(content, "images", "generator")
     for part in parts:
         with suppress(OSError, TypeError):
             pieces.append(part if isinstance(part, str) else inspect.getsource(part))
@@ -92,41 +97,97 @@ def of_notebook(content: Method | Callable) -> Own:
 def checked(own: Own) -> Own:
     """The method, whose row says whether its objective takes `predictor` and `stop_gradient`. Raises InputError if the row is wrong."""
     from models import Objective  # only here, since it imports torch
-    from options import ABLATED, OPTIONS, Method, Setting, settings_of
+    from options import Method
 
-    row, where = own.content, own.file or "method"
+    row, where = own.content, f"{own.file or 'method'}: METHOD has"
     if not isinstance(row, Method):
         found = "no METHOD" if row is None else f"METHOD = {row!r:.60}"
-        raise InputError(f"{where} has {found}, needs METHOD = Method(...), see docs/extending.md")
+        raise InputError(f"{own.file or 'method'} has {found}, needs METHOD = Method(...), see docs/extending.md")
+    refuse_columns(row, where)
     for what, value in {"objective": row.objective, "rule": row.rule}.items():
         try:
             if not callable(value and find(value)) and (value or what == "objective"):
-                raise InputError(f"{where}: METHOD has {what}={value!r:.60}, needs a class or a function")
+                raise InputError(f"{where} {what}={value!r:.60}, needs a class or a function")
         except (ImportError, AttributeError):
-            raise InputError(f"{where}: METHOD has {what}={value!r}, which is not FILE:NAME of methods/") from None
+            raise InputError(f"{where} {what}={value!r}, which is not FILE:NAME of methods/") from None
     objective = find(row.objective)
     if not (isinstance(objective, type) and issubclass(objective, Objective)):
-        raise InputError(f"{where}: METHOD has objective={objective!r:.60}, needs a class derived from models.Objective")
+        raise InputError(f"{where} objective={objective!r:.60}, needs a class derived from models.Objective")
     if objective.terms is Objective.terms:
         raise InputError(f"{place(objective)}: {objective.__name__} has no terms(self, view1, view2, batch, generator)")
-    takes = inspect.signature(objective.__init__).parameters
+    if not (isinstance(objective.batches, int) and objective.batches > 0):
+        raise InputError(f"{place(objective)}: {objective.__name__} has batches = {objective.batches!r:.60}, needs a number of 1 or more")
+    refuse_call(objective, "encoder", "device", **dict.fromkeys([*row.settings, *["labels"] * row.uses_labels]))
+    for hook in ("terms", "begin", "take_shared", "update", "prepare"):
+        _, *arguments = inspect.signature(getattr(Objective, hook)).parameters
+        refuse_call(getattr(object.__new__(objective), hook), *arguments)
+    if row.rule:
+        refuse_call(find(row.rule), "server", "uploads", "networks", "shared")
+    takes = inspect.signature(objective).parameters
+    own.content = row._replace(ablations={"predictor", "stop_gradient"} <= takes.keys())
+    return own
+
+
+def refuse_columns(row: Method, where: str) -> None:
+    """Raises InputError for a column of the wrong type or out of its range. where: how the sentence begins."""
+    from options import ABLATED, OPTIONS, VIEWS, Setting, settings_of
+
+    kinds = {bool: (bool, "True or False"), float: (int | float, "a number"), tuple: (tuple, "a tuple"), dict: (Mapping, "a dict")}
+    for name, default in row._field_defaults.items():
+        kind, words = kinds.get(type(default), (object, ""))
+        if not isinstance(value := getattr(row, name), kind):
+            raise InputError(f"{where} {name}={value!r:.60}, needs {words}")
     for name, setting in row.settings.items():
-        if not isinstance(setting, Setting):
-            raise InputError(f"{where}: METHOD has the setting {name}={setting!r:.60}, needs Setting(DEFAULT, HELP, TYPE)")
+        if not (isinstance(setting, Setting) and isinstance(setting.default, int | float) and callable(setting.type)):
+            raise InputError(f"{where} the setting {name}={setting!r:.60}, needs Setting(DEFAULT, HELP, TYPE), whose default is a number")
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise InputError(f"{where} a setting {name!r:.60}, needs a name that the constructor can take")
         if name in OPTIONS or name in settings_of("fedu"):
-            raise InputError(f"{where}: METHOD has a setting {name}, which is the name of an option or of every method's setting")
-    for name in (*row.settings, *["labels"] * row.uses_labels):
-        if name not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-            raise InputError(f"{place(objective)}: {objective.__name__} does not take {name}, which METHOD gives it")
+            raise InputError(f"{where} a setting {name}, which is the name of an option or of every method's setting")
     columns = {name: OPTIONS[name].metadata["choices"] for name in ABLATED} | {"servers": ("one", "each", "pooled")}
     for name, choices in columns.items():
         if getattr(row, name) not in choices:
-            raise InputError(f"{where}: METHOD has {name}={getattr(row, name)!r:.60}, needs one of {', '.join(choices)}")
+            raise InputError(f"{where} {name}={getattr(row, name)!r:.60}, needs one of {', '.join(choices)}")
     for layer in row.head:
         if layer not in ("relu", "standardise") and not (isinstance(layer, int) and layer >= 0):
-            raise InputError(f"{where}: METHOD has {layer!r:.60} in head, needs widths, 'relu' and 'standardise'")
-    own.content = row._replace(ablations={"predictor", "stop_gradient"} <= takes.keys())
-    return own
+            raise InputError(f"{where} {layer!r:.60} in head, needs widths, 'relu' and 'standardise'")
+    if not 0 <= row.public < 1:
+        raise InputError(f"{where} public={row.public}, needs a fraction from 0 to below 1")
+    try:
+        VIEWS["jitter"].type(str(row.jitter))
+    except ArgumentTypeError as error:
+        raise InputError(f"{where} a wrong jitter: {error}") from None
+
+
+def refuse_call(function: Callable, *given: str, **named: object) -> None:
+    """Raises InputError if a function of the user's does not take these arguments."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some compiled functions do not say what they take
+        return
+    try:
+        signature.bind(*given, **named)
+    except TypeError as error:
+        call = f"{name_of(function)}({', '.join([*given, *named])})"
+        raise InputError(f"{place(function)}: {name_of(function)}{signature} is called as {call}: {error}") from None
+
+
+def refuse_networks(networks: Objective, row: Method, has_predictor: bool) -> None:
+    """Raises InputError if an objective lacks what its row promises, or what a client takes in its first round."""
+    wrong = ""
+    if not hasattr(networks, "parts"):
+        wrong = "does not call super().__init__(encoder, device)"
+    elif has_predictor and not len(networks.parts["predictor"]):
+        wrong = "has no predictor, and METHOD does not say has_predictor=False"
+    elif row.has_target and "target" not in networks.parts:
+        wrong = "has no part 'target', and METHOD does not say has_target=False"
+    else:
+        for name in sorted({*networks.parts, *networks.initial} - {"encoder", "predictor"}):
+            shapes = [list(of[name].shape) if name in of else "none" for of in (networks.parts, networks.initial)]
+            if shapes[0] != shapes[1]:
+                wrong = f"needs parts[{name!r}] and initial[{name!r}] of one shape, has {shapes[0]} and {shapes[1]}"
+    if wrong:
+        raise InputError(f"{place(type(networks))}: {type(networks).__name__} {wrong}")
 
 
 def of_run(run: Path, config: dict, given: dict[str, Any]) -> dict[str, Own]:
@@ -160,7 +221,19 @@ def place(thing: Any) -> str:
     """Where a class or function begins, as `FILE, line N`; its name if that is not known."""
     with suppress(OSError, TypeError):
         return f"{inspect.getsourcefile(thing)}, line {inspect.getsourcelines(thing)[1]}"
-    return thing.__qualname__
+    return name_of(thing)
+
+
+def described(value: Any) -> str:
+    """What a user's function gives: of a tensor its shape, type and device, else its type."""
+    from torch import Tensor  # only here, as above
+
+    return f"{list(value.shape)} of {value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def name_of(thing: Any) -> str:
+    """The name of a class or function; of another callable, its class's."""
+    return getattr(thing, "__name__", type(thing).__name__)
 
 
 @contextmanager
@@ -171,8 +244,8 @@ def explained(file: str) -> Iterator[None]:
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, SyntaxError) and error.filename == file:
-            raise InputError(f"{file}, line {error.lineno}: {error.msg}") from error
+        if file and isinstance(error, SyntaxError) and error.filename in (file, None):  # None, and no line, if it is no text
+            raise InputError(f"{file}{f', line {error.lineno}' if error.lineno else ''}: {error.msg}") from error
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         if not (file and lines):
             raise

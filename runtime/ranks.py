@@ -31,6 +31,10 @@ STOP = -1
 Turn = TypeVar("Turn")
 
 
+class Ended(InputError):
+    """Another rank has ended."""
+
+
 class Trainable(Protocol):
     """What the ranks train: `tensors()` are of fixed shape and changed in place; `shared` is one more of any shape `[N, d]`."""
 
@@ -87,12 +91,12 @@ def forked(processes: int, work: Callable[[], None]) -> Iterator[None]:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no other machine takes part, whatever address this one's name stands for
     fork, copies = multiprocessing.get_context("fork"), []
     with tempfile.TemporaryDirectory() as folder:
-        meet = Path(folder, "ranks")
+        meet, mistake = Path(folder, "ranks"), Path(folder, "mistake")
         try:
             former = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             try:
                 for rank in range(1, processes):
-                    process = fork.Process(target=copy, args=(rank, processes, meet, work), daemon=True)
+                    process = fork.Process(target=copy, args=(rank, processes, meet, mistake, work), daemon=True)
                     process.start()
                     copies.append(process)
             finally:
@@ -101,7 +105,12 @@ def forked(processes: int, work: Callable[[], None]) -> Iterator[None]:
                 join(0, processes, meet)
             except RuntimeError as error:
                 raise InputError(f"the processes of this run do not reach each other, use --processes 1 ({first_line(error)})") from None
-            yield
+            try:
+                yield
+            except Ended:
+                if mistake.exists():
+                    raise InputError(mistake.read_text()) from None
+                raise
         finally:
             for process in copies:
                 process.kill()
@@ -116,8 +125,8 @@ def join(rank: int, processes: int, meet: Path) -> None:
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=TIMEOUT)
 
 
-def copy(rank: int, processes: int, meet: Path, work: Callable[[], None]) -> NoReturn:
-    """What a forked process does, until it is killed or the first process is gone.
+def copy(rank: int, processes: int, meet: Path, mistake: Path, work: Callable[[], None]) -> NoReturn:
+    """What a forked process does, until it is killed or the first process is gone. mistake: the file for an InputError's sentence.
 
     It works in a new thread: the main one believes in OpenMP's threads of the first process, which do not exist here.
     """
@@ -127,8 +136,10 @@ def copy(rank: int, processes: int, meet: Path, work: Callable[[], None]) -> NoR
             torch.set_num_threads(threads)
             join(rank, processes, meet)
             work()
-        except InputError:  # the first process has ended
+        except Ended:  # the first process
             pass
+        except InputError as error:
+            mistake.write_text(str(error))
         except Exception as error:
             print(f"rank {rank}: {first_line(error)}", file=sys.stderr, flush=True)
         os._exit(1)
@@ -183,13 +194,13 @@ def serve(train: Callable[..., tuple[float, Tensor]], networks: Trainable) -> No
 
 
 def transfer(send_or_receive: Callable[[Tensor, int], object], tensors: list[Tensor], rank: int) -> None:
-    """Send tensors to a rank, or receive them from it; an empty one does not travel. Raises InputError if the rank has ended."""
+    """Send tensors to a rank, or receive them from it; an empty one does not travel. Raises Ended if the rank has."""
     try:
         for tensor in tensors:
             if tensor.numel():
                 send_or_receive(tensor, rank)
     except RuntimeError as error:  # its connection is closed
-        raise InputError(
+        raise Ended(
             f"rank {rank} has ended: --resume continues after the last full round; if memory ran out, "
             f"fewer --processes need less ({first_line(error)})"
         ) from None

@@ -100,6 +100,8 @@ def test_views_of_ones_own(own, tiny, refuses, monkeypatch):
     (own / "bad.py").write_text("def view(images, generator):\n    return images\n")
     words = ["bad.py, line 1: view gives [8, 3, 16, 16] of torch.uint8 on cpu, needs float32"]
     assert refuses(partial(run, own / "bad", *tiny, "--views", "bad.py"), *words)
+    (own / "one.py").write_text("def view(images):\n    return images\n")
+    assert refuses(lambda: parse(["--views", "one.py"]), "one.py, line 1: view(images) is called as view(images, generator)")
     (own / "none.py").write_text("def views(): pass")
     assert refuses(lambda: parse(["--views", "none.py"]), "none.py has no function view(images, generator)")
     for text in ("jitter=0.5", "crop_scale=0.5", "greyscale=0"):
@@ -175,11 +177,13 @@ def changed(old: str, new: str) -> str:
         ("x = 1\nMETHOD = (", ["broken.py, line 2: '(' was never closed"]),
         ("\n\nimport nothing_of_this_name", ["broken.py, line 3: ModuleNotFoundError: No module named 'nothing_of_this_name'"]),
         ("import sys\nsys.exit(3)", ["broken.py, line 2: SystemExit"]),
-        (changed("has_target=False,", "has_target=False, uses_labels=True,"), ["BarlowTwins does not take labels"]),
+        (changed("has_target=False,", "has_target=False, uses_labels=True,"),
+         ["BarlowTwins(encoder, device, redundancy=0.005) is called as BarlowTwins(encoder, device, redundancy, labels)"]),
         (changed("has_target=False,", "has_target=False, bogus=1,"), [f"broken.py, line {LINE['METHOD']}: TypeError: ", "'bogus'"]),
         (changed("(Objective)", ""), ["broken.py: METHOD has objective=", "needs a class derived from models.Objective"]),
         (changed("def terms", "def term"), [f"broken.py, line {LINE['class']}: BarlowTwins has no terms(self, view1"]),
-        (changed("device, redundancy=0.005", "device"), [f"broken.py, line {LINE['class']}: BarlowTwins does not take redundancy"]),
+        (changed("device, redundancy=0.005", "device"),
+         [f"broken.py, line {LINE['class']}: BarlowTwins(encoder, device) is called as BarlowTwins(encoder, device, redundancy): "]),
         (changed('Setting(0.005, "weight of correlations between different features", number(float, 0))', "5"),
          ["broken.py: METHOD has the setting redundancy=5, needs Setting"]),
         (changed('SETTINGS = {"redundancy"', 'SETTINGS = {"lr"'), ["broken.py: METHOD has a setting lr, which is the name of an option"]),
@@ -187,6 +191,24 @@ def changed(old: str, new: str) -> str:
         (changed("has_target=False,", "has_target=False, head=('tanh',),"), ["METHOD has 'tanh' in head, needs widths"]),
         (changed("has_target=False,", "has_target=False, rule='ldawa',"), ["METHOD has rule='ldawa', which is not FILE:NAME of methods/"]),
         (changed("has_target=False,", "has_target=False, rule=5,"), ["METHOD has rule=5, needs a class or a function"]),
+        ("METHOD = 1\0", ["broken.py: source code string cannot contain null bytes"]),
+        (changed("has_target=False,", "has_target='no',"), ["METHOD has has_target='no', needs True or False"]),
+        (changed("has_target=False,", "has_target=False, head=128,"), ["METHOD has head=128, needs a tuple"]),
+        (changed("has_target=False,", "has_target=False, public=2,"), ["METHOD has public=2, needs a fraction from 0 to below 1"]),
+        (changed("has_target=False,", "has_target=False, jitter=2,"), ["METHOD has a wrong jitter: got '2', needs a number of at least 0"]),
+        (changed("settings=SETTINGS", "settings=[]"), ["METHOD has settings=[], needs a dict"]),
+        (changed('SETTINGS = {"redundancy"', "SETTINGS = {3"), ["METHOD has a setting 3, needs a name"]),
+        (changed("Setting(0.005,", "Setting('0.005',"), ["METHOD has the setting redundancy=", "whose default is a number"]),
+        (changed("def __init__", "batches = 0\n\n    def __init__"), ["BarlowTwins has batches = 0, needs a number of 1 or more"]),
+        (changed("batch, generator):", "batch):"),
+         [f"broken.py, line {LINE['def terms']}: terms(view1, view2, batch) is called as terms(view1, view2, batch, generator): too many"]),
+        (changed("def loss", "def begin(self):\n        pass\n\n    def loss"),
+         ["begin() is called as begin(client_id, num_clients): too many"]),
+        (changed("def loss", "def update(self, lr):\n        pass\n\n    def loss"), ["update(lr) is called as update(lr, momentum, "]),
+        (changed("def loss", "def prepare(self):\n        pass\n\n    def loss"), ["prepare() is called as prepare(public, train)"]),
+        (changed("def loss", "def take_shared(self, n):\n        pass\n\n    def loss"), ["take_shared(n) is called as take_shared()"]),
+        (changed("has_target=False,", "has_target=False, rule=lambda server, uploads: 0,"),
+         [f"broken.py, line {LINE['METHOD']}: <lambda>(server, uploads) is called as <lambda>(server, uploads, networks, shared)"]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_file_is_one_sentence(own, tiny, refuses, content, words):
@@ -209,18 +231,67 @@ def test_an_ablation_that_the_class_does_not_take_is_refused(own, refuses):
     [
         (changed(" / len(same)", ""), []),
         (changed("return ((1 - same).square().sum()", "return ((1 - same).square()"),
-         [f"broken.py, line {LINE['def terms']}: BarlowTwins.terms needs", "gives a tensor of shape [256]"]),
-        (changed("return ((1", "return 0 * z1.sum().detach() if same is not None else ((1"), [f"line {LINE['def terms']}", "of shape []"]),
+         [f"broken.py, line {LINE['def terms']}: BarlowTwins.terms needs", "a term gives [256] of torch.float32 on cpu"]),
+        (changed("return ((1", "return 0 * z1.sum().detach() if same is not None else ((1"),
+         [f"line {LINE['def terms']}", "a term has no gradient"]),
         (changed("return [partial(self.loss, view1, view2)]", "return self.loss(view1, view2)"),
          [f"broken.py, line {LINE['def terms']}", "returns Tensor"]),
         (changed("z1.T @ z2", "z1 @ z2"), [f"broken.py, line {LINE['z1, z2'] + 1}: RuntimeError: "]),
         (changed("super().__init__(encoder, device)", "super().__init__(encoder, device, 'no')"), ["broken.py, line ", "Error: "]),
+        (changed("return [partial", "return [lambda: 0.0, partial"), [f"broken.py, line {LINE['def terms']}", "a term gives float"]),
+        (changed("(correlation.square().sum() -", "(z1.exp_().sum() + correlation.square().sum() -"),
+         [f"broken.py, line {LINE['def terms']}: BarlowTwins.terms needs", "the gradient of one cannot be computed (RuntimeError: "]),
+        (changed("super().__init__(encoder, device)", "self.encoder = encoder"), ["BarlowTwins does not call super().__init__"]),
+        (changed("has_predictor=False,", ""), ["BarlowTwins has no predictor, and METHOD does not say has_predictor=False"]),
+        (changed(" has_target=False,", ""), ["BarlowTwins has no part 'target', and METHOD does not say has_target=False"]),
+        (changed("self.redundancy = r", "self.initial['queue'] = encoder.projector[0].bias\n        self.redundancy = r"),
+         [f"broken.py, line {LINE['class']}: BarlowTwins needs parts['queue'] and initial['queue'] of one shape, has none and [512]"]),
+        (changed("def loss", "def take_shared(self):\n        pass\n\n    def loss"),
+         [f"broken.py, line {LINE['def loss']}: take_shared gives NoneType, needs rows [N, d]"]),
+        (changed("def loss", "def begin(self, client_id, num_clients):\n        (0, 0)[client_id + 1]\n\n    def loss"),
+         [f"broken.py, line {LINE['def loss'] + 1}: IndexError: "]),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_in_training_is_one_sentence(own, tiny, refuses, content, words):
     (own / "broken.py").write_text(content)
     start = partial(run, own / "run", *tiny, "--method", "./broken.py", "--rounds", "1")
     assert refuses(start, *words) if words else start()
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("return None", "gives NoneType, needs the next model, a tensor of shape ["),
+        ("return uploads.sum()[1:]", "gives [297583] of torch.float32 on cpu, needs the next model, a tensor of shape [297584]"),
+        ("return uploads.sum() / 0", "gives a model with numbers that are not finite"),
+        ("server.state['rounds'] = 1; return uploads.sum()", "keeps int as server.state['rounds'], needs a tensor, by another name"),
+        ("server.state['model'] = server.model; return uploads.sum()", "as server.state['model'], needs a tensor, by another name"),
+        ("server.state['shared'] = server.model; return uploads.sum()", "as server.state['shared'], needs rows [N, d]"),
+    ],
+)
+def test_what_a_rule_gives_wrong_is_one_sentence(own, tiny, refuses, line, words):
+    """Before a checkpoint has it: a state by the name of the model would take its place there."""
+    (own / "broken.py").write_text(
+        f"from options import Method\n\n\ndef rule(server, uploads, networks, shared):\n    {line}\n\n\n"
+        'METHOD = Method("barlow:BarlowTwins", has_predictor=False, has_target=False, rule=rule)\n'
+    )
+    assert refuses(partial(run, own / "run", *tiny, "--encoder", "tiny", "--method", "broken.py"), "broken.py, line 4: rule ", words)
+
+
+@pytest.mark.parametrize("kind, text, words", [("int", "2.5", "(ValueError: "), ("str", "2", "of which its type makes '2' and no number")])
+def test_what_a_setting_does_not_take(own, refuses, kind, text, words):
+    (own / "broken.py").write_text(changed("number(float, 0)", kind))
+    line = ["--method", "broken.py", "--set", f"redundancy={text}"]
+    assert refuses(lambda: parse(line), f"--set redundancy got '{text}'", words)
+
+
+def test_a_mistake_in_a_copy_of_the_process_is_the_same_sentence(own, tiny, command):
+    """In the client that the second of two processes trains."""
+    (own / "broken.py").write_text(
+        changed("def loss", "def begin(self, client_id, num_clients):\n        assert client_id != 1, 'no'\n\n    def loss")
+    )
+    done = command("fedu.py", *tiny, "--method", "broken.py", "--processes", "2", cwd=own)
+    assert refused(done, f"error: broken.py, line {LINE['def loss'] + 1}: AssertionError: no")
 
 
 class Notebook(BarlowTwins):
