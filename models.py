@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -524,6 +525,8 @@ def load_encoders(run: Path) -> list[Encoder]:
     """
     path = run / "encoder.pt"
     if not path.exists():
+        if not (run / "config.json").exists():
+            raise InputError(f"{run} is not a run folder: it has no encoder.pt")
         reasons = f"the run is not finished (--resume {run} continues it), its weights were not kept, or its parties have the encoders"
         raise InputError(f"{run} has no encoder.pt: {reasons}")
     try:
@@ -548,7 +551,7 @@ def initialise(encoder: Encoder, path: Path) -> None:
     """Give an encoder the weights of a trained one: of the run in a folder or of its encoder.pt, with its projector if that has the same
     form; of a file that `eval.py --export` wrote; or of a file of torchvision's or timm's with a state_dict (see `copy_weights`).
 
-    Raises InputError if there is none, or several, or one of another form.
+    Raises InputError if there is none, or several, or one of another form or with numbers that are not finite.
     """
     about: dict[str, str] = {}
     if path.is_dir() or path.name == "encoder.pt" or not path.suffix:
@@ -564,7 +567,8 @@ def initialise(encoder: Encoder, path: Path) -> None:
     elif about.get("encoder"):
         name, norm, parts = about["encoder"], about.get("norm", "batch"), {"backbone": backbone_in(weights, about, path)}
     else:
-        return copy_weights(encoder, weights, path)
+        copy_weights(encoder, weights, path)
+        name, norm, parts = encoder.name, encoder.norm, {}
     if name != encoder.name:
         raise InputError(f"--init {path} holds the encoder {name}, and --encoder is {encoder.name}")
     if norm != encoder.norm:
@@ -574,6 +578,8 @@ def initialise(encoder: Encoder, path: Path) -> None:
         for key, tensor in module.state_dict().items():
             if key in own:  # BatchNorm's batch counters are not kept
                 own[key].copy_(tensor)
+    if not all(tensor.isfinite().all() for tensor in encoder.state_dict().values()):
+        raise InputError(f"--init {path} holds numbers that are not finite")
 
 
 def copy_weights(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> None:
@@ -612,8 +618,12 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"--init {path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a damaged file makes torch raise errors of many types
-        raise InputError(f"--init {path} is neither a run folder nor a readable file of weights ({first_line(error)})") from None
+        more = isinstance(error, UnpicklingError)
+        reason = "it is another file, or holds more than tensors, as a whole model does" if more else first_line(error)
+        raise InputError(f"--init {path} needs to be a run folder or what torch.save(model.state_dict(), FILE) wrote ({reason})") from None
     content = next((content[key] for key in ("state_dict", "model") if isinstance(content, dict) and key in content), content)
     if not isinstance(content, dict) or not content or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise InputError(f"--init {path} holds no state_dict, which is a dict of tensors by their names")

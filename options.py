@@ -165,6 +165,12 @@ def process_count(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{error}, or auto") from None
 
 
+def path_text(text: str) -> str:
+    """An argparse type: a path as it was typed, which a run stores so."""
+    user_path(text)
+    return text
+
+
 def partition_kind(text: str) -> str:
     """An argparse type: a way to partition the images, or a file that says it."""
     if text not in PARTITIONS and not text.endswith((".json", ".csv")):
@@ -191,7 +197,9 @@ def method_name(text: str) -> str:
 class Data:
     """The images, and their partition over the clients."""
 
-    dataset: str = option("fashion", "fashion (embedded), cifar10, cifar100, a file PATH.npz or a folder of images, see docs/data.md")
+    dataset: str = option(
+        "fashion", "fashion (embedded), cifar10, cifar100, a file PATH.npz or a folder of images, see docs/data.md", type=path_text,
+    )  # fmt: skip
     data_root: str = option("~/.cache/fedu", "folder with CIFAR: NAME.npz, or torchvision's archive, downloaded if need be", host=True)
     image_size: int = option(32, "side in pixels to which a folder's images are resized and cropped", type=number(int, 8))
     pixel_range: str | None = option(
@@ -199,7 +207,7 @@ class Data:
         shown="0,65535 if whole numbers use its upper half, else the set's lowest and highest",
     )  # fmt: skip
     skip_broken: bool = option(False, "leave out a folder's images that cannot be read")
-    labels: str | None = option(None, "a CSV of a folder's images with the columns file,label and perhaps party and split")
+    labels: str | None = option(None, "a CSV of a folder's images with the columns file,label and perhaps party and split", type=path_text)
     no_cache: bool = option(False, "decode a folder's images into memory, not once into a file under --data-root", host=True)
     holdout: float = option(
         0.0, "fraction of the labelled training images, the same of each class, that become test images where there are none",
@@ -211,7 +219,9 @@ class Data:
         "parties: the array client_train or the column party says it; FILE.json: a list of indices for each client; FILE.csv: file,party",
         type=partition_kind,
     )  # fmt: skip
-    save_partition: str | None = option(None, "write each client's images to this file, for --partition FILE.json", host=True)
+    save_partition: str | None = option(
+        None, "write each client's images to this file, for --partition FILE.json", type=path_text, host=True
+    )  # fmt: skip
     dry_run: bool = option(False, "print each client's number of images, draw them in partition.png, and do not train", host=True)
     classes_per_client: int | None = option(None, "classes of each client, for --partition classes", type=COUNT, shown="1/K of the classes")
     alpha: float = option(0.5, "concentration of both Dirichlet partitions; smaller: clients differ more", type=number(float, 1e-3, 1e6))
@@ -296,7 +306,7 @@ class Training:
     )  # fmt: skip
     init: str | None = option(
         None, "begin with the trained encoder of this run, or the backbone's weights in FILE.safetensors or FILE.pth, also ImageNet's of "
-        "torchvision or timm", shown="random weights",
+        "torchvision or timm", type=path_text, shown="random weights",
     )  # fmt: skip
     views: str | None = option(
         None, "draw views by the function view(images, generator) in this file PATH.py, see docs/extending.md",
@@ -679,8 +689,8 @@ def evaluation_parser(description: str | None = None) -> Parser:
         help="what represents an image; pixels: no encoder  [backbone]")  # fmt: skip
     how.add_argument("--head", choices=("linear", "mlp"), help="for --semi; mlp: Linear-BN-ReLU-Linear of hidden width 4096  [linear]")
     how.add_argument("--epochs", type=number(int, 1), help="of --linear and --semi  [200 and 100]")
-    how.add_argument("--dataset", metavar="DATASET", help="where the data set lies now that the run was trained on  [the run's]")
-    how.add_argument("--transfer", metavar="DATASET", help="evaluate on another data set than the run was trained on")
+    how.add_argument("--dataset", type=path_text, metavar="DATASET", help="where the run's data set lies now  [the run's]")
+    how.add_argument("--transfer", type=path_text, metavar="DATASET", help="evaluate on another data set than the run was trained on")
     how.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="of the head, the batches, the labelled subset and the views  [0]")
     how.add_argument("--data-root", help="folder with CIFAR  [the run's]")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute  [auto]")

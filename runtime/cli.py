@@ -78,8 +78,9 @@ def bars_are_hidden() -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for use inside a sentence: its type and at most 100 characters of its first line."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:100]}"
+    """What an error says, for use inside a sentence: its type and at most 100 characters of its first line, without colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return f"{type(error).__name__}: {next(iter(text.splitlines()), '')[:100]}"
 
 
 class Parser(argparse.ArgumentParser):

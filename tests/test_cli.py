@@ -12,7 +12,7 @@ from PIL import Image
 import fedu
 from data import load_dataset
 from options import Options, evaluation_parser, parse, parse_evaluation
-from runtime.cli import InputError, unbreakable_output
+from runtime.cli import InputError, first_line, unbreakable_output
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,20 @@ def test_a_home_that_is_not_known_is_one_sentence_wherever_it_is_named(option, t
     path = "~nobody-of-this-name/x" + {"dataset": ".npz", "labels": ".csv", "partition": ".json"}.get(option, "")
     with pytest.raises(InputError, match=f"{option} got '{path}', needs the path of a file or folder"):
         load_dataset(Options(**given, **{option: path}))
+
+
+@pytest.mark.parametrize("option", ["dataset", "labels", "save-partition", "views", "init", "out", "resume"])
+def test_an_empty_path_is_not_as_none(option, refuses):
+    assert refuses(lambda: parse([f"--{option}", ""]), f"--{option}", "got '', needs the path of a file or folder")
+
+
+@pytest.mark.parametrize("option", ["dataset", "transfer", "export", "out"])
+def test_an_empty_path_is_not_as_none_in_an_evaluation(option, refuses):
+    assert refuses(lambda: parse_evaluation([f"--{option}", "", "run"]), f"--{option}", "got '', needs the path of a file or folder")
+
+
+def test_what_an_error_says_is_in_one_colour():
+    assert first_line(ValueError("\x1b[1mno\x1b[0m file\nmore")) == "ValueError: no file"
 
 
 @pytest.mark.parametrize(

@@ -433,9 +433,9 @@ def test_a_run_begins_with_the_encoder_of_another(tiny, tmp_path):
 @pytest.mark.parametrize(
     "init, words",
     [
-        ("absent", "absent has no encoder.pt"),
+        ("absent", "absent is not a run folder: it has no encoder.pt"),
         ("x.safetensors", "x.safetensors is not a readable"),
-        ("x.pth", "x.pth is neither a run folder nor a readable file of weights"),
+        ("x.pth", "x.pth cannot be read: No such file"),
     ],
 )
 def test_an_encoder_to_begin_with_that_is_none(tiny, tmp_path, init, words):

@@ -695,7 +695,7 @@ def test_weights_of_timms_with_positions_for_another_size(tmp_path, capsys):
         (lambda state: {name: t for name, t in state.items() if name[:2] != "1."}, r"it has no 1.weight \(4 such tensors\)"),
         (lambda state: {"weights": 3}, "holds no state_dict, which is a dict of tensors by their names"),
         (lambda state: {"model": {}}, "holds no state_dict"),
-        (lambda state: Path, "neither a run folder nor a readable file of weights"),
+        (lambda state: Path, r"needs to be .* what torch.save\(model.state_dict\(\), FILE\) wrote \(it is another file, or holds more"),
     ],
 )
 def test_weights_of_another_network_are_refused(tmp_path, change, words):
@@ -706,3 +706,10 @@ def test_weights_of_another_network_are_refused(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
         initialise(encoder, tmp_path / "x.pt")
     assert all(torch.equal(before[name], t) for name, t in encoder.backbone.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    encoder = Encoder("tiny")
+    torch.save(encoder.backbone.state_dict() | {"0.weight": torch.full((16, 3, 3, 3), math.nan)}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="x.pt holds numbers that are not finite"):
+        initialise(encoder, tmp_path / "x.pt")
