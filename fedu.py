@@ -52,7 +52,7 @@ from runtime.bank import Bank
 from runtime.cli import RANK, InputError, command_line, unbreakable_output, user_errors, user_path, write_atomic
 from runtime.device import choose_device, describe_device, keep_memory, limited_threads
 from runtime.recorder import Recorder
-from runtime.run import holds_run, open_run, read_config, reopen_run, resumable, run_folder
+from runtime.run import begun, holds_run, open_run, read_config, reopen_run, resumable, run_folder
 from runtime.uploads import Uploads
 from training import num_steps, prepare, train_client
 
@@ -361,7 +361,7 @@ def make_rounds(options: Options, out: Path, resumed: bool, overwrite: bool) -> 
         if RANK:
             serve()
             return Run(out, [])
-        with ranks.forked(processes, serve), run_folder(out), resumable(out), unbreakable_output():
+        with ranks.forked(processes, serve) as mistakes, run_folder(out), begun(out), mistakes, resumable(out), unbreakable_output():
             data = {"images": images.digest, "clients": digest_of(*parts)}
             own = {name: getattr(options, name) for name in WANTED if isinstance(getattr(options, name), Own)}
             data |= {name: value.digest for name, value in own.items()}

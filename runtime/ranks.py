@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
@@ -80,13 +80,14 @@ def best_count(threads: int, jobs: int) -> int:
 
 
 @contextmanager
-def forked(processes: int, work: Callable[[], None]) -> Iterator[None]:
+def forked(processes: int, work: Callable[[], None]) -> Iterator[AbstractContextManager]:
     """While the block runs, `processes - 1` copies of this process do `work` as the other ranks, on the CPU; they share its memory.
 
-    A copy ends with the block, and also if this process is killed. Ctrl-C does not reach it.
+    A copy ends with the block, and also if this process is killed. Ctrl-C does not reach it. Gives the context in which a copy's InputError
+    is one here too.
     """
     if processes == 1:
-        yield
+        yield nullcontext()
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no other machine takes part, whatever address this one's name stands for
     fork, copies = multiprocessing.get_context("fork"), []
@@ -105,18 +106,24 @@ def forked(processes: int, work: Callable[[], None]) -> Iterator[None]:
                 join(0, processes, meet)
             except RuntimeError as error:
                 raise InputError(f"the processes of this run do not reach each other, use --processes 1 ({first_line(error)})") from None
-            try:
-                yield
-            except Ended:
-                if mistake.exists():
-                    raise InputError(mistake.read_text()) from None
-                raise
+            yield passed_on(mistake)
         finally:
             for process in copies:
                 process.kill()
                 process.join()
             if distributed.is_initialized():
                 distributed.destroy_process_group()
+
+
+@contextmanager
+def passed_on(mistake: Path) -> Iterator[None]:
+    """Raise the InputError whose sentence a copy left in a file before it ended."""
+    try:
+        yield
+    except Ended:
+        if mistake.exists():
+            raise InputError(mistake.read_text()) from None
+        raise
 
 
 def join(rank: int, processes: int, meet: Path) -> None:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from runtime.bank import Bank, Row, checksum
 from runtime.cli import InputError, first_line, locked, os_errors, write_atomic
 from runtime.device import describe_device
+from runtime.ranks import Ended
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin", "encoder.pt")
 RUN_FILES += ("partition.png", "divergence.png", "spectrum.png", "eval.jsonl", "method.py", "views.py")
@@ -64,6 +65,21 @@ def run_folder(out: Path, mode: int = 0o777) -> Iterator[None]:
         for fragment in (path for name in RUN_FILES for path in out.glob(f".{name}.*")):
             fragment.unlink()  # left by a run that was killed while it wrote
         yield
+
+
+@contextmanager
+def begun(out: Path) -> Iterator[None]:
+    """In a folder that holds no run, leave none if a mistake ends the new one before its first round is done."""
+    held = holds_run(out, overwrite=True)
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if not held and not isinstance(error, Ended) and not (out / "checkpoint.pt").exists():
+            for name in RUN_FILES:
+                (out / name).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds something else
+                out.rmdir()
+        raise
 
 
 @contextmanager

@@ -256,6 +256,7 @@ def test_what_goes_wrong_in_training_is_one_sentence(own, tiny, refuses, content
     (own / "broken.py").write_text(content)
     start = partial(run, own / "run", *tiny, "--method", "./broken.py", "--rounds", "1")
     assert refuses(start, *words) if words else start()
+    assert (own / "run").exists() != bool(words)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +277,7 @@ def test_what_a_rule_gives_wrong_is_one_sentence(own, tiny, refuses, line, words
         'METHOD = Method("barlow:BarlowTwins", has_predictor=False, has_target=False, rule=rule)\n'
     )
     assert refuses(partial(run, own / "run", *tiny, "--encoder", "tiny", "--method", "broken.py"), "broken.py, line 4: rule ", words)
+    assert not (own / "run").exists()
 
 
 @pytest.mark.parametrize("kind, text, words", [("int", "2.5", "(ValueError: "), ("str", "2", "of which its type makes '2' and no number")])
@@ -290,8 +292,8 @@ def test_a_mistake_in_a_copy_of_the_process_is_the_same_sentence(own, tiny, comm
     (own / "broken.py").write_text(
         changed("def loss", "def begin(self, client_id, num_clients):\n        assert client_id != 1, 'no'\n\n    def loss")
     )
-    done = command("fedu.py", *tiny, "--method", "broken.py", "--processes", "2", cwd=own)
-    assert refused(done, f"error: broken.py, line {LINE['def loss'] + 1}: AssertionError: no")
+    done = command("fedu.py", *tiny, "--method", "broken.py", "--processes", "2", "--out", "run", cwd=own)
+    assert refused(done, f"error: broken.py, line {LINE['def loss'] + 1}: AssertionError: no") and not (own / "run").exists()
 
 
 class Notebook(BarlowTwins):

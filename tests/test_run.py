@@ -16,7 +16,7 @@ from conftest import CPU, ROOT, heed, load, load_metrics, refused, run
 import fedu
 from options import parse
 from runtime.cli import InputError, write_atomic
-from runtime.run import holds_run, open_run, resumable
+from runtime.run import begun, holds_run, open_run, resumable
 
 
 def test_an_existing_folder_is_kept(tiny, refuses, finished, tmp_path, monkeypatch):
@@ -52,12 +52,23 @@ def test_an_existing_folder_is_kept(tiny, refuses, finished, tmp_path, monkeypat
                      marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")),
     ],
 )  # fmt: skip
-def test_what_cannot_be_run_is_one_sentence_and_leaves_nothing_finished(tiny, refuses, tmp_path, monkeypatch, line, words):
+def test_what_cannot_be_run_is_one_sentence_and_leaves_nothing(tiny, refuses, tmp_path, monkeypatch, line, words):
     monkeypatch.chdir(tmp_path)
     base = [] if "--resume" in line else tiny
     assert refuses(lambda: fedu.main(parse([*base, *line.split()])), *words)
-    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert not left if "1e30" not in line else not [name for name in left if name == "encoder.pt" or name.startswith(".")]
+    assert not [path.name for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_mistake_leaves_the_run_that_was_there_and_what_is_no_run(stopped, tiny, refuses, tmp_path):
+    """Resumed before its first round, or with a thesis beside it."""
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        (stopped / name).unlink(missing_ok=True)
+    with pytest.raises(KeyError), begun(stopped):
+        raise KeyError
+    assert (stopped / "config.json").exists()
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert refuses(lambda: fedu.main(parse([*tiny, "--lr", "1e30", "--out", str(tmp_path)])), "no upload is finite")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["thesis.txt"]
 
 
 def test_overwrite_replaces_a_run(tiny, tmp_path):
@@ -177,17 +188,14 @@ def test_without_a_whole_checkpoint_nothing_is_resumed(stopped, capsys):
 # ------------------------------------------------------------------------------------------------------------- the disk
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_no_fragment(tiny, command, tmp_path, capsys):
+def test_a_full_disk_in_the_first_round_is_one_sentence_and_leaves_nothing(tiny, command, tmp_path):
     """A file-size limit below the bank's 14 MB stands for the full disk: both make write() fail in the middle."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
     done = command("fedu.py", *tiny, "--out", "run", cwd=tmp_path, preexec_fn=limit)
-    assert refused(done, "cannot write run/bank.bin")
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["bank.bin", "config.json", "metrics.jsonl"]
-    fedu.resume(tmp_path / "run")
-    assert "continuing after 0 of 3 rounds" in capsys.readouterr().out
+    assert refused(done, "cannot write run/bank.bin") and not (tmp_path / "run").exists()
 
 
 def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(finished, tiny, tmp_path):
