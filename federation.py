@@ -202,7 +202,7 @@ def build_networks(options: Options, labels: Tensor, device: torch.device, image
     how |= {"labels": labels} if row.uses_labels else {}
     head = (int(labels.max()) + 1,) if row.uses_labels else row.head
     networks = find(row.objective)(Encoder(options.encoder, head, options.norm, image_size), device, **how)
-    refuse_networks(networks, row, row.has_predictor and not options.no_predictor)
+    refuse_networks(networks, options)
     if options.statistics == "local":
         networks.private = batchnorm_places(networks.online)
     networks.unsent = networks.private

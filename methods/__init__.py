@@ -23,7 +23,7 @@ from runtime.cli import InputError, first_line, os_errors
 
 if TYPE_CHECKING:
     from models import Objective
-    from options import Method
+    from options import Method, Options
 
 WANTED = {"method": "METHOD", "views": "view"}  # the options whose value may be a file of the user's: what has to be in it
 
@@ -118,9 +118,13 @@ def checked(own: Own) -> Own:
     if not (isinstance(objective.batches, int) and objective.batches > 0):
         raise InputError(f"{place(objective)}: {objective.__name__} has batches = {objective.batches!r:.60}, needs a number of 1 or more")
     refuse_call(objective, "encoder", "device", **dict.fromkeys([*row.settings, *["labels"] * row.uses_labels]))
+    try:
+        made = object.__new__(objective)
+    except TypeError as error:
+        raise InputError(f"{place(objective)}: {error}") from None
     for hook in ("terms", "begin", "take_shared", "update", "prepare"):
         _, *arguments = inspect.signature(getattr(Objective, hook)).parameters
-        refuse_call(getattr(object.__new__(objective), hook), *arguments)
+        refuse_call(getattr(made, hook), *arguments)
     if row.rule:
         refuse_call(find(row.rule), "server", "uploads", "networks", "shared")
     takes = inspect.signature(objective).parameters
@@ -172,20 +176,25 @@ def refuse_call(function: Callable, *given: str, **named: object) -> None:
         raise InputError(f"{place(function)}: {name_of(function)}{signature} is called as {call}: {error}") from None
 
 
-def refuse_networks(networks: Objective, row: Method, has_predictor: bool) -> None:
-    """Raises InputError if an objective lacks what its row promises, or what a client takes in its first round."""
-    wrong = ""
-    if not hasattr(networks, "parts"):
-        wrong = "does not call super().__init__(encoder, device)"
-    elif has_predictor and not len(networks.parts["predictor"]):
-        wrong = "has no predictor, and METHOD does not say has_predictor=False"
-    elif row.has_target and "target" not in networks.parts:
-        wrong = "has no part 'target', and METHOD does not say has_target=False"
-    else:
-        for name in sorted({*networks.parts, *networks.initial} - {"encoder", "predictor"}):
-            shapes = [list(of[name].shape) if name in of else "none" for of in (networks.parts, networks.initial)]
-            if shapes[0] != shapes[1]:
-                wrong = f"needs parts[{name!r}] and initial[{name!r}] of one shape, has {shapes[0]} and {shapes[1]}"
+def refuse_networks(networks: Objective, options: Options) -> None:
+    """Raises InputError if an objective lacks what an option needs, or what a client takes in its first round."""
+    from options import OPTIONS, flag
+
+    wrong = "" if hasattr(networks, "parts") else "does not call super().__init__(encoder, device)"
+    parts, initial = (networks.parts, networks.initial) if not wrong else ({}, {})
+    for name in sorted({*parts, *initial} - {"encoder", "predictor"}):
+        shapes = [list(of[name].shape) if name in of else "none" for of in (parts, initial)]
+        if shapes[0] != shapes[1]:
+            wrong = f"needs parts[{name!r}] and initial[{name!r}] of one shape, has {shapes[0]} and {shapes[1]}"
+    needs = {
+        "predictor": "predictor" if options.predictor != "global" else "",
+        "aggregate": "target" if options.aggregate == "target" else "",
+        "update": "target" if options.update in ("target", "both") else "",
+        **{name: "target" for name in ("ema_decay", "first_target") if getattr(options, name) != OPTIONS[name].default},
+    }
+    for name, part in needs.items():
+        if part and parts and not len(parts.get(part, ())):
+            wrong = f"has no {part}, which {flag(name)} {getattr(options, name)} needs"
     if wrong:
         raise InputError(f"{place(type(networks))}: {type(networks).__name__} {wrong}")
 
