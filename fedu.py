@@ -292,7 +292,7 @@ def train(options: Options, out: Path | str | None = None, overwrite: bool = Fal
 
     Raises InputError if the folder is not empty, or if the images do not fit the options.
     """
-    out = user_path(out or Path("runs") / run_name(options))
+    out = user_path(Path("runs") / run_name(options) if out is None else out, "--out")
     holds_run(out, overwrite)  # refuses a folder that must not be replaced, before anything slow
     return simulate(options, out, resumed=False, overwrite=overwrite)
 

@@ -196,6 +196,13 @@ def test_an_empty_path_is_not_as_none(option, refuses):
     assert refuses(lambda: parse([f"--{option}", ""]), f"--{option}", "got '', needs the path of a file or folder")
 
 
+def test_an_empty_path_is_not_as_none_in_python():
+    with pytest.raises(InputError, match="^out got '', needs the path of a file or folder$"):
+        fedu.train(Options(), "")
+    with pytest.raises(InputError, match="^init got '', needs the path of a file or folder$"):
+        Options(init="")
+
+
 @pytest.mark.parametrize("option", ["dataset", "transfer", "export", "out"])
 def test_an_empty_path_is_not_as_none_in_an_evaluation(option, refuses):
     assert refuses(lambda: parse_evaluation([f"--{option}", "", "run"]), f"--{option}", "got '', needs the path of a file or folder")
