@@ -155,6 +155,8 @@ def refuse_columns(row: Method, where: str) -> None:
     for layer in row.head:
         if layer not in ("relu", "standardise") and not (isinstance(layer, int) and layer >= 0):
             raise InputError(f"{where} {layer!r:.60} in head, needs widths, 'relu' and 'standardise'")
+    if row.head and not any(isinstance(layer, int) for layer in row.head):
+        raise InputError(f"{where} head={row.head!r:.60}, needs a width in it")
     if not 0 <= row.public < 1:
         raise InputError(f"{where} public={row.public}, needs a fraction from 0 to below 1")
     try:

@@ -177,7 +177,7 @@ def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def user_errors(prog: str) -> Iterator[None]:
-    """Turn an InputError, or an interrupt from the keyboard, into one line on stderr and an exit status of 2 or 130.
+    """Turn an InputError, or a lack of memory, into one line on stderr and exit status 2, and an interrupt into status 130.
 
     If nothing can be printed any more, as after `| head`, end silently with 141, as a shell's tools do.
     """
@@ -192,11 +192,25 @@ def user_errors(prog: str) -> Iterator[None]:
         if RANK == 0:
             print(f"\n{prog}: interrupted" + (f"; {interrupt}" if interrupt.args else ""), file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not (sentence := out_of_memory(error)):
+            raise
+        say(f"{prog}: error: {sentence}")
+        sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter, on its way out, would complain
         sys.exit(141)
+
+
+def out_of_memory(error: Exception) -> str:
+    """The sentence for an error that means a lack of memory, of numpy or of torch, whose own is a RuntimeError on a CPU; else nothing."""
+    if not isinstance(error, MemoryError) and not re.search("(out of|not enough|can't allocate) memory", str(error)):
+        return ""
+    needed = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    amount = f", {needed[1]} more were needed" if needed else ""
+    return f"memory ran out{amount}: smaller batches or a smaller encoder need less"
 
 
 class UnbreakableStream:

@@ -208,6 +208,27 @@ def test_an_empty_path_is_not_as_none_in_an_evaluation(option, refuses):
     assert refuses(lambda: parse_evaluation([f"--{option}", "", "run"]), f"--{option}", "got '', needs the path of a file or folder")
 
 
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (MemoryError(), "memory ran out: smaller"),
+        (MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)"), "memory ran out, 7.28 TiB more were needed"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "memory ran out, 2.00 GiB more were needed"),
+    ],
+)
+def test_memory_that_ran_out_is_one_sentence(error, words, refuses):
+    def fail():
+        raise error
+
+    assert refuses(fail, words)
+
+
+def test_a_queue_that_no_memory_holds_is_one_sentence(tiny, refuses, tmp_path):
+    line = [*tiny, "--method", "fedmoco-v2", "--set", "queue=1000000000000", "--out", str(tmp_path / "run")]
+    assert refuses(lambda: fedu.main(parse(line)), "memory ran out, ", "000 bytes more were needed")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_an_error_says_is_in_one_colour():
     assert first_line(ValueError("\x1b[1mno\x1b[0m file\nmore")) == "ValueError: no file"
 

@@ -194,6 +194,7 @@ def changed(old: str, new: str) -> str:
         ("METHOD = 1\0", ["broken.py: source code string cannot contain null bytes"]),
         (changed("has_target=False,", "has_target='no',"), ["METHOD has has_target='no', needs True or False"]),
         (changed("has_target=False,", "has_target=False, head=128,"), ["METHOD has head=128, needs a tuple"]),
+        (changed("has_target=False,", "has_target=False, head=('relu',),"), ["METHOD has head=('relu',), needs a width in it"]),
         (changed("has_target=False,", "has_target=False, public=2,"), ["METHOD has public=2, needs a fraction from 0 to below 1"]),
         (changed("has_target=False,", "has_target=False, jitter=2,"), ["METHOD has a wrong jitter: got '2', needs a number of at least 0"]),
         (changed("settings=SETTINGS", "settings=[]"), ["METHOD has settings=[], needs a dict"]),
