@@ -40,7 +40,7 @@ import ops
 from data import Images, count_classes, digest_of, keyed_generator, lacks, load_dataset, refuse_other_data, save_partition
 from eval import knn
 from federation import Client, Federation, Server, Start, Turn, build, draw_turns, most_uploads
-from methods import WANTED, Own, described, explained, find, name_of, of_run, place
+from methods import WANTED, Own, explained, find, of_run, refuse_model
 from models import Objective, batchnorm_places, save_encoders
 from report.figures import draw_run, optional, plot_partition
 from report.progress import TABLE_HEADER, Progress, announce_time, dapu_notice, round_line, tensorboard_log
@@ -171,17 +171,7 @@ def next_model(options: Options, server: Server, uploads: Uploads, networks: Obj
     name = row_of(options.method).rule or SERVER_RULES[options.server_rule]
     rule = find(name) if name else fedavg
     model = rule(server, uploads, networks, shared)
-    wrong = ""
-    if not (isinstance(model, Tensor) and model.shape == server.model.shape):
-        wrong = f"gives {described(model)}, needs the next model, a tensor of shape {list(server.model.shape)}"
-    elif not model.isfinite().all():
-        wrong = "gives a model with numbers that are not finite"
-    for key, value in server.state.items():
-        if not isinstance(value, Tensor) or key == "model" or (key == "shared" and value.ndim != 2):
-            needed = "rows [N, d]" if key == "shared" else "a tensor, by another name than 'model'"
-            wrong = f"keeps {described(value)} as server.state[{key!r}], needs {needed}"
-    if wrong:
-        raise InputError(f"{place(rule)}: {name_of(rule)} {wrong}")
+    refuse_model(rule, model, server)
     return model
 
 

@@ -513,11 +513,11 @@ def resolved_settings(method: str, given: Mapping[str, object]) -> dict[str, flo
         raise Ineffective(min(unknown), f"--set got {min(unknown)!r}; --method {method} has the settings {', '.join(known)}")
     values = {}
     for name, setting in known.items():
-        values[name] = value_of(name, setting, str(given[name])) if name in given else setting.default
+        values[name] = setting_value(name, setting, str(given[name])) if name in given else setting.default
     return values
 
 
-def value_of(name: str, setting: Setting, text: str) -> float:
+def setting_value(name: str, setting: Setting, text: str) -> float:
     """A setting's value. Raises InputError if its type, which may be the user's own function, refuses the text or gives no number."""
     try:
         value = setting.type(text)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data import random_views, seed_of
-from methods import described, place
+from methods import described, place, unfit
 from models import Objective
 from options import VIEWS, Options
 from runtime.cli import InputError, first_line
@@ -155,7 +155,7 @@ def train_client(
     loss = local_training(step, batches, cosine(options.lr, round_, options.rounds), ema_decay, progress).item()
     shared = networks.take_shared()
     if not isinstance(shared, Tensor) or shared.ndim != 2:
-        raise InputError(f"{place(type(networks).take_shared)}: take_shared gives {described(shared)}, needs rows [N, d]")
+        raise unfit(type(networks).take_shared, f"gives {described(shared)}, needs rows [N, d]")
     release_memory()
     return loss, shared
 

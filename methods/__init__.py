@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.cli import InputError, first_line, os_errors
 
 if TYPE_CHECKING:
+    from federation import Server
     from models import Objective
     from options import Method, Options
 
@@ -114,9 +115,9 @@ def checked(own: Own) -> Own:
     if not (isinstance(objective, type) and issubclass(objective, Objective)):
         raise InputError(f"{where} objective={objective!r:.60}, needs a class derived from models.Objective")
     if objective.terms is Objective.terms:
-        raise InputError(f"{place(objective)}: {objective.__name__} has no terms(self, view1, view2, batch, generator)")
+        raise unfit(objective, "has no terms(self, view1, view2, batch, generator)")
     if not (isinstance(objective.batches, int) and objective.batches > 0):
-        raise InputError(f"{place(objective)}: {objective.__name__} has batches = {objective.batches!r:.60}, needs a number of 1 or more")
+        raise unfit(objective, f"has batches = {objective.batches!r:.60}, needs a number of 1 or more")
     refuse_call(objective, "encoder", "device", **dict.fromkeys([*row.settings, *["labels"] * row.uses_labels]))
     try:
         made = object.__new__(objective)
@@ -182,12 +183,13 @@ def refuse_networks(networks: Objective, options: Options) -> None:
     """Raises InputError if an objective lacks what an option needs, or what a client takes in its first round."""
     from options import OPTIONS, flag
 
-    wrong = "" if hasattr(networks, "parts") else "does not call super().__init__(encoder, device)"
-    parts, initial = (networks.parts, networks.initial) if not wrong else ({}, {})
-    for name in sorted({*parts, *initial} - {"encoder", "predictor"}):
-        shapes = [list(of[name].shape) if name in of else "none" for of in (parts, initial)]
+    if not hasattr(networks, "parts"):
+        raise unfit(type(networks), "does not call super().__init__(encoder, device)")
+    for name in sorted({*networks.parts, *networks.initial} - {"encoder", "predictor"}):
+        shapes = [list(of[name].shape) if name in of else "none" for of in (networks.parts, networks.initial)]
         if shapes[0] != shapes[1]:
-            wrong = f"needs parts[{name!r}] and initial[{name!r}] of one shape, has {shapes[0]} and {shapes[1]}"
+            needed = f"needs parts[{name!r}] and initial[{name!r}] of one shape, has {shapes[0]} and {shapes[1]}"
+            raise unfit(type(networks), needed)
     needs = {
         "predictor": "predictor" if options.predictor != "global" else "",
         "aggregate": "target" if options.aggregate == "target" else "",
@@ -195,10 +197,27 @@ def refuse_networks(networks: Objective, options: Options) -> None:
         **{name: "target" for name in ("ema_decay", "first_target") if getattr(options, name) != OPTIONS[name].default},
     }
     for name, part in needs.items():
-        if part and parts and not len(parts.get(part, ())):
-            wrong = f"has no {part}, which {flag(name)} {getattr(options, name)} needs"
-    if wrong:
-        raise InputError(f"{place(type(networks))}: {type(networks).__name__} {wrong}")
+        if part and not len(networks.parts.get(part, ())):
+            raise unfit(type(networks), f"has no {part}, which {flag(name)} {getattr(options, name)} needs")
+
+
+def refuse_model(rule: Callable, model: Any, server: Server) -> None:
+    """Raises InputError if what a server's rule gives is no next model, or if it keeps what a checkpoint cannot store."""
+    from torch import Tensor  # only here, as models above
+
+    if not (isinstance(model, Tensor) and model.shape == server.model.shape):
+        raise unfit(rule, f"gives {described(model)}, needs the next model, a tensor of shape {list(server.model.shape)}")
+    if not model.isfinite().all():
+        raise unfit(rule, "gives a model with numbers that are not finite")
+    for key, value in server.state.items():
+        if not isinstance(value, Tensor) or key == "model" or (key == "shared" and value.ndim != 2):
+            needed = "rows [N, d]" if key == "shared" else "a tensor, by another name than 'model'"
+            raise unfit(rule, f"keeps {described(value)} as server.state[{key!r}], needs {needed}")
+
+
+def unfit(thing: Any, what: str) -> InputError:
+    """The error for a class or function of a method that does not fit. what: the rest of the sentence."""
+    return InputError(f"{place(thing)}: {name_of(thing)} {what}")
 
 
 def of_run(run: Path, config: dict, given: dict[str, Any]) -> dict[str, Own]:

@@ -75,8 +75,7 @@ def begun(out: Path) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         if not held and not isinstance(error, Ended) and not (out / "checkpoint.pt").exists():
-            for name in RUN_FILES:
-                (out / name).unlink(missing_ok=True)
+            remove_files(out)
             with suppress(OSError):  # it holds something else
                 out.rmdir()
         raise
@@ -127,8 +126,7 @@ def open_run(out: Path, options: dict, device: torch.device, overwrite: bool, da
     }
     with os_errors(f"--out {out} cannot be used"):
         if holds_run(out, overwrite):
-            for name in reversed(RUN_FILES):  # config.json last: while it is there, an interrupted removal can be repeated
-                (out / name).unlink(missing_ok=True)
+            remove_files(out)
     write_config(out, config)
     write_metrics(out, [])
     return config
@@ -145,6 +143,12 @@ def holds_run(out: Path, overwrite: bool) -> bool:
     if found:
         read_config(out)
     return bool(found)
+
+
+def remove_files(out: Path) -> None:
+    """Remove a run's files; config.json last: while it is there, an interrupted removal can be repeated."""
+    for name in reversed(RUN_FILES):
+        (out / name).unlink(missing_ok=True)
 
 
 def reopen_run(out: Path, parties: bool = False) -> dict:
