@@ -16,7 +16,7 @@ import methods
 import sweep
 from methods.barlow import BarlowTwins
 from models import Segment
-from options import Method, Options, Setting, parse, parse_evaluation, run_name
+from options import METHODS, Method, Options, Setting, parse, parse_evaluation, run_name
 from report.tables import read_options
 from runtime.cli import InputError, number
 
@@ -60,6 +60,21 @@ def test_an_objective_of_ones_own(own, tiny, monkeypatch):
     evaluation.main(parse_evaluation(["--knn", "mine"]))
     assert read_options(own / "mine")["method"] == f"barlow.py {config['data']['method'][:6]}"
     evaluation.main(parse_evaluation(["--table", "mine", "table"]))
+
+
+@pytest.mark.parametrize("name", ["fedalignuniform", "ldawa", "fedx", "fedu2", "fedbarlow", "orchestra"])
+def test_each_method_after_fedu_needs_no_more_than_its_file(own, tiny, monkeypatch, name):
+    """Its file of methods/, with a row behind it and named as a user's own, gives the bits of the table's."""
+    monkeypatch.setattr("methods.orchestra.ITERATIONS", 20)
+    named = {column: getattr(METHODS[name], column).split(":") for column in ("rule", "objective") if getattr(METHODS[name], column)}
+    file = next(iter(named.values()))[0]  # of the rule, if there is one: L-DAWA's objective is BYOL's
+    columns = ", ".join(f"{column}={attribute}" for column, (of, attribute) in named.items() if of == file)
+    text = (ROOT / f"methods/{file}.py").read_text().replace("ITERATIONS = 500", "ITERATIONS = 20")
+    (own / "mine.py").write_text(f"{text}\nfrom options import METHODS\nMETHOD = METHODS[{name!r}]._replace({columns})\n")
+    mine = run(own / "mine", *tiny, "--method", "mine.py", "--rounds", "2")
+    table = run(own / "table", *tiny, "--method", name, "--rounds", "2")
+    assert [row | {"seconds": 0} for row in mine["metrics"]] == [row | {"seconds": 0} for row in table["metrics"]]
+    assert torch.equal(mine["encoders"][0], table["encoders"][0])
 
 
 def test_a_transformer_with_weights_of_its_own_on_images_of_its_own(own, capsys):
