@@ -351,7 +351,8 @@ def make_rounds(options: Options, out: Path, resumed: bool, overwrite: bool) -> 
         if RANK:
             serve()
             return Run(out, [])
-        with ranks.forked(processes, serve) as mistakes, run_folder(out), begun(out), mistakes, resumable(out), unbreakable_output():
+        new = begun(out, resumed, overwrite)
+        with ranks.forked(processes, serve) as mistakes, run_folder(out), new, mistakes, resumable(out), unbreakable_output():
             data = {"images": images.digest, "clients": digest_of(*parts)}
             own = {name: getattr(options, name) for name in WANTED if isinstance(getattr(options, name), Own)}
             data |= {name: value.digest for name, value in own.items()}

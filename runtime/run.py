@@ -29,6 +29,7 @@ from runtime.ranks import Ended
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "bank.bin", "encoder.pt")
 RUN_FILES += ("partition.png", "divergence.png", "spectrum.png", "eval.jsonl", "method.py", "views.py")
+REPLACED = ".replaced"  # in a run's folder: the files of the run that it replaces, until its first round is done
 TRAINING_SOURCES = ("*.py", "methods/*.py", "runtime/*.py", "ops/*")
 AFTER_TRAINING = ("eval.py", "sweep.py")  # which train nothing themselves
 
@@ -68,17 +69,27 @@ def run_folder(out: Path, mode: int = 0o777) -> Iterator[None]:
 
 
 @contextmanager
-def begun(out: Path) -> Iterator[None]:
-    """In a folder that holds no run, leave none if a mistake ends the new one before its first round is done."""
-    held = holds_run(out, overwrite=True)
+def begun(out: Path, resumed: bool, overwrite: bool) -> Iterator[None]:
+    """If a mistake ends a new run before its first round is done, leave none of it, and the run that it was to replace as it was."""
+    if resumed:
+        yield
+        return
+    replaced = out / REPLACED
+    if holds_run(out, overwrite):
+        with os_errors(f"--out {out} cannot be used"):
+            shutil.rmtree(replaced, ignore_errors=True)  # left by a run that was killed in its first round
+            move_files(out, replaced)
     try:
         yield
     except (Exception, SystemExit) as error:
-        if not held and not isinstance(error, Ended) and not (out / "checkpoint.pt").exists():
+        if not isinstance(error, Ended) and not (out / "checkpoint.pt").exists():
             remove_files(out)
+            move_files(replaced, out)
             with suppress(OSError):  # it holds something else
                 out.rmdir()
         raise
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
@@ -145,6 +156,14 @@ def holds_run(out: Path, overwrite: bool) -> bool:
     return bool(found)
 
 
+def move_files(source: Path, target: Path) -> None:
+    """Move a run's files to another folder, config.json last, as `remove_files`."""
+    target.mkdir(exist_ok=True)
+    for name in reversed(RUN_FILES):
+        with suppress(FileNotFoundError):
+            os.replace(source / name, target / name)
+
+
 def remove_files(out: Path) -> None:
     """Remove a run's files; config.json last: while it is there, an interrupted removal can be repeated."""
     for name in reversed(RUN_FILES):
@@ -202,6 +221,7 @@ def save_checkpoint(out: Path, checkpoint: Checkpoint, bank: Bank) -> None:
     bank.flush()
     write_atomic(out / "checkpoint.pt", lambda file: torch.save(content, file), keep_as=out / "checkpoint-previous.pt")
     bank.protect(row.index for row in checkpoint.rows if row)
+    shutil.rmtree(out / REPLACED, ignore_errors=True)
 
 
 def load_checkpoint(out: Path, bank: Bank, device: torch.device) -> Checkpoint | None:

@@ -16,6 +16,7 @@ from conftest import CPU, ROOT, heed, load, load_metrics, refused, run
 import fedu
 from options import parse
 from runtime.cli import InputError, write_atomic
+from runtime.ranks import Ended
 from runtime.run import begun, holds_run, open_run, resumable
 
 
@@ -63,7 +64,7 @@ def test_a_mistake_leaves_the_run_that_was_there_and_what_is_no_run(stopped, tin
     """Resumed before its first round, or with a thesis beside it."""
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
         (stopped / name).unlink(missing_ok=True)
-    with pytest.raises(KeyError), begun(stopped):
+    with pytest.raises(KeyError), begun(stopped, resumed=True, overwrite=False):
         raise KeyError
     assert (stopped / "config.json").exists()
     (tmp_path / "thesis.txt").write_text("mine")
@@ -74,6 +75,43 @@ def test_a_mistake_leaves_the_run_that_was_there_and_what_is_no_run(stopped, tin
 def test_overwrite_replaces_a_run(tiny, tmp_path):
     run(tmp_path / "run", *tiny, "--rounds", "2")
     assert len(run(tmp_path / "run", *tiny, "--rounds", "1", "--overwrite")["metrics"]) == 1
+
+
+@pytest.mark.parametrize("error", [InputError, SystemExit, Ended, KeyboardInterrupt])
+def test_a_mistake_in_its_first_round_leaves_the_run_that_it_replaces(stopped, tiny, monkeypatch, error):
+    """Every byte of it; a run that an interrupt or a lost process ends is there to be resumed, and the former is gone."""
+    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    line = [*tiny, "--seed", "7", "--out", str(stopped), "--overwrite"]
+
+    def fail(*_):
+        raise error("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fedu, "aggregate", fail)
+        with pytest.raises(error):
+            fedu.main(parse(line))
+    after = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    if error in (InputError, SystemExit):
+        assert after == before
+    else:
+        assert after.keys() < before.keys() and json.loads(after["config.json"])["options"]["seed"] == 7
+        assert len(fedu.resume(stopped).metrics) == 3
+
+
+def test_the_run_that_was_replaced_is_gone_after_the_first_round(stopped, tiny, monkeypatch):
+    """And what a run that was killed in its first round left of the one before is not taken for it."""
+    (stopped / ".replaced").mkdir()
+    (stopped / ".replaced/method.py").write_text("of the run before")
+    measure, there = fedu.measured_knn, []
+
+    def look(*arguments):
+        there.append({path.name for path in (stopped / ".replaced").glob("*")})
+        return measure(*arguments)
+
+    former = {path.name for path in stopped.iterdir() if path.is_file()}
+    monkeypatch.setattr(fedu, "measured_knn", look)
+    run(stopped, *tiny, "--overwrite")
+    assert there == [former, set(), set()] and not (stopped / ".replaced").exists()
 
 
 def test_an_interrupted_overwrite_can_be_repeated(stopped, monkeypatch):
