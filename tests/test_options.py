@@ -1,5 +1,6 @@
 """The command lines: the paper's recipe and each method's row in literal numbers, each range at its ends, and each refusal both ways."""
 
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -397,6 +398,13 @@ def test_a_run_is_named_by_its_options(given, name):
 def test_the_options_page_is_what_the_options_say():
     """`python -m report.reference > docs/options.md` makes it again."""
     assert (ROOT / "docs/options.md").read_text() == documentation() + "\n"
+
+
+def test_each_method_has_a_row_that_compares_it_with_its_paper_and_its_code():
+    tables = (ROOT / "docs/methods.md").read_text().split("| | paper | authors' code | here |\n")[1:]
+    rows = [line for table in tables for line in table.partition("\n\n")[0].splitlines()[1:]]
+    assert len(tables) == 2 and {row.count("|") for row in rows} == {5}
+    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row.split("|")[1])} >= {*METHODS} - {"untrained"}
 
 
 def test_the_page_has_a_line_for_each_option_of_both_commands():
