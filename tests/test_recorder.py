@@ -72,6 +72,7 @@ SHORT = ["--encoder", "tiny", "--clients", "3", "--rounds", "2"]
         ["--method", "fedx"],
         ["--method", "orchestra", "--clients", "4", "--clients-per-round", "2"],
         ["--method", "fedbarlow"],
+        [*SHORT, "--method", "fedalignuniform", "--dropout", "0.3"],
         ["--clients", "4", "--clients-per-round", "2", "--mu", "0.05"],
         [*SHORT, "--method", "ldawa", "--momentum", "0.5", "--weight-decay", "0.01"],
         [*SHORT, "--method", "fedu2", "--partition", "dirichlet-balanced", "--set", "crop_scale=0.5"],
