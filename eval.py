@@ -52,8 +52,10 @@ from training import views_of
 @command_line()
 def main(options: argparse.Namespace) -> None:
     """Do a task with the named runs. options: of `options.parse_evaluation`."""
-    all_by_default = options.task in ("table", "against")
-    runs = runs_among(options.runs) if options.runs else find_runs()[: None if all_by_default else 1]
+    if options.runs:
+        runs = runs_among(options.runs)
+    else:  # tables and figures name the unfinished runs that they leave out
+        runs = find_runs("metrics.jsonl") if options.task in ("table", "against") else find_runs("encoder.pt")[:1]
     if options.task == "table":
         if not options.out:
             return print(table(runs))
@@ -125,12 +127,17 @@ def main(options: argparse.Namespace) -> None:
         print(f"{out} shows {', '.join(map(str, runs))}")
 
 
-def find_runs(root: Path = Path("runs")) -> list[Path]:
-    """The finished runs under `root`, newest first."""
-    runs = sorted((p.parent for p in root.rglob("encoder.pt")), key=lambda run: (run / "encoder.pt").stat().st_mtime, reverse=True)
+def find_runs(file: str) -> list[Path]:
+    """The runs under runs/ that have this file, newest first: `encoder.pt` if they are finished."""
+    runs = sorted(folders_with(file, Path("runs")), key=lambda run: (run / file).stat().st_mtime, reverse=True)
     if not runs:
-        raise InputError(f"there is no finished run under {root}/: train one with `python fedu.py`, or name its folder")
+        raise InputError("there is no finished run under runs/: train one with `python fedu.py`, or name its folder")
     return runs
+
+
+def folders_with(file: str, root: Path) -> list[Path]:
+    """The folders that have this file, `root` and those in it, sorted; without hidden ones, as of a run that is being replaced."""
+    return sorted(path.parent for path in root.rglob(file) if not path.parent.name.startswith("."))
 
 
 def runs_among(paths: list[Path]) -> list[Path]:
@@ -139,7 +146,7 @@ def runs_among(paths: list[Path]) -> list[Path]:
     Files are ignored, as a shell's `*` may name them; a folder without a run is reported on stderr. Raises InputError if a path does not
     exist, or if there is no run at all.
     """
-    found = {path: sorted(config.parent for config in path.rglob("config.json")) for path in paths}
+    found = {path: folders_with("config.json", path) for path in paths}
     for path in paths:
         if not found[path] and (not path.exists() or not any(found.values())):
             raise InputError(f"{path} is not a run folder: it has no config.json")

@@ -8,6 +8,8 @@ import pytest
 from conftest import refused
 from test_report import linear, set_options, write_run
 
+import eval as evaluation
+from options import parse_evaluation
 from report import tables
 from runtime.cli import InputError
 from runtime.run import read_config
@@ -36,6 +38,23 @@ def test_a_seed_counts_once_and_an_unfinished_run_not_at_all(tmp_path, capsys):
     ]
     with pytest.raises(InputError, match="no run is finished among .*unfinished"):
         tables.table([unfinished])
+
+
+def test_a_table_of_all_runs_names_those_that_it_leaves_out(tmp_path, monkeypatch, capsys):
+    """With nothing named, as where they are: runs without weights count, and what a run that is begun replaces is not a run."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs/finished", [linear(0.5)])
+    write_run(tmp_path / "runs/far/without-weights", [linear(0.75)], seed=1)
+    (tmp_path / "runs/far/without-weights/encoder.pt").unlink()
+    unfinished = write_run(tmp_path / "runs/unfinished", [linear(0.1)], rounds=2, seed=2)
+    (unfinished / "encoder.pt").unlink()
+    write_run(unfinished / ".replaced", [linear(0.9)], seed=3)
+    for line in (["--table"], ["--table", "runs"]):
+        evaluation.main(parse_evaluation(line))
+        said = capsys.readouterr()
+        (row,) = rows_of(said.out)
+        assert (row[1], row[3]) == ("2", "62.50 ± 17.68")
+        assert said.err == "runs/unfinished is left out: it is unfinished, with 2 of 3 rounds\n"
 
 
 def test_a_run_from_before_a_setting_of_the_objective_has_its_default(tmp_path):
