@@ -136,8 +136,9 @@ def find_runs(file: str) -> list[Path]:
 
 
 def folders_with(file: str, root: Path) -> list[Path]:
-    """The folders that have this file, `root` and those in it, sorted; without hidden ones, as of a run that is being replaced."""
-    return sorted(path.parent for path in root.rglob(file) if not path.parent.name.startswith("."))
+    """`root` and the folders in it that have this file, sorted; not hidden ones, which are no runs, as that of a run being replaced."""
+    found = sorted(path.parent for path in root.rglob(file))
+    return [folder for folder in found if not any(part.startswith(".") for part in folder.relative_to(root).parts)]
 
 
 def runs_among(paths: list[Path]) -> list[Path]:

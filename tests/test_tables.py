@@ -49,6 +49,9 @@ def test_a_table_of_all_runs_names_those_that_it_leaves_out(tmp_path, monkeypatc
     unfinished = write_run(tmp_path / "runs/unfinished", [linear(0.1)], rounds=2, seed=2)
     (unfinished / "encoder.pt").unlink()
     write_run(unfinished / ".replaced", [linear(0.9)], seed=3)
+    write_run(tmp_path / ".mine", [linear(0.5)])
+    evaluation.main(parse_evaluation(["--table", ".mine"]))  # hidden, but named
+    assert rows_of(capsys.readouterr().out)[0][1] == "1"
     for line in (["--table"], ["--table", "runs"]):
         evaluation.main(parse_evaluation(line))
         said = capsys.readouterr()
