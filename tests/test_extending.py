@@ -45,10 +45,9 @@ def test_the_page_is_short_and_has_its_examples():
 
 def test_an_objective_of_ones_own(own, tiny, monkeypatch):
     """The page's Barlow Twins gives the bits of the table's, is copied, and is resumed from the copy."""
-    mine = run(own / "mine", *tiny, "--method", "./barlow.py", "--set", "redundancy=0.01")
+    run(own / "mine", *tiny, "--method", "./barlow.py", "--set", "redundancy=0.01")
     table = run(own / "table", *tiny, "--method", "fedbarlow", "--set", "redundancy=0.01")
-    assert torch.equal(mine["encoders"][0], table["encoders"][0])
-    assert [row | {"seconds": 0} for row in mine["metrics"]] == [row | {"seconds": 0} for row in table["metrics"]]
+    assert_same_runs(own / "mine", own / "table")
     assert (own / "mine/method.py").read_text() == EXAMPLES["barlow.py"]
     config = json.loads((own / "mine/config.json").read_text())
     assert config["options"]["method"] == "./barlow.py" and len(config["data"]["method"]) == 32
@@ -71,10 +70,9 @@ def test_each_method_after_fedu_needs_no_more_than_its_file(own, tiny, monkeypat
     columns = ", ".join(f"{column}={attribute}" for column, (of, attribute) in named.items() if of == file)
     text = (ROOT / f"methods/{file}.py").read_text().replace("ITERATIONS = 500", "ITERATIONS = 20")
     (own / "mine.py").write_text(f"{text}\nfrom options import METHODS\nMETHOD = METHODS[{name!r}]._replace({columns})\n")
-    mine = run(own / "mine", *tiny, "--method", "mine.py", "--rounds", "2")
-    table = run(own / "table", *tiny, "--method", name, "--rounds", "2")
-    assert [row | {"seconds": 0} for row in mine["metrics"]] == [row | {"seconds": 0} for row in table["metrics"]]
-    assert torch.equal(mine["encoders"][0], table["encoders"][0])
+    run(own / "mine", *tiny, "--method", "mine.py", "--rounds", "2")
+    run(own / "table", *tiny, "--method", name, "--rounds", "2")
+    assert_same_runs(own / "mine", own / "table")
 
 
 def test_a_transformer_with_weights_of_its_own_on_images_of_its_own(own, capsys):
