@@ -356,7 +356,7 @@ def make_rounds(options: Options, out: Path, resumed: bool, overwrite: bool) -> 
             data = {"images": images.digest, "clients": digest_of(*parts)}
             own = {name: getattr(options, name) for name in WANTED if isinstance(getattr(options, name), Own)}
             data |= {name: value.digest for name, value in own.items()}
-            config = reopen_run(out) if resumed else open_run(out, asdict(options), device, overwrite, data)
+            config = reopen_run(out) if resumed else open_run(out, asdict(options), device, data)
             refuse_other_data(out, config.get("data", {}), data, options.dataset, options.dataset != config["options"]["dataset"])
             for name, value in own.items():
                 if value.file and not resumed:

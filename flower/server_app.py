@@ -76,7 +76,7 @@ def main(grid: Grid, context: Context) -> None:
             refuse_other_data(out, config.get("data", {}), {"images": images.digest}, options.dataset, moved=False)
         else:
             given = f"options={json.dumps(context.run_config['options'])}"
-            config = open_run(out, asdict(options), device, command.overwrite, {"images": images.digest})
+            config = open_run(out, asdict(options), device, {"images": images.digest}, command.overwrite)
             config |= {"command": shlex.join(["flwr", "run", "flower", "--run-config", given]), "run": secrets.token_hex(8)}
             write_config(out, config)
         strategy = FedU(options, federation, config["run"], least, timeout, max_share)

@@ -81,15 +81,16 @@ def begun(out: Path, resumed: bool, overwrite: bool) -> Iterator[None]:
             move_files(out, replaced)
     try:
         yield
-    except (Exception, SystemExit) as error:
-        if not isinstance(error, Ended) and not (out / "checkpoint.pt").exists():
+    except BaseException as error:
+        mistake = isinstance(error, Exception | SystemExit) and not isinstance(error, Ended)
+        if mistake and not (out / "checkpoint.pt").exists():
             remove_files(out)
             move_files(replaced, out)
             with suppress(OSError):  # it holds something else
                 out.rmdir()
+        shutil.rmtree(replaced, ignore_errors=True)  # not reached where its files could not be put back
         raise
-    finally:
-        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
@@ -121,7 +122,7 @@ def interrupts_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def open_run(out: Path, options: dict, device: torch.device, overwrite: bool, data: dict[str, str]) -> dict:
+def open_run(out: Path, options: dict, device: torch.device, data: dict[str, str], overwrite: bool = False) -> dict:
     """Begin a run in its folder; returns its config. data: hashes of what it is trained on.
 
     A folder that holds a run is refused unless `overwrite`, which removes that run's files and no others.

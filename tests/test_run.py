@@ -98,6 +98,18 @@ def test_a_mistake_in_its_first_round_leaves_the_run_that_it_replaces(stopped, t
         assert len(fedu.resume(stopped).metrics) == 3
 
 
+def test_a_replaced_run_that_cannot_be_put_back_stays_where_it_is(stopped, monkeypatch):
+    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+
+    def fail(*_):
+        raise OSError("on purpose")
+
+    monkeypatch.setattr("runtime.run.remove_files", fail)
+    with pytest.raises(OSError, match="on purpose"), begun(stopped, resumed=False, overwrite=True):
+        raise InputError("a mistake")
+    assert {path.name: path.read_bytes() for path in (stopped / ".replaced").iterdir()} == before
+
+
 def test_the_run_that_was_replaced_is_gone_after_the_first_round(stopped, tiny, monkeypatch):
     """And what a run that was killed in its first round left of the one before is not taken for it."""
     (stopped / ".replaced").mkdir()
